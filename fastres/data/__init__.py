@@ -1,0 +1,1 @@
+"""Datasets, the augmentation plan and the loaders."""
