@@ -1,0 +1,151 @@
+"""Three loaders, one plan: torch's DataLoader, a device-resident set, NVIDIA DALI.
+
+All of them serve the same pixels for the same (seed, epoch), whatever the number of workers and the
+point of resumption.
+"""
+
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fastres.data.dataset import Dataset, ImageSet
+from fastres.data.loaders.base import Batches, Loader
+from fastres.data.loaders.dataloader import TorchLoader
+from fastres.data.loaders.resident import ResidentLoader
+from fastres.data.plan import NO_AUGMENTATION, Augmentation
+from fastres.data.source import load_dataset, split_validation
+from fastres.errors import UsageError
+
+__all__ = ["LOADERS", "Batches", "Loader", "build_loader", "dali_missing", "make_loader"]
+
+LOADERS = ("dali", "resident", "torch")
+
+
+def dali_missing() -> str | None:
+    """Return why DALI cannot be used here, or None where it can."""
+    if importlib.util.find_spec("nvidia") is None or not importlib.util.find_spec("nvidia.dali"):
+        wheel = "nvidia-dali-cuda130"
+        hint = f"pip install {wheel}" if sys.platform == "linux" else "it exists for Linux alone"
+        return f"DALI is not installed ({hint})"
+    return None
+
+
+def build_loader(
+    name: str, batches: Batches, device: torch.device, *, epoch: int = 0, workers: int | None = None
+) -> Loader:
+    """Make the loader `name` ("dali", "resident" or "torch") for `batches` on `device`.
+
+    `workers` are processes for torch and threads for DALI; None takes what suits the machine.
+
+    Raises:
+        UsageError: for an unknown name, a negative number of workers, or DALI where it is missing.
+    """
+    if workers is not None and workers < 0:
+        raise UsageError(f"workers must not be negative, got {workers}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cores or 1
+    if name == "resident":
+        return ResidentLoader(batches, device, epoch)
+    if name == "torch":
+        # On a CPU the step needs every core itself.
+        default = min(8, cores) if device.type == "cuda" else 0
+        return TorchLoader(batches, device, epoch, workers=default if workers is None else workers)
+    if name == "dali":
+        missing = dali_missing()
+        if missing:
+            raise UsageError(f"--loader dali: {missing}; resident and torch need nothing more")
+        from fastres.data.loaders.dali import DaliLoader
+
+        return DaliLoader(batches, device, epoch, threads=max(1, workers or min(8, cores)))
+    raise UsageError(f"unknown loader {name!r}; the loaders are auto, {', '.join(LOADERS)}")
+
+
+def choose_loader(device: torch.device) -> tuple[str, str]:
+    """Return the loader that `auto` means on `device`, and why."""
+    missing = dali_missing()
+    if missing:
+        return "resident", f"{missing}; the resident loader takes its place"
+    return "dali", "DALI is installed"
+
+
+def make_loader(
+    dataset: str | Dataset = "auto",
+    data_dir: str | Path | None = None,
+    split: Literal["train", "val", "test"] = "train",
+    batch_size: int = 256,
+    loader: Literal["auto", "dali", "resident", "torch"] = "auto",
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    epoch: int = 0,
+    *,
+    augmentation: Augmentation | None = None,
+    num_val: int | None = None,
+    workers: int | None = None,
+) -> Loader:
+    """Serve (images, labels) of a dataset; the same pixels from every loader.
+
+    Training batches are shuffled, augmented and all of one size (the last partial batch is
+    dropped); validation and test batches hold every image exactly once, unchanged, in order.
+
+    Args:
+        dataset: a name for `load_dataset`, or a Dataset.
+        data_dir: where the data is; see `load_dataset`.
+        split: "train", "val" (images held out of the training set) or "test".
+        batch_size: images a batch.
+        loader: "dali", "resident" or "torch"; "auto" takes DALI where it is installed.
+        device: where the batches are wanted.
+        seed: of order, crops, flips, boxes and of the validation split.
+        epoch: the epoch that the first pass serves; each later pass serves the next one.
+        augmentation: of the training images; None for crop with padding 4 and flip.
+        num_val: images held out for validation. Give the same number for "train" and "val"; None
+            holds nothing out of "train" and makes a tenth of it the "val" split.
+        workers: processes for torch, threads for DALI; None takes what suits the machine.
+
+    Returns:
+        An iterable of ((B, 3, 32, 32) float32 channels-last, (B,) int64) with a length in batches.
+
+    Raises:
+        UsageError: for unknown names, a batch larger than the training set, sizes out of range.
+        FailureError: for data that cannot be read.
+    """
+    data = load_dataset(dataset, data_dir) if isinstance(dataset, str) else dataset
+    images = _choose_split(data, split, num_val, seed)
+    training = split == "train"
+    batches = Batches(
+        images=images,
+        mean=data.mean,
+        std=data.std,
+        batch_size=batch_size,
+        seed=seed,
+        augmentation=(augmentation or Augmentation()) if training else NO_AUGMENTATION,
+        training=training,
+    )
+    target = torch.device(device)
+    name: str = loader
+    if loader == "auto":
+        name, reason = choose_loader(target)
+        if name != "dali":
+            warnings.warn(reason, stacklevel=2)
+    return build_loader(name, batches, target, epoch=epoch, workers=workers)
+
+
+def _choose_split(data: Dataset, split: str, num_val: int | None, seed: int) -> ImageSet:
+    if split not in ("train", "val", "test"):
+        raise UsageError(f"unknown split {split!r}; the splits are train, val, test")
+    if split == "test":
+        return data.test
+    if split == "train":
+        return split_validation(data.train, num_val, seed)[0] if num_val else data.train
+    if num_val is None:
+        num_val = len(data.train) // 10
+        warnings.warn(
+            f"the {num_val} validation images are part of split='train' too, unless "
+            f"num_val={num_val} is given there as well",
+            stacklevel=3,
+        )
+    return split_validation(data.train, num_val, seed)[1]

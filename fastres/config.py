@@ -1,0 +1,189 @@
+"""The options of a run: one typed dataclass that the command line, files and the API share.
+
+A run's values come from, in rising order: the defaults here, the recipe, a `--config` file, the
+command line. What results is written to the run folder as config.json and reads back unchanged.
+"""
+
+import dataclasses
+import json
+import math
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from fastres.errors import UsageError
+
+__all__ = ["Config", "Switch", "from_json", "validate"]
+
+Switch = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run computes and how."""
+
+    fast: bool = False
+    """Train by the fastest route of this machine; without it, the eager fp32 reference."""
+    recipe: str = "quick"
+    """Hyper-parameters: quick, standard, paper or accurate; sets the defaults shown here."""
+
+    model: str = "resnet20"
+    """Network: resnet9, resnet20/32/44/56/110, resnet18/34/50, plain20/32/44/56, ..."""
+    width: float = 1.0
+    """Multiplies the number of filters of every layer."""
+    shortcut: Literal["A", "B"] = "B"
+    """Where a block changes the shape: B projects with a 1x1 convolution, A pads with zeros."""
+
+    dataset: Literal["auto", "cifar10", "cifar100", "folder", "synthetic"] = "auto"
+    """auto: what is in the data folder, else download CIFAR-10, else synthetic pictures."""
+    data_dir: str | None = None
+    """Folder of CIFAR archives or of train/<class>/*; default: $FASTRES_DATA, user cache."""
+    limit_train: int | None = None
+    """Use only this many training images, the same share of every class."""
+    val: bool = False
+    """Hold out a tenth of the training images and keep the checkpoint best on them."""
+
+    epochs: float = 30.0
+    """Passes over the training set; a fraction ends within an epoch."""
+    batch_size: int = 128
+    """Images a training step."""
+    eval_batch_size: int = 500
+    """Images an evaluation step."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd with Nesterov momentum, or adamw."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Momentum of sgd, beta1 of adamw."""
+    weight_decay: float = 5e-4
+    """Weight decay of filters and classifier; batch norm and biases have none."""
+    schedule: Literal["one-cycle", "cosine", "steps", "constant"] = "one-cycle"
+    """Fall of the learning rate: linear, half a cosine, or divided by 10 at 1/2 and 3/4."""
+    warmup: float = 0.2
+    """Share of the run in which the learning rate rises linearly from zero."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over all classes."""
+    ema: float = 0.0
+    """Decay a step of a moving average of the weights, used to evaluate; 0: none."""
+    whiten: bool = False
+    """Start the first convolution from the principal components of training patches."""
+
+    crop_padding: int = 4
+    """Black pixels around each training image before a random 32x32 crop."""
+    flip: Literal["none", "random", "alternating"] = "random"
+    """Mirror training images at random, or each in every other epoch."""
+    cutout: int = 0
+    """Side in pixels of a square painted over each training image; 0: none."""
+
+    seed: int = 0
+    """Decides initial weights, order and augmentation of the images."""
+    deterministic: bool = False
+    """Make two runs on one machine equal bit for bit, at some cost in speed."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes the GPU where there is one."""
+    threads: int | None = None
+    """CPU threads of torch; default: all cores."""
+    loader: Literal["auto", "dali", "resident", "torch"] = "auto"
+    """Who prepares batches: NVIDIA DALI, the set resident on the device, torch's DataLoader."""
+    workers: int | None = None
+    """Processes of the torch loader, threads of DALI; default: what suits the machine."""
+    channels_last: Switch = "auto"
+    """Keep weights and activations in NHWC order."""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Mixed precision: the type of activations and filters in the forward and backward pass."""
+    route: Literal["auto", "eager", "compile"] = "auto"
+    """How the network is computed: by eager torch, or by torch.compile."""
+    compile: Switch = "auto"
+    """Short for --route compile (on) or --route eager (off)."""
+    graph: Switch = "auto"
+    """Replay the whole training step as one CUDA graph."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some options changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Tell whether a JSON value fits the type of an option."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_matches(value, part) for part in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def from_json(text: str, source: str | Path) -> Config:
+    """Read options that `Config.to_json` wrote; options it does not name keep their defaults.
+
+    Raises:
+        UsageError: for text that is no JSON object, an unknown option or a value of a wrong type.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{source} is not a JSON file: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{source} must hold a JSON object of options")
+    hints = get_type_hints(Config)
+    for name, value in values.items():
+        if name not in hints:
+            raise UsageError(f"{source}: unknown option {name!r}; options are {', '.join(hints)}")
+        if not _matches(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", None) or str(hints[name])
+            raise UsageError(f"{source}: option {name!r} must be {wanted}, got {value!r}")
+    return Config(**values)
+
+
+def validate(config: Config) -> Config:
+    """Return `config` if every number is in its range.
+
+    Raises:
+        UsageError: naming the first option that is not, its value and its range.
+    """
+    unbounded = math.inf
+    ranges: dict[str, tuple[float, float]] = {
+        "epochs": (0, 1e6),
+        "batch_size": (1, 2**20),
+        "eval_batch_size": (1, 2**20),
+        "lr": (0, unbounded),
+        "momentum": (0, 1),
+        "weight_decay": (0, unbounded),
+        "warmup": (0, 1),
+        "label_smoothing": (0, 1),
+        "ema": (0, 1),
+        "crop_padding": (0, 32),
+        "cutout": (0, 32),
+        "seed": (0, 2**63 - 1),
+        "threads": (1, 4096),
+        "workers": (0, 256),
+        "limit_train": (1, unbounded),
+    }
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{option} must be between {low:g} and {high:g}, got {value:g}")
+    if config.epochs == 0:
+        raise UsageError("--epochs must be more than 0")
+    if config.ema == 1:
+        raise UsageError("--ema must be less than 1, or the average never moves")
+    if config.compile != "auto" and config.route not in ("auto", _route_of(config.compile)):
+        raise UsageError(
+            f"--compile {config.compile} contradicts --route {config.route}; give one of them"
+        )
+    return config
+
+
+def _route_of(switch: Switch) -> str:
+    return "compile" if switch == "on" else "eager"

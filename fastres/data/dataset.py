@@ -1,0 +1,189 @@
+"""The two types every other part of fastres speaks: a set of images, and a dataset of two sets.
+
+Images are plain read-only NumPy arrays, so that each loader can map, pin or upload them in its own
+way without this module knowing about torch.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastres.errors import FailureError
+
+__all__ = [
+    "CIFAR10_CLASSES",
+    "IMAGE_SHAPE",
+    "Dataset",
+    "ImageSet",
+    "channel_statistics",
+    "content_fingerprint",
+    "plural",
+]
+
+IMAGE_SHAPE = (32, 32, 3)
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+
+# A channel that never varies has a standard deviation of 0; normalising by one grey level instead
+# maps it to exactly 0 and keeps every other pixel finite.
+_SMALLEST_STD = 1 / 255
+_CHUNK_IMAGES = 2048
+
+
+def plural(count: int, noun: str) -> str:
+    """`count` and `noun` as a reader expects them: `1 image`, `60,000 images`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images and their labels, in one fixed order; both arrays are made read-only.
+
+    Args:
+        images: (N, 32, 32, 3) uint8, RGB, C-contiguous (NHWC).
+        labels: (N,) int64, class indices.
+
+    Raises:
+        ValueError: when a shape, dtype, layout or length is not the one above.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != IMAGE_SHAPE:
+            raise ValueError(
+                f"images must be uint8 (N, 32, 32, 3), not {images.dtype} {images.shape}"
+            )
+        if not images.flags.c_contiguous:
+            raise ValueError("images must be C-contiguous (NHWC)")
+        if labels.dtype != np.int64 or labels.shape != (len(images),):
+            raise ValueError(
+                f"labels must be int64 ({len(images)},), not {labels.dtype} {labels.shape}"
+            )
+        object.__setattr__(self, "images", _read_only(images))
+        object.__setattr__(self, "labels", _read_only(labels))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A training set, a test set, and what a record must say about them.
+
+    Args:
+        name: what results on this data are filed under, e.g. `cifar10` or `cifar10-jpeg`.
+        classes: the class names; label k means `classes[k]`.
+        train: the training images.
+        test: the test images; they are never used to choose a checkpoint.
+        mean: per channel, in units of 0..1, over the training images, rounded to 4 decimals.
+        std: likewise, the population standard deviation.
+        fingerprint: SHA-256 over classes, labels and pixels: equal means the same data.
+        source: where the data came from, for people.
+        notices: sentences that the user should see: what was resized, converted or not verified.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: ImageSet
+    test: ImageSet
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fingerprint: str
+    source: str
+    notices: tuple[str, ...] = ()
+
+    @classmethod
+    def from_sets(
+        cls,
+        name: str,
+        classes: tuple[str, ...],
+        train: ImageSet,
+        test: ImageSet,
+        *,
+        source: str,
+        notices: tuple[str, ...] = (),
+    ) -> "Dataset":
+        """Describe two sets: check them against `classes`, compute statistics and fingerprint.
+
+        Raises:
+            FailureError: when a set is empty or a label names no class.
+        """
+        for split, images in (("training", train), ("test", test)):
+            if not len(images):
+                raise FailureError(f"the {split} set of {source} holds no image")
+            low, high = int(images.labels.min()), int(images.labels.max())
+            if low < 0 or high >= len(classes):
+                raise FailureError(
+                    f"the {split} set of {source} holds label {low if low < 0 else high}, "
+                    f"outside 0..{len(classes) - 1}"
+                )
+        mean, std = channel_statistics(train.images)
+        fingerprint = content_fingerprint(classes, train, test)
+        return cls(name, classes, train, test, mean, std, fingerprint, source, notices)
+
+
+def channel_statistics(
+    images: np.ndarray,
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """mean_c = sum(x_c) / 255n and std_c = sqrt(n * sum(x_c^2) - sum(x_c)^2) / 255n.
+
+    Both come from a histogram of the 256 values, so the sums are exact integers and the result
+    depends neither on the order of the images nor on the machine.
+
+    Args:
+        images: (N, 32, 32, 3) uint8, N >= 1.
+
+    Returns:
+        mean and std of each channel in units of 0..1, rounded to 4 decimals; a channel that never
+        varies has the std of one grey level, 0.0039, so that dividing by it stays finite.
+    """
+    counts = np.zeros((3, 256), dtype=np.int64)
+    for start in range(0, len(images), _CHUNK_IMAGES):
+        chunk = images[start : start + _CHUNK_IMAGES]
+        for channel in range(3):
+            counts[channel] += np.bincount(chunk[..., channel].ravel(), minlength=256)
+    pixels = images.shape[0] * images.shape[1] * images.shape[2]
+    values = np.arange(256, dtype=np.int64)
+    mean, std = [], []
+    for histogram in counts:
+        total, squares = int(histogram @ values), int(histogram @ values**2)
+        mean.append(round(total / (255 * pixels), 4))
+        spread = math.sqrt(pixels * squares - total**2) / (255 * pixels)
+        std.append(round(max(spread, _SMALLEST_STD), 4))
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def content_fingerprint(classes: tuple[str, ...], train: ImageSet, test: ImageSet) -> str:
+    """SHA-256 over class names, lengths, labels and pixels, as 64 hex digits.
+
+    Lengths come first and labels are hashed as little-endian int64, so that two different datasets
+    never feed the hash the same bytes and every machine computes the same value.
+    """
+    head = json.dumps([list(classes), len(train), len(test)], ensure_ascii=True)
+    digest = hashlib.sha256(head.encode())
+    for images in (train, test):
+        digest.update(np.ascontiguousarray(images.labels, dtype="<i8").data)
+        digest.update(images.images.data)
+    return digest.hexdigest()
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    view = array.view(np.ndarray)
+    view.flags.writeable = False
+    return view

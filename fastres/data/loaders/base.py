@@ -1,0 +1,105 @@
+"""What all loaders have in common: the batches of an epoch, and how they are walked."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastres.data.dataset import ImageSet
+from fastres.data.plan import Augmentation, Plan, plan_epoch
+from fastres.errors import UsageError
+
+__all__ = ["Batches", "Loader"]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Which batches to serve; a loader adds only how.
+
+    Attributes:
+        images: the set to serve.
+        mean, std: per-channel statistics on the 0..1 scale, to normalise with.
+        batch_size: images in a batch.
+        seed: of the augmentation plan.
+        augmentation: what varies the images.
+        training: shuffle, and drop the last partial batch so that every step has one shape;
+            otherwise serve every image exactly once, in order.
+    """
+
+    images: ImageSet
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    batch_size: int
+    seed: int
+    augmentation: Augmentation
+    training: bool
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"batch size must be at least 1, got {self.batch_size}")
+        if self.training and self.batch_size > len(self.images):
+            raise UsageError(
+                f"batch size {self.batch_size} is larger than the {len(self.images)} training "
+                "images; choose a smaller one"
+            )
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.images), self.batch_size)
+        return whole if self.training or rest == 0 else whole + 1
+
+    def plan(self, epoch: int) -> Plan:
+        """Decide the whole of `epoch`, without the images that no batch has room for."""
+        plan = plan_epoch(
+            len(self.images),
+            seed=self.seed,
+            epoch=epoch,
+            augmentation=self.augmentation,
+            shuffle=self.training,
+        )
+        return plan[: len(self) * self.batch_size]
+
+    def rows(self, batch: int) -> slice:
+        """Return the rows of the plan that make up `batch`."""
+        return slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+
+    def cutout_colour(self) -> tuple[int, int, int]:
+        """Return the mean colour of the training set in raw pixel values."""
+        red, green, blue = (round(255 * value) for value in self.mean)
+        return red, green, blue
+
+
+class Loader(ABC):
+    """Serves (images, labels), epoch after epoch.
+
+    `images` are (B, 3, 32, 32) float32 with channels-last strides, normalised; `labels` are (B,)
+    int64; both on `device`. Each pass over the loader serves the epoch `self.epoch` and leaves the
+    next one there, so a plain `for` loop repeated n times sees n different epochs.
+
+    Attributes:
+        name: "torch", "resident" or "dali", as in the options.
+        detail: one line on what really runs.
+    """
+
+    name: str
+    detail: str
+
+    def __init__(self, batches: Batches, device: torch.device, epoch: int = 0):
+        self.batches = batches
+        self.device = device
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from self.serve(self.epoch)
+        self.epoch += 1
+
+    @abstractmethod
+    def serve(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Serve `epoch` from its batch `start_batch` on, whatever was served before."""
+
+    def close(self) -> None:  # noqa: B027 - most loaders hold nothing to release
+        """Release worker processes and pipelines; the loader may not be used afterwards."""

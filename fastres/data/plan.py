@@ -1,0 +1,167 @@
+"""The augmentation plan: what happens to each image of an epoch, decided before any loader runs.
+
+Every random choice is a hash of (seed, epoch, sample index, purpose), a counter-based generator: no
+choice depends on how many were drawn before it. Loaders take the plan as data, so all of them give
+the same pixels, for every number of workers and every point of resumption.
+
+The hash is the finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom
+number generators"), applied once for each part of the key.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastres.errors import UsageError
+
+__all__ = ["NO_AUGMENTATION", "Augmentation", "Plan", "plan_epoch"]
+
+IMAGE_SIZE = 32
+
+
+class _Purpose(IntEnum):
+    ORDER = 1
+    CROP_Y = 2
+    CROP_X = 3
+    FLIP = 4
+    CUTOUT_Y = 5
+    CUTOUT_X = 6
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied; all of it happens on raw pixels, before normalisation.
+
+    Attributes:
+        crop_padding: black pixels added on each side before a random 32x32 crop; 0 for no crop.
+        flip: mirror left to right with probability one half ("random"), or mirror each image in
+            every other epoch from a random start ("alternating", Jordan 2024,
+            https://arxiv.org/abs/2404.00498), or never ("none").
+        cutout: side in pixels of a square around a random centre that is painted in the mean
+            colour of the training set, clipped at the border (DeVries and Taylor 2017,
+            https://arxiv.org/abs/1708.04552); 0 for none.
+    """
+
+    crop_padding: int = 4
+    flip: Literal["none", "random", "alternating"] = "random"
+    cutout: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.crop_padding <= IMAGE_SIZE:
+            raise UsageError(f"crop padding must be 0 to {IMAGE_SIZE}, got {self.crop_padding}")
+        if self.flip not in ("none", "random", "alternating"):
+            raise UsageError(f"flip must be none, random or alternating, got {self.flip!r}")
+        if not 0 <= self.cutout <= IMAGE_SIZE:
+            raise UsageError(f"cutout must be 0 to {IMAGE_SIZE} pixels, got {self.cutout}")
+
+
+NO_AUGMENTATION = Augmentation(crop_padding=0, flip="none", cutout=0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The images of an epoch, or of a slice of it, in the order in which they are served.
+
+    Attributes:
+        index: (B,) int64, which image of the set.
+        crop: (B, 2) int64, top and left corner of the crop in the padded image, 0 to 2 * padding.
+        flip: (B,) bool, mirror left to right after the crop.
+        cutout: (B, 4) int64, top, left, bottom and right (exclusive) of the painted box, clipped
+            to the image and applied last; top equals bottom where there is none.
+        padding: black pixels on each side of the padded image.
+    """
+
+    index: NDArray[np.int64]
+    crop: NDArray[np.int64]
+    flip: NDArray[np.bool_]
+    cutout: NDArray[np.int64]
+    padding: int
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, rows: slice) -> "Plan":
+        return Plan(
+            self.index[rows], self.crop[rows], self.flip[rows], self.cutout[rows], self.padding
+        )
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scramble 64-bit words one to one; every input bit reaches every output bit."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _hash(seed: int, epoch: int, purpose: _Purpose, index: NDArray[np.int64]) -> NDArray[np.uint64]:
+    key = np.zeros(1, np.uint64)
+    for part in (seed, epoch, purpose):
+        key = _mix(key ^ np.uint64(part))
+    return _mix(key ^ _mix(index.astype(np.uint64)))
+
+
+def _below(bound: int, words: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Map 64-bit words to 0 .. bound - 1, each equally likely to within bound / 2**32."""
+    return ((words >> np.uint64(32)) * np.uint64(bound) >> np.uint64(32)).astype(np.int64)
+
+
+def plan_epoch(
+    num_images: int, *, seed: int, epoch: int, augmentation: Augmentation, shuffle: bool
+) -> Plan:
+    """Decide order, crops, flips and cutout boxes of one epoch over `num_images` images.
+
+    Args:
+        num_images: size of the set; every image occurs exactly once.
+        seed: 0 to 2**64 - 1.
+        epoch: 0-based.
+        augmentation: `NO_AUGMENTATION` for evaluation.
+        shuffle: serve in a random order instead of that of the set.
+
+    Raises:
+        UsageError: for a negative number of images, seed or epoch.
+    """
+    if num_images < 0 or not 0 <= seed < 2**64 or epoch < 0:
+        raise UsageError(
+            f"num_images, seed and epoch must not be negative, got {num_images}, {seed}, {epoch}"
+        )
+    index = np.arange(num_images, dtype=np.int64)
+    if shuffle:
+        index = np.argsort(_hash(seed, epoch, _Purpose.ORDER, index), kind="stable")
+
+    def draw(purpose: _Purpose, bound: int) -> NDArray[np.int64]:
+        return _below(bound, _hash(seed, epoch, purpose, index))
+
+    positions = 2 * augmentation.crop_padding + 1
+    crop = np.stack([draw(_Purpose.CROP_Y, positions), draw(_Purpose.CROP_X, positions)], axis=1)
+    return Plan(
+        index,
+        crop,
+        _plan_flips(seed, epoch, index, augmentation.flip),
+        _plan_cutout(draw, len(index), augmentation.cutout),
+        augmentation.crop_padding,
+    )
+
+
+def _plan_flips(
+    seed: int, epoch: int, index: NDArray[np.int64], kind: Literal["none", "random", "alternating"]
+) -> NDArray[np.bool_]:
+    if kind == "none":
+        return np.zeros(len(index), np.bool_)
+    if kind == "random":
+        return _below(2, _hash(seed, epoch, _Purpose.FLIP, index)) == 1
+    first = _below(2, _hash(seed, 0, _Purpose.FLIP, index))
+    return (first + epoch) % 2 == 1
+
+
+def _plan_cutout(draw, num_images: int, side: int) -> NDArray[np.int64]:
+    if side == 0:
+        return np.zeros((num_images, 4), np.int64)
+    centre = np.stack(
+        [draw(_Purpose.CUTOUT_Y, IMAGE_SIZE), draw(_Purpose.CUTOUT_X, IMAGE_SIZE)], axis=1
+    )
+    corner = centre - side // 2
+    return np.concatenate([corner, corner + side], axis=1).clip(0, IMAGE_SIZE)

@@ -1,0 +1,161 @@
+"""From a dataset name and a folder to a `Dataset`: look, download, or draw the synthetic set."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+
+from fastres.data.cache import cache_folder, cached
+from fastres.data.cifar import CifarFiles, find_cifar
+from fastres.data.dataset import Dataset, ImageSet
+from fastres.data.download import download_cifar
+from fastres.data.folder import ImageFolder, find_image_folder
+from fastres.data.synthetic import SYNTHETIC_VERSION, synthetic_dataset
+from fastres.errors import FailureError, UsageError
+
+__all__ = ["DATASET_NAMES", "load_dataset", "split_validation"]
+
+DATASET_NAMES = ("auto", "cifar10", "cifar100", "folder", "synthetic")
+_TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "folder": "image folder"}
+_WANTED = "a CIFAR archive, or train/<class>/ and test/<class>/ folders"
+
+
+def load_dataset(
+    name: str = "auto", data_dir: str | os.PathLike[str] | None = None, *, download: bool = True
+) -> Dataset:
+    """Find, decode and cache a dataset.
+
+    `auto` takes what is in the data folder: CIFAR-10, else CIFAR-100, else an image folder. A
+    folder that was named and holds none of these is an error. With no folder named, `auto`
+    downloads CIFAR-10, and where that fails it draws the synthetic set and says so in a notice.
+    `cifar10` and `cifar100` are looked for, then downloaded into the data folder, and never
+    replaced by anything else.
+
+    Args:
+        name: one of `DATASET_NAMES`.
+        data_dir: where to look; by default $FASTRES_DATA, which counts as named, else `data` in the
+            cache folder.
+        download: whether the network may be used; $FASTRES_OFFLINE=1 forbids it as well.
+
+    Returns:
+        The dataset; `dataset.name` says what it is, `dataset.notices` what the user should know.
+
+    Raises:
+        UsageError: an unknown name, a missing folder, a folder that holds something else.
+        FailureError: the data is there and broken, or could not be downloaded.
+    """
+    if name not in DATASET_NAMES:
+        raise UsageError(f"unknown dataset {name!r}: choose from {', '.join(DATASET_NAMES)}")
+    if name == "synthetic":
+        return _synthetic()
+    root, named = _data_folder(data_dir)
+    found = _find(name, root)
+    if found is not None:
+        return cached(found.signature, found.read)
+    if name == "folder":
+        raise UsageError(
+            f"{root} is not an image folder: it needs train/<class>/ and test/<class>/"
+            + ("" if named else "; name yours with --data-dir")
+        )
+    if named:
+        _refuse_other_content(name, root)
+    return _fetch(name, root, download)
+
+
+def _data_folder(data_dir: str | os.PathLike[str] | None) -> tuple[Path, bool]:
+    """The folder to look in, and whether the user named it; a named one must exist."""
+    chosen = data_dir or os.environ.get("FASTRES_DATA")
+    if not chosen:
+        return cache_folder() / "data", False
+    root = Path(chosen).expanduser()
+    origin = "" if data_dir else " (from FASTRES_DATA)"
+    if root.is_file():
+        raise UsageError(f"{root}{origin} is a file: name the folder that holds it")
+    if not root.is_dir():
+        raise UsageError(f"the data folder {root}{origin} does not exist")
+    return root, True
+
+
+def _find(name: str, root: Path) -> CifarFiles | ImageFolder | None:
+    kinds = ("cifar10", "cifar100", "folder") if name == "auto" else (name,)
+    if not root.is_dir():
+        return None
+    for kind in kinds:
+        found = find_image_folder(root) if kind == "folder" else find_cifar(root, kind)
+        if found is not None:
+            return found
+    return None
+
+
+def _refuse_other_content(name: str, root: Path) -> None:
+    """Before downloading into a folder that the user named: is it the right folder?"""
+    if name == "auto":
+        raise UsageError(
+            f"{root} holds no dataset, looked for {_WANTED}; "
+            "--dataset cifar10 downloads into it, --dataset synthetic needs no data"
+        )
+    for other in ("cifar10", "cifar100", "folder"):
+        if other != name and _find(other, root) is not None:
+            raise UsageError(
+                f"{root} holds {_TITLES[other]} data, not {_TITLES[name]}: use --dataset {other}"
+            )
+
+
+def _fetch(name: str, root: Path, download: bool) -> Dataset:
+    wanted = "cifar10" if name == "auto" else name
+    try:
+        if not download:
+            raise FailureError(f"{root} holds no {_TITLES[wanted]} and downloading was not allowed")
+        download_cifar(wanted, root)
+    except FailureError as error:
+        if name != "auto":
+            raise
+        loud = f"SYNTHETIC DATA: no CIFAR-10 here, so this is the built-in drawn set ({error})"
+        dataset = _synthetic()
+        return dataclasses.replace(dataset, notices=(loud, *dataset.notices))
+    found = find_cifar(root, wanted)
+    assert found is not None  # the download ended with the archive in place
+    return cached(found.signature, found.read)
+
+
+def _synthetic() -> Dataset:
+    return cached(f"synthetic {SYNTHETIC_VERSION}", synthetic_dataset)
+
+
+def split_validation(train: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Cut `count` validation images out of the training set, evenly over the classes.
+
+    Which images are taken depends on (seed, the labels) alone: each image draws a 64-bit number
+    from the Philox counter at its own index, and a class gives those with the smallest numbers.
+    Classes share `count` in proportion to their size, by largest remainder.
+
+    Args:
+        train: the images to split.
+        count: validation images, 0 < count < len(train).
+        seed: 0 <= seed < 2**64.
+
+    Returns:
+        (train, val): both in the order of the original set, copied.
+
+    Raises:
+        UsageError: when `count` leaves one of the two empty.
+    """
+    if not 0 < count < len(train):
+        raise UsageError(
+            f"a validation split of {count:,} cannot be cut from {len(train):,} training images"
+        )
+    sizes = np.bincount(train.labels)
+    taken, remainders = np.divmod(sizes * count, len(train))
+    largest = np.argsort(-remainders, kind="stable")
+    taken[largest[: count - int(taken.sum())]] += 1
+    numbers = np.random.Philox(key=seed).random_raw(len(train))
+    in_val = np.zeros(len(train), dtype=bool)
+    for label, number in enumerate(taken):
+        members = np.flatnonzero(train.labels == label)
+        in_val[members[np.argsort(numbers[members], kind="stable")[:number]]] = True
+    return _subset(train, ~in_val), _subset(train, in_val)
+
+
+def _subset(images: ImageSet, rows: np.ndarray) -> ImageSet:
+    return ImageSet(images.images[rows], images.labels[rows])

@@ -1,0 +1,152 @@
+"""Checkpoints: one safetensors file, written atomically, verified when read, never a pickle.
+
+A training checkpoint holds everything that a resumed run needs. Its tensors are named
+`model.<key>`, `average.<key>` and `optimizer.<parameter>.<entry>`; all else is JSON in the header.
+A weights file holds the plain `state_dict`, as anyone's safetensors reader expects it. Tensors are
+stored in NCHW order, and no file tells which route trained it.
+
+A SHA-256 over the JSON and all tensors is part of the header: a file that was cut off or changed in
+a single byte is refused.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fastres.errors import FailureError
+
+__all__ = [
+    "FORMAT",
+    "evaluated_weights",
+    "load_weights",
+    "read",
+    "replace_file",
+    "take_section",
+    "write",
+]
+
+FORMAT = "fastres 1"
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        FailureError: when the disk is full or the folder cannot be written; the old file stays.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=path.name, suffix=".part", delete=False
+        ) as stream:
+            temporary = Path(stream.name)
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise FailureError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _digest(tensors: Mapping[str, Tensor], meta: str) -> str:
+    digest = hashlib.sha256(meta.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write tensors and JSON values to `path`, replacing what was there in one step.
+
+    Args:
+        path: the file; its folder exists.
+        tensors: on any device and in any layout.
+        meta: what `json.dumps` takes.
+
+    Raises:
+        FailureError: when the file cannot be written.
+    """
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(meta, sort_keys=True)
+    header = {"format": FORMAT, "meta": text, "sha256": _digest(stored, text)}
+    replace_file(path, save(stored, metadata=header))
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read back what `write` wrote, after checking that not a byte of it has changed.
+
+    Raises:
+        FailureError: when the file is missing, cut off, changed or not written by fastres.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise FailureError(f"there is no checkpoint at {path}") from None
+    except (OSError, safetensors.SafetensorError, ValueError, RuntimeError) as error:
+        raise FailureError(f"{path} is no readable checkpoint: {error}") from None
+    if header.get("format") != FORMAT:
+        raise FailureError(f"{path} was not written by fastres (its header names no {FORMAT!r})")
+    text = header.get("meta", "")
+    if _digest(tensors, text) != header.get("sha256"):
+        raise FailureError(f"{path} is damaged: its content does not match its SHA-256")
+    return tensors, json.loads(text)
+
+
+def take_section(tensors: Mapping[str, Tensor], section: str) -> dict[str, Tensor]:
+    """Return the tensors named `section.<key>` under their keys."""
+    prefix = section + "."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def evaluated_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state_dict to evaluate, from a weights file or a training checkpoint.
+
+    The moving average takes the place of the weights where a training checkpoint holds one.
+    """
+    weights = take_section(tensors, "model")
+    return weights | take_section(tensors, "average") if weights else dict(tensors)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Copy `weights` into `model`; names and shapes must agree exactly.
+
+    Raises:
+        FailureError: naming the first differences, when they are of another model.
+    """
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    other = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    if missing or extra or other:
+        found = [
+            f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+            for what, names in (
+                ("lacks", missing),
+                ("has besides", extra),
+                ("has in another shape", sorted(other)),
+            )
+            if names
+        ]
+        raise FailureError(f"{source} is a checkpoint of another model: it {'; it '.join(found)}")
+    model.load_state_dict(dict(weights))

@@ -1,0 +1,100 @@
+"""The optimizer and its schedule, with the learning rate as a tensor on the device.
+
+A CUDA graph replays fixed arguments; a rate that lives in a tensor can change between replays.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastres.config import Config
+
+__all__ = ["Optimizer", "lr_factor"]
+
+
+def lr_factor(schedule: str, progress: float, warmup: float) -> float:
+    """Return the learning rate as a share of its peak.
+
+    Args:
+        schedule: "one-cycle", "cosine", "steps" or "constant".
+        progress: share of the run that is done, 0 to 1.
+        warmup: share of the run in which the rate rises linearly from zero.
+    """
+    if progress < warmup:
+        return progress / warmup
+    rest = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    if schedule == "one-cycle":
+        return 1 - rest
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * rest))
+    if schedule == "steps":
+        return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
+    return 1.0
+
+
+class Optimizer:
+    """The optimizer of a run: parameter groups, learning rate as a tensor, flat state.
+
+    Convolution filters and the classifier's matrix decay; batch norm and biases do not.
+
+    Args:
+        model: on its device and in its memory format.
+        config: optimizer, lr, momentum, weight_decay.
+        fused: update all parameters in one kernel.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, *, fused: bool):
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        params = list(model.parameters())
+        device = params[0].device
+        self.peak = config.lr
+        self.lr = torch.tensor(config.lr, dtype=torch.float32, device=device)
+        groups = [
+            {"params": [p for p in params if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.rule: torch.optim.Optimizer
+        if config.optimizer == "adamw":
+            betas = (config.momentum, 0.999)
+            on_cuda = device.type == "cuda"
+            self.rule = torch.optim.AdamW(
+                groups, lr=config.lr, betas=betas, fused=fused, capturable=on_cuda
+            )
+        else:
+            nesterov = config.momentum > 0
+            self.rule = torch.optim.SGD(
+                groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused
+            )
+        for group in self.rule.param_groups:
+            group["lr"] = self.lr
+
+    def set_lr(self, factor: float) -> None:
+        """Set the learning rate to `factor` times its peak, without waiting for the device."""
+        self.lr.fill_(self.peak * factor)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state as flat tensors named "<parameter>.<entry>", not copied."""
+        return {
+            f"{self.names[id(param)]}.{entry}": value
+            for param, state in self.rule.state.items()
+            for entry, value in state.items()
+            if isinstance(value, Tensor)
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put tensors of `state_dict` back, in place where a captured graph may point at them."""
+        params = {
+            self.names[id(param)]: param
+            for group in self.rule.param_groups
+            for param in group["params"]
+        }
+        for key, value in state.items():
+            name, _, entry = key.rpartition(".")
+            param = params[name]
+            entries = self.rule.state[param]
+            if entry not in entries:
+                like = param if value.shape == param.shape else value.to(param.device)
+                entries[entry] = torch.empty_like(like)
+            entries[entry].copy_(value)

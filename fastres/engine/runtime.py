@@ -1,0 +1,190 @@
+"""Which route, precision, layout and loader a run really uses here, and why not the others."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fastres.config import Config
+from fastres.data.loaders import choose_loader
+from fastres.engine import machine
+from fastres.errors import UsageError
+
+__all__ = ["Choice", "Runtime", "resolve_runtime"]
+
+_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of the first screen: what a piece is set to, and why."""
+
+    piece: str
+    value: str
+    reason: str
+    fallback: bool = False
+
+
+@dataclass
+class Runtime:
+    """How the training step runs on this machine.
+
+    Attributes:
+        device: "cpu" or a CUDA device.
+        dtype: of activations and filters under autocast; float32 for none.
+        channels_last: weights and activations in NHWC order.
+        route: "eager" or "compile".
+        graph: the step is one CUDA graph.
+        fused_optimizer: the optimizer is one kernel for all parameters.
+        loader: "dali", "resident" or "torch".
+        choices: the same with reasons, for people.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    route: str = "eager"
+    graph: bool = False
+    fused_optimizer: bool = False
+    loader: str = "torch"
+    choices: list[Choice] = field(default_factory=list)
+
+    @property
+    def precision(self) -> str:
+        """Return "fp32", "bf16" or "fp16"."""
+        return _PRECISIONS[self.dtype]
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Return the layout of images and filters."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def place(self, model: nn.Module) -> None:
+        """Move `model` to the device and into the layout, in place."""
+        model.to(self.device)
+        model.to(memory_format=self.memory_format)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the network computes."""
+        return torch.autocast(
+            self.device.type,
+            dtype=self.dtype if self.dtype != torch.float32 else None,
+            enabled=self.dtype != torch.float32,
+        )
+
+    def note(self, piece: str, value: str, reason: str, *, fallback: bool = False) -> None:
+        """Add a line to the first screen."""
+        self.choices.append(Choice(piece, value, reason, fallback))
+
+
+def resolve_runtime(config: Config) -> Runtime:
+    """Decide what `config` means on this machine.
+
+    Raises:
+        UsageError: where an option that was set to something else than auto cannot be had here.
+    """
+    runtime = Runtime(device=_choose_device(config))
+    if runtime.device.type == "cpu":
+        torch.set_num_threads(config.threads or machine.usable_cores())
+        runtime.note("device", "cpu", f"{torch.get_num_threads()} threads, {_why_cpu(config)}")
+    else:
+        runtime.note("device", "cuda", torch.cuda.get_device_name(runtime.device))
+    _choose_precision(config, runtime)
+    _choose_layout(config, runtime)
+    _choose_route(config, runtime)
+    _choose_graph(config, runtime)
+    runtime.fused_optimizer = config.fast
+    runtime.note("optimizer", "fused" if config.fast else "one tensor at a time", config.optimizer)
+    _choose_loader(config, runtime)
+    return runtime
+
+
+def _choose_device(config: Config) -> torch.device:
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise UsageError("--device cuda: torch finds no usable NVIDIA GPU here")
+    use_cuda = available and config.device != "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+
+
+def _why_cpu(config: Config) -> str:
+    return "as asked" if config.device == "cpu" else "no NVIDIA GPU here"
+
+
+def _choose_precision(config: Config, runtime: Runtime) -> None:
+    if config.amp != "auto":
+        runtime.dtype = _DTYPES[config.amp]
+        runtime.note("precision", runtime.precision, "as asked")
+    elif not config.fast:
+        runtime.note("precision", "fp32", "the reference; --fast or --amp bf16 mixes precisions")
+    elif runtime.device.type == "cuda":
+        native = torch.cuda.get_device_capability(runtime.device) >= (8, 0)
+        runtime.dtype = torch.bfloat16 if native else torch.float16
+        reason = "native on this GPU" if native else "this GPU has no bf16; with loss scaling"
+        runtime.note("precision", runtime.precision, reason, fallback=not native)
+    else:
+        instructions = machine.bf16_instructions()
+        runtime.dtype = torch.bfloat16 if instructions else torch.float32
+        reason = (
+            f"the processor has {instructions}"
+            if instructions
+            else "this processor has no bf16 instructions, and emulated bf16 is slower than fp32"
+        )
+        runtime.note("precision", runtime.precision, reason, fallback=not instructions)
+
+
+def _choose_layout(config: Config, runtime: Runtime) -> None:
+    asked = config.channels_last != "auto"
+    runtime.channels_last = config.channels_last == "on" if asked else config.fast
+    why = "as asked" if asked else ("part of --fast" if config.fast else "the reference is NCHW")
+    runtime.note("layout", "channels-last" if runtime.channels_last else "NCHW", why)
+
+
+def _choose_route(config: Config, runtime: Runtime) -> None:
+    asked = config.route if config.route != "auto" else None
+    if config.compile != "auto":
+        asked = "compile" if config.compile == "on" else "eager"
+    compiler = machine.cxx_compiler()
+    on_cuda = runtime.device.type == "cuda"
+    if asked:
+        if asked == "compile" and compiler is None:
+            raise UsageError(
+                "--route compile needs a C++ compiler (g++ or clang++) and none is installed"
+            )
+        runtime.route = asked
+        runtime.note("route", asked, "as asked")
+    elif not config.fast:
+        runtime.note("route", "eager", "the reference")
+    elif compiler is None:
+        runtime.note("route", "eager", "compile is left out: no C++ compiler here", fallback=True)
+    elif on_cuda:
+        runtime.route = "compile"
+        runtime.note("route", "compile", "fuses what stands between the convolutions")
+    else:
+        runtime.note(
+            "route", "eager", "compile is left out: on a CPU its start costs more than it saves"
+        )
+
+
+def _choose_graph(config: Config, runtime: Runtime) -> None:
+    on_cuda = runtime.device.type == "cuda"
+    if config.graph == "on" and not on_cuda:
+        raise UsageError("--graph on: CUDA graphs need an NVIDIA GPU")
+    runtime.graph = on_cuda and (config.graph == "on" or (config.graph == "auto" and config.fast))
+    if not on_cuda:
+        runtime.note("graph", "off", "CUDA graphs need an NVIDIA GPU", fallback=config.fast)
+    else:
+        why = "as asked" if config.graph != "auto" else "one launch a step"
+        runtime.note("graph", "on" if runtime.graph else "off", why if runtime.graph else "")
+
+
+def _choose_loader(config: Config, runtime: Runtime) -> None:
+    if config.loader != "auto":
+        runtime.loader = config.loader
+        runtime.note("loader", config.loader, "as asked")
+    elif config.fast:
+        runtime.loader, reason = choose_loader(runtime.device)
+        runtime.note("loader", runtime.loader, reason, fallback=runtime.loader != "dali")
+    else:
+        runtime.note("loader", "torch", "the reference")

@@ -1,0 +1,225 @@
+"""The training step: forward, loss, backward, update; eager, compiled, or as one CUDA graph.
+
+Nothing in a step waits for the device: losses and hits are added up there, and the learning rate
+is a tensor, so the whole step can be captured and replayed.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from fastres.config import Config
+from fastres.engine.checkpoint import load_weights, take_section
+from fastres.engine.optim import Optimizer, lr_factor
+from fastres.engine.runtime import Runtime
+
+__all__ = ["Totals", "TrainStep", "WeightAverage"]
+
+_WARMUP_STEPS = 3
+
+
+class Totals:
+    """Sums over an epoch that stay on the device until somebody asks.
+
+    `values` holds the sum of losses, the number of right answers and of images, in float64 where
+    the device has it.
+    """
+
+    def __init__(self, device: torch.device):
+        self.values = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: its mean loss, (B, classes) logits and (B,) labels."""
+        right = (logits.argmax(dim=1) == labels).sum()
+        count = torch.full_like(right, len(labels))
+        self.values += torch.stack([loss.double() * len(labels), right.double(), count.double()])
+
+    def read(self) -> tuple[float, float, int]:
+        """Wait for the device and return mean loss, accuracy in percent and number of images."""
+        loss, right, count = self.values.tolist()
+        return loss / max(count, 1), 100 * right / max(count, 1), int(count)
+
+
+class WeightAverage:
+    """Exponential moving average of parameters and of batch-norm statistics.
+
+    Args:
+        model: what to average.
+        decay: share of the old average that a step keeps. Early on less is kept,
+            (1 + steps) / (10 + steps), so that the first weights do not linger.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.live = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
+        self.average = {k: v.detach().clone() for k, v in self.live.items()}
+
+    def update(self, step: int) -> None:
+        """Move the average towards the weights after training step `step` (0-based)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        blend = get_ema_multi_avg_fn(decay)
+        blend(list(self.average.values()), list(self.live.values()), None)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the averages into the model for the time of the context."""
+        own = {k: v.clone() for k, v in self.live.items()}
+        self._copy(self.average, self.live)
+        try:
+            yield
+        finally:
+            self._copy(own, self.live)
+
+    def load(self, average: dict[str, Tensor]) -> None:
+        """Put a saved average back."""
+        self._copy(average, self.average)
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+        for name, value in target.items():
+            value.copy_(source[name])
+
+
+class TrainStep:
+    """One step of training; calling it advances the model in place.
+
+    Args:
+        model: the network, on its device, in training mode.
+        config: optimizer, schedule and loss.
+        runtime: route, precision, layout and graph.
+        total_steps: length of the run, for the schedule.
+
+    Attributes:
+        optimizer: its state.
+        totals: loss and accuracy since they were last set to zero.
+        average: moving average of the weights, or None.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, runtime: Runtime, total_steps: int):
+        self.model = model
+        self.config = config
+        self.runtime = runtime
+        self.total_steps = total_steps
+        self.optimizer = Optimizer(model, config, fused=runtime.fused_optimizer)
+        self.totals = Totals(runtime.device)
+        self.average = WeightAverage(model, config.ema) if config.ema else None
+        self.scaler = torch.amp.GradScaler(
+            runtime.device.type, enabled=runtime.dtype == torch.float16
+        )
+        self._forward = torch.compile(model) if runtime.route == "compile" else model
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, step: int, images: Tensor, labels: Tensor) -> None:
+        """Train on one batch.
+
+        Args:
+            step: 0-based number of the step in the whole run.
+            images: (B, 3, 32, 32) float32, normalised.
+            labels: (B,) int64.
+        """
+        # The rate of the middle of the step: neither the first nor the last one is wasted at zero.
+        progress = (step + 0.5) / self.total_steps
+        self.optimizer.set_lr(lr_factor(self.config.schedule, progress, self.config.warmup))
+        if self._graph is not None and self._inputs is not None:
+            self._inputs[0].copy_(images)
+            self._inputs[1].copy_(labels)
+            self._graph.replay()
+        else:
+            self._compute(images.contiguous(memory_format=self.runtime.memory_format), labels)
+        if self.average is not None:
+            self.average.update(step)
+
+    def _compute(self, images: Tensor, labels: Tensor) -> None:
+        """Forward, backward and update: everything that the graph captures."""
+        with self.runtime.autocast():
+            logits = self._forward(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer.rule)
+        self.scaler.update()
+        self.optimizer.rule.zero_grad(set_to_none=True)
+        self.totals.add(loss.detach(), logits.detach(), labels)
+
+    def prepare(self, images: Tensor, labels: Tensor) -> None:
+        """Compile and capture on a batch of the real shape, and leave no trace in the model.
+
+        Weights, statistics, optimizer state, scaler and totals are afterwards what they were.
+        """
+        if self.runtime.route == "eager" and not self.runtime.graph:
+            return
+        with self._preserved():
+            images = images.contiguous(memory_format=self.runtime.memory_format)
+            if not self.runtime.graph:
+                self._compute(images, labels)
+                return
+            self._inputs = (images.clone(), labels.clone())
+            side = torch.cuda.Stream(self.runtime.device)
+            side.wait_stream(torch.cuda.current_stream(self.runtime.device))
+            with torch.cuda.stream(side):
+                for _ in range(_WARMUP_STEPS):
+                    self._compute(*self._inputs)
+            torch.cuda.current_stream(self.runtime.device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._compute(*self._inputs)
+            self._graph = graph
+
+    def evaluated_weights(self) -> AbstractContextManager[None]:
+        """Return the context in which the model holds the weights to evaluate: the average's."""
+        return self.average.applied() if self.average is not None else nullcontext()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything that a resumed run needs as named tensors, not copied."""
+        sections = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.average if self.average is not None else {},
+            "totals": {"values": self.totals.values},
+            "scaler": {
+                name: torch.tensor(value) for name, value in self.scaler.state_dict().items()
+            },
+        }
+        return {f"{s}.{k}": v for s, tensors in sections.items() for k, v in tensors.items()}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], source: Path) -> None:
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            FailureError: when it is of another model or of other options.
+        """
+        load_weights(self.model, take_section(tensors, "model"), source)
+        self.optimizer.load_state_dict(take_section(tensors, "optimizer"))
+        average = take_section(tensors, "average")
+        if self.average is not None:
+            self.average.load(average)
+        self.totals.values.copy_(take_section(tensors, "totals")["values"])
+        scaler = {k: v.item() for k, v in take_section(tensors, "scaler").items()}
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+
+    @contextmanager
+    def _preserved(self) -> Iterator[None]:
+        """Undo in place what steps inside the context do to the state of the run.
+
+        Optimizer state that came up inside stays allocated, since a graph points at it, and is set
+        to zero: the value with which both SGD's momentum and Adam's averages start.
+        """
+        weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        states = {k: v.clone() for k, v in self.optimizer.state_dict().items()}
+        scaler = self.scaler.state_dict()
+        yield
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                value.copy_(weights[name])
+            for name, value in self.optimizer.state_dict().items():
+                value.copy_(states[name]) if name in states else value.zero_()
+            self.totals.values.zero_()
+        if scaler:
+            self.scaler.load_state_dict(scaler)

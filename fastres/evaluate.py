@@ -1,0 +1,141 @@
+"""Recompute the accuracy of a run from its checkpoint: `python -m fastres.evaluate RUN`.
+
+Exit codes: 0 done, 1 failure, 2 bad use.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fastres.cli import guarded, parse
+from fastres.config import Config, Switch, from_json, validate
+
+__all__ = ["EvaluateOptions", "main"]
+
+_DESCRIPTION = "Recompute the accuracy of a trained network, every image counted once."
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to evaluate, and how."""
+
+    run: Annotated[str, tyro.conf.Positional] = "."
+    """Run folder that python -m fastres.train wrote."""
+    data_dir: str | None = None
+    """Folder with the data; default: the one of the run."""
+    dataset: Literal["auto", "cifar10", "cifar100", "folder", "synthetic"] | None = None
+    """Kind of data; default: that of the run."""
+    checkpoint: Literal["auto", "model", "best", "last"] = "auto"
+    """Weights at the end, best on the validation images, or last saved; auto: the run's result."""
+    tta: Literal["none", "flip"] = "none"
+    """Test-time augmentation: average the predictions for each image and its mirror image."""
+    fast: bool = False
+    """Evaluate by the fastest route of this machine; without it, the eager fp32 reference."""
+    batch_size: int = 500
+    """Images an evaluation step; the accuracy does not depend on it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes the GPU where there is one."""
+    loader: Literal["auto", "dali", "resident", "torch"] = "auto"
+    """Who prepares batches."""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Precision of activations and filters."""
+    channels_last: Switch = "auto"
+    """Keep weights and activations in NHWC order."""
+    json: bool = False
+    """Print the result alone on stdout, as JSON."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _run(arguments), debug="--debug" in arguments)
+
+
+def _run(argv: list[str]) -> int:
+    options = parse(
+        EvaluateOptions, "python -m fastres.evaluate", _DESCRIPTION, argv, EvaluateOptions()
+    )
+    from fastres.engine.record import RunFolder
+    from fastres.engine.screen import Screen
+
+    folder = RunFolder(Path(options.run))
+    trained = from_json(folder.read_text("config.json"), folder.path / "config.json")
+    config = validate(_evaluation_config(trained, options))
+    screen = Screen(quiet_stdout=options.json)
+    result = _evaluate(folder, config, options, screen)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    screen.line(
+        f"{result['accuracy']:.2f} % of {result['images']:,} images right, loss "
+        f"{result['loss']:.4f} ({result['checkpoint']}, test-time augmentation: {result['tta']})",
+        style="bold",
+    )
+    return 0
+
+
+def _evaluation_config(trained: Config, options: EvaluateOptions) -> Config:
+    return trained.replace(
+        fast=options.fast,
+        dataset=options.dataset or trained.dataset,
+        data_dir=options.data_dir or trained.data_dir,
+        eval_batch_size=options.batch_size,
+        device=options.device,
+        loader=options.loader,
+        amp=options.amp,
+        channels_last=options.channels_last,
+        route="auto",
+        compile="off",
+        graph="auto",
+    )
+
+
+def _evaluate(folder, config: Config, options: EvaluateOptions, screen) -> dict:
+    from fastres.data.source import load_dataset
+    from fastres.engine import checkpoint
+    from fastres.engine.evaluation import evaluate, evaluation_loader
+    from fastres.engine.runtime import resolve_runtime
+    from fastres.errors import FailureError
+    from fastres.model.resnet import create_model
+
+    path = folder.result() if options.checkpoint == "auto" else folder.file(options.checkpoint)
+    tensors, meta = checkpoint.read(path)
+    runtime = resolve_runtime(config)
+    data = load_dataset(config.dataset, config.data_dir)
+    if list(data.classes) != meta["classes"]:
+        raise FailureError(
+            f"{path} was trained on {len(meta['classes'])} classes of {meta['dataset']}, and "
+            f"{data.source} holds {len(data.classes)} classes of {data.name}"
+        )
+    model = create_model(
+        config.model, len(data.classes), width=config.width, shortcut=config.shortcut
+    )
+    checkpoint.load_weights(model, checkpoint.evaluated_weights(tensors), path)
+    runtime.place(model)
+    screen.data(data, 0, 0)
+    screen.runtime(runtime)
+    # The images are normalised as in training, even where this data has other statistics.
+    loader = evaluation_loader(data.test, tuple(meta["mean"]), tuple(meta["std"]), config, runtime)
+    score = evaluate(model, loader, runtime, flip_tta=options.tta == "flip")
+    loader.close()
+    return {
+        "accuracy": score.accuracy,
+        "loss": score.loss,
+        "images": score.images,
+        "dataset": data.name,
+        "model": config.model,
+        "checkpoint": path.name,
+        "tta": options.tta,
+        "device": runtime.device.type,
+        "precision": runtime.precision,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Shapes of convolutions: output size, GEMM view, arithmetic, bytes; and those of real networks.
+
+Letters: x (N, H, W, C), w (K, R, S, C), y (N, P, Q, K). GEMM view, M x N x K:
+fprop NPQ x K x CRS, dgrad NHW x C x KRS, wgrad K x CRS x NPQ.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+__all__ = ["ConvOp", "ConvShape", "GemmShape", "NamedConv", "resnet18_convs", "resnet20_convs"]
+
+ConvOp = Literal["fprop", "dgrad", "wgrad"]
+
+
+class GemmShape(NamedTuple):
+    """The matrix product (M, K) @ (K, N) that a convolution is."""
+
+    m: int
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """One 2-d convolution with square stride and padding."""
+
+    N: int
+    H: int
+    W: int
+    C: int
+    K: int
+    R: int = 3
+    S: int = 3
+    stride: int = 1
+    padding: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("N", "H", "W", "C", "K", "R", "S", "stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.padding < 0:
+            raise ValueError(f"padding must not be negative, got {self.padding}")
+        if self.P < 1 or self.Q < 1:
+            raise ValueError(
+                f"a {self.R}x{self.S} filter with padding {self.padding} does not fit "
+                f"an image of {self.H}x{self.W}"
+            )
+
+    @property
+    def P(self) -> int:
+        """Output height."""
+        return (self.H + 2 * self.padding - self.R) // self.stride + 1
+
+    @property
+    def Q(self) -> int:
+        """Output width."""
+        return (self.W + 2 * self.padding - self.S) // self.stride + 1
+
+    @property
+    def RSC(self) -> int:
+        """Elements of one filter."""
+        return self.R * self.S * self.C
+
+    @property
+    def num_x(self) -> int:
+        """Elements of the input."""
+        return self.N * self.H * self.W * self.C
+
+    @property
+    def num_y(self) -> int:
+        """Elements of the output."""
+        return self.N * self.P * self.Q * self.K
+
+    @property
+    def num_w(self) -> int:
+        """Elements of the filters."""
+        return self.K * self.RSC
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of any of the three products, padding taps included."""
+        return 2 * self.num_y * self.RSC
+
+    def num_bytes(self, itemsize: int) -> int:
+        """Bytes of x, w and y together: the least that one product moves."""
+        return (self.num_x + self.num_w + self.num_y) * itemsize
+
+    def gemm(self, op: ConvOp) -> GemmShape:
+        """The matrix product behind `op`."""
+        if op == "fprop":
+            return GemmShape(self.N * self.P * self.Q, self.K, self.RSC)
+        if op == "dgrad":
+            return GemmShape(self.N * self.H * self.W, self.C, self.K * self.R * self.S)
+        return GemmShape(self.K, self.RSC, self.N * self.P * self.Q)
+
+    def constexprs(self) -> dict[str, int]:
+        """The shape as the kernels' compile-time arguments: all but the batch size."""
+        names = ("H", "W", "C", "K", "R", "S", "P", "Q")
+        sizes = {name: getattr(self, name) for name in names}
+        return {**sizes, "STRIDE": self.stride, "PADDING": self.padding}
+
+    @property
+    def layer_key(self) -> str:
+        """Name of the shape without its batch size, as the launch table spells it."""
+        return (
+            f"h{self.H}w{self.W}c{self.C}k{self.K}r{self.R}s{self.S}u{self.stride}p{self.padding}"
+        )
+
+
+class NamedConv(NamedTuple):
+    """A convolution of a network and how many layers have its shape."""
+
+    name: str
+    shape: ConvShape
+    num_layers: int
+
+
+def _residual_convs(batch: int, widths: tuple[int, ...], blocks: int) -> list[NamedConv]:
+    """Stem and stages of a CIFAR ResNet of basic blocks whose shortcuts are 1x1 projections."""
+    size, width = 32, widths[0]
+    convs = [NamedConv("stem", ConvShape(batch, size, size, 3, width), 1)]
+    plain = ConvShape(batch, size, size, width, width)
+    convs.append(NamedConv("stage1", plain, 2 * blocks))
+    for stage, wider in enumerate(widths[1:], start=2):
+        down = ConvShape(batch, size, size, width, wider, stride=2)
+        project = ConvShape(batch, size, size, width, wider, 1, 1, stride=2, padding=0)
+        size, width = size // 2, wider
+        plain = ConvShape(batch, size, size, width, width)
+        convs += [
+            NamedConv(f"stage{stage} down", down, 1),
+            NamedConv(f"stage{stage} projection", project, 1),
+            NamedConv(f"stage{stage}", plain, 2 * blocks - 1),
+        ]
+    return convs
+
+
+def resnet20_convs(batch: int) -> list[NamedConv]:
+    """The convolutions of ResNet-20 on 32x32 images: widths 16, 32, 64, three blocks a stage."""
+    return _residual_convs(batch, (16, 32, 64), 3)
+
+
+def resnet18_convs(batch: int) -> list[NamedConv]:
+    """The convolutions of ResNet-18 on 32x32 images: widths 64 to 512, two blocks a stage."""
+    return _residual_convs(batch, (64, 128, 256, 512), 2)

@@ -1,0 +1,168 @@
+"""Jit helpers that the kernels share: rounding, products, gathers, per-tile statistics.
+
+Triton inlines them, so they cost nothing; they make prologue, main loop and epilogue of a kernel
+readable at one look.
+
+`round_to` and `dot_fp32` exist because the interpreter differs from the hardware for bfloat16: it
+truncates where the hardware rounds to nearest even, and multiplies the raw bits in `tl.dot`. Both
+give hardware arithmetic in both places.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "INTERPRETED",
+    "affine",
+    "dot_fp32",
+    "form_dy",
+    "load_window",
+    "pixel_offsets",
+    "relu",
+    "relu_grad",
+    "round_to",
+    "row_offsets",
+    "store_tile_stats",
+    "store_tile_sum",
+    "window_corners",
+]
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def relu(z):
+    """max(z, 0) that lets NaN through, as torch.relu does."""
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def relu_grad(out, dout):
+    """Dout where out > 0, else 0; a NaN in out passes dout, as in torch."""
+    return tl.where(out <= 0.0, 0.0, dout)
+
+
+@triton.jit
+def round_to(value, dtype: tl.constexpr):
+    """Round an fp32 tile to `dtype`, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        is_nan = value != value
+        bits = tl.where(is_nan, 0.0, value).to(tl.uint32, bitcast=True)
+        bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
+        value = tl.where(is_nan, value, bits.to(tl.float32, bitcast=True))
+    return value.to(dtype)
+
+
+@triton.jit
+def dot_fp32(lhs, rhs, acc, PRECISION: tl.constexpr):
+    """Acc + lhs @ rhs, accumulated in fp32; PRECISION ("ieee" or "tf32") matters for fp32 only."""
+    if INTERPRETED:
+        lhs = lhs.to(tl.float32)
+        rhs = rhs.to(tl.float32)
+    return tl.dot(lhs, rhs, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def pixel_offsets(n, h, w, STRIDES: tl.constexpr):
+    """Element offsets of pixels (n, h, w) in an NHWC tensor whose (n, h, w) strides are given."""
+    return n * STRIDES[0] + h * STRIDES[1] + w * STRIDES[2]
+
+
+@triton.jit
+def row_offsets(offs_nhw, H: tl.constexpr, W: tl.constexpr, STRIDES: tl.constexpr):
+    """Element offsets of flattened pixels; one multiplication if the pixels are evenly spaced."""
+    if STRIDES[1] == W * STRIDES[2] and STRIDES[0] == H * STRIDES[1]:
+        offsets = offs_nhw * STRIDES[2]
+    else:
+        offsets = pixel_offsets(offs_nhw // (H * W), offs_nhw // W % H, offs_nhw % W, STRIDES)
+    return offsets
+
+
+@triton.jit
+def window_corners(
+    offs_npq,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    X_STRIDES: tl.constexpr,
+):
+    """Offset, row and column in x of the upper left tap of each output pixel; may be negative."""
+    h0 = offs_npq // Q % P * STRIDE - PADDING
+    w0 = offs_npq % Q * STRIDE - PADDING
+    return pixel_offsets(offs_npq // (P * Q), h0, w0, X_STRIDES), h0, w0
+
+
+@triton.jit
+def load_window(
+    x_ptr,
+    corners,  # [rows] from window_corners, as are h0 and w0
+    h0,
+    w0,
+    mask_rows,
+    offs_rsc,  # [columns] taps x channels, flattened
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PADDING: tl.constexpr,
+    X_STRIDES: tl.constexpr,
+):
+    """The im2col tile [rows, columns] of x, and where it lies inside the image; 0 elsewhere."""
+    c = offs_rsc % C
+    s = offs_rsc // C % S
+    r = offs_rsc // (S * C)
+    mask = mask_rows[:, None] & (offs_rsc < R * S * C)[None, :]
+    if PADDING > 0:
+        h = h0[:, None] + r[None, :]
+        w = w0[:, None] + s[None, :]
+        mask = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    taps = r * X_STRIDES[1] + s * X_STRIDES[2] + c
+    return tl.load(x_ptr + corners[:, None] + taps[None, :], mask=mask, other=0.0), mask
+
+
+@triton.jit
+def affine(x, ab_ptr, channels, C: tl.constexpr, mask_c):
+    """A * x + b in fp32 for a tile [rows, channels]; ab is (2, C): a above b."""
+    a = tl.load(ab_ptr + channels, mask=mask_c, other=0.0)
+    b = tl.load(ab_ptr + C + channels, mask=mask_c, other=0.0)
+    return x.to(tl.float32) * a[None, :] + b[None, :]
+
+
+@triton.jit
+def form_dy(g, y, c_ptr, channels, K: tl.constexpr, mask, mask_k):
+    """Dy = c0 * g + c1 * y + c2 in fp32, 0 outside `mask`; coefficients (3, K): c0, c1, c2."""
+    c0 = tl.load(c_ptr + channels, mask=mask_k, other=0.0)
+    c1 = tl.load(c_ptr + K + channels, mask=mask_k, other=0.0)
+    c2 = tl.load(c_ptr + 2 * K + channels, mask=mask_k, other=0.0)
+    dy = c0[None, :] * g.to(tl.float32) + (c1[None, :] * y.to(tl.float32) + c2[None, :])
+    return tl.where(mask, dy, 0.0)
+
+
+@triton.jit
+def store_tile_stats(
+    stats_ptr,  # (2, C, num_tiles) fp32: mean above M2
+    values,  # [rows, channels] fp32, rows outside mask_rows hold anything
+    mask_rows,
+    count,  # number of rows inside mask_rows
+    channels,
+    mask_c,
+    tile,
+    num_tiles,
+    C: tl.constexpr,
+):
+    """Mean and sum of squared distances from it, for each channel of one tile."""
+    mean = tl.sum(tl.where(mask_rows[:, None], values, 0.0), axis=0) / count.to(tl.float32)
+    distance = tl.where(mask_rows[:, None], values - mean[None, :], 0.0)
+    m2 = tl.sum(distance * distance, axis=0)
+    offs = channels * num_tiles + tile
+    tl.store(stats_ptr + offs, mean, mask=mask_c)
+    tl.store(stats_ptr + C * num_tiles + offs, m2, mask=mask_c)
+
+
+@triton.jit
+def store_tile_sum(sums_ptr, values, mask, channels, mask_c, tile, num_tiles):
+    """Sum over the rows of one tile; sums is (C, num_tiles) fp32."""
+    total = tl.sum(tl.where(mask, values, 0.0), axis=0)
+    tl.store(sums_ptr + channels * num_tiles + tile, total, mask=mask_c)

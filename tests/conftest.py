@@ -1,0 +1,54 @@
+"""Fixtures of all tests: no network, no user cache, and the real images where there are any."""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+ARCHIVE = "cifar10-jpeg.tar.xz"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests read no data of the user's, write nothing into the user's cache and never download."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTRES_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FASTRES_OFFLINE", "1")
+        patch.delenv("FASTRES_DATA", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def jpeg_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10's 60,000 images as JPEG, unpacked once a session from $FASTRES_TEST_DATA."""
+    folder = Path(os.environ.get("FASTRES_TEST_DATA", REPO.parent / "shared" / "data"))
+    archive = folder / ARCHIVE
+    if not archive.is_file():
+        pytest.skip(f"no {ARCHIVE} in {folder}: set FASTRES_TEST_DATA to the folder that holds it")
+    root = tmp_path_factory.mktemp("cifar10-jpeg")
+    made = set()
+    # One pass over the stream, and the bytes alone: `extractall` takes several times as long.
+    with tarfile.open(archive, "r|xz") as tar:
+        for member in tar:
+            content = tar.extractfile(member)
+            if content is not None:
+                split, name, image = member.name.split("/")[-3:]
+                folder = f"{root}/{split}/{name}"
+                if folder not in made:
+                    os.makedirs(folder)
+                    made.add(folder)
+                with open(f"{folder}/{image}", "wb") as file:
+                    file.write(content.read())
+    return root
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where torch finds no NVIDIA GPU."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU")

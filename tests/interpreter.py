@@ -1,0 +1,32 @@
+"""Where kernel tests run: on the GPU if there is one, else on CPU tensors in Triton's interpreter.
+
+Triton chooses when it is imported and torch does not import it, so conftest.py imports this module
+before anything else. A subprocess that compiles kernels must unset TRITON_INTERPRET again.
+"""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def needs_gpu(test):
+    """Mark a test `gpu` and skip it, with its reason, on machines without one."""
+    skip = pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")
+    return pytest.mark.gpu(skip(test))
+
+
+@pytest.fixture
+def nan_memory():
+    """Fill every torch.empty with NaN, so that an element which no kernel writes shows."""
+    was_on = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(was_on)

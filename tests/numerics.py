@@ -1,0 +1,106 @@
+"""Every numerical tolerance of the kernel tests, and the referee that applies it.
+
+The truth is the plain-torch reference in fp64 on the very inputs of the test. Eager torch in the
+test's dtype makes an error against it, and so does the fused result:
+
+    err(fused) <= RATIO * err(eager) + FLOOR[dtype],   in the RMS norm and in the max norm,
+
+each relative to the same norm of the truth. Derivation of the numbers:
+
+RATIO: kernels keep fp32 wherever eager keeps it and round no more often than eager, so their errors
+    have the same size. The RMS of n independent errors is known to 1 / sqrt(2 n): 13 % for the 32
+    channels of a typical gradient. Two such errors, fused and eager, differ by 1.19 at one standard
+    deviation; 1.25 leaves a little room and still fails on one additional rounding (sqrt(2)).
+
+FLOOR: what remains when eager's error is small by luck or by shortness (a 1x1 convolution of 5
+    channels, a channel of 12 pixels). With u the unit roundoff of the dtype:
+    fp32: another order of summation. RMS 2 u: two roundings. Max 4 u: the largest of many.
+    fp16, bf16: sums are in fp32 on both sides and both round to the dtype, which eager's own error
+    holds already; left are the fp32 differences that tip a rounding the other way, in one element
+    of many: u / 8 in the RMS norm, u / 2 in the max norm.
+
+STATISTICS: means, variances and sums are fp32 whatever the activations' dtype. Torch on CPU sums them
+    in fp64, so eager is nearly exact there and cannot be the yardstick. Sums of n numbers in fp32,
+    pairwise within tiles and between them, err by at most log2(n) u, 16 u for 65,536 pixels,
+    relative to the sum of magnitudes.
+
+RELU_TIES: where z is within rounding of 0 two correct networks may disagree on the mask. Elements
+    within 4 u of the scale of z are left out of gradient checks; were they more than 0.1 % of all,
+    or 8 elements in tests too small for a percentage, the test would fail.
+"""
+
+import torch
+
+RATIO = 1.25
+UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+FLOOR_RMS = {
+    torch.float32: 2 * UNIT_ROUNDOFF[torch.float32],
+    torch.float16: UNIT_ROUNDOFF[torch.float16] / 8,
+    torch.bfloat16: UNIT_ROUNDOFF[torch.bfloat16] / 8,
+}
+FLOOR_MAX = {
+    torch.float32: 4 * UNIT_ROUNDOFF[torch.float32],
+    torch.float16: UNIT_ROUNDOFF[torch.float16] / 2,
+    torch.bfloat16: UNIT_ROUNDOFF[torch.bfloat16] / 2,
+}
+STATISTICS_RTOL = 16 * UNIT_ROUNDOFF[torch.float32]
+RELU_TIES = 1e-3
+RELU_TIE_ELEMENTS = 8
+
+
+def rms(t: torch.Tensor) -> float:
+    return t.double().square().mean().sqrt().item()
+
+
+def largest(t: torch.Tensor) -> float:
+    return t.double().abs().max().item()
+
+
+def assert_like_eager(
+    name: str,
+    fused: torch.Tensor,
+    eager: torch.Tensor,
+    truth: torch.Tensor,
+    dtype: torch.dtype | None = None,
+    keep: torch.Tensor | None = None,
+) -> None:
+    """Fail unless `fused` is as near to the fp64 truth as `eager` is.
+
+    dtype: whose floor counts, by default that of the fused result; an fp32 gradient of a bf16
+        network inherits the network's roundings and is measured as bf16. keep: what to compare.
+    """
+    assert fused.shape == truth.shape == eager.shape, f"{name}: {fused.shape} {truth.shape}"
+    fused, eager = fused.detach(), eager.detach()
+    dtype = dtype or fused.dtype
+    if keep is not None:
+        fused, eager, truth = fused[keep], eager[keep], truth[keep]
+    tf32 = torch.backends.cudnn.allow_tf32
+    for norm, floor in ((rms, FLOOR_RMS[dtype]), (largest, FLOOR_MAX[dtype])):
+        scale = norm(truth) or 1.0
+        error = norm(fused.double() - truth) / scale
+        allowed = RATIO * norm(eager.double() - truth) / scale + floor
+        assert error <= allowed, (
+            f"{name}: {norm.__name__} error {error:.3e} of the scale, allowed {allowed:.3e} "
+            f"({fused.dtype}, floor of {dtype}, cudnn tf32 {tf32})"
+        )
+
+
+def assert_statistics(
+    name: str, actual: torch.Tensor, truth: torch.Tensor, magnitude: torch.Tensor
+) -> None:
+    """Fail unless fp32 sums are right to STATISTICS_RTOL of the magnitudes that were added."""
+    assert actual.dtype == torch.float32
+    error = ((actual.double() - truth).abs() / magnitude.clamp_min(1e-30)).max().item()
+    assert error <= STATISTICS_RTOL, f"{name}: error {error:.3e}, allowed {STATISTICS_RTOL:.3e}"
+
+
+def away_from_ties(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Where the fp64 pre-activation is too far from 0 for two correct ReLU masks to differ."""
+    near = z.abs() <= 4 * UNIT_ROUNDOFF[dtype] * z.abs().max()
+    assert near.sum() <= max(RELU_TIES * z.numel(), RELU_TIE_ELEMENTS), f"{near.sum()} ties"
+    return ~near

@@ -1,0 +1,152 @@
+"""Checkpoints: whole or refused, atomic, safe, and free of route-specific names."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastres import create_model
+from fastres.engine import checkpoint
+from fastres.errors import FailureError
+
+TENSORS = {
+    "model.weight": torch.arange(24.0).view(2, 3, 2, 2).to(memory_format=torch.channels_last),
+    "model.steps": torch.tensor(7),
+    "optimizer.weight.momentum_buffer": torch.full((2,), 0.5, dtype=torch.bfloat16),
+}
+META = {"progress": {"step": 3, "rows": [{"loss": 1.25}]}, "name": "ü"}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "last.safetensors"
+    checkpoint.write(path, TENSORS, META)
+    return path
+
+
+def test_what_is_written_comes_back(saved):
+    tensors, meta = checkpoint.read(saved)
+    assert meta == META
+    assert tensors.keys() == TENSORS.keys()
+    for name, value in TENSORS.items():
+        assert tensors[name].dtype == value.dtype
+        assert torch.equal(tensors[name], value)
+    assert os.listdir(saved.parent) == ["last.safetensors"]
+
+
+def test_no_single_changed_byte_goes_unnoticed(saved):
+    content = bytearray(saved.read_bytes())
+    for position in range(len(content)):
+        content[position] ^= 0x10
+        saved.write_bytes(content)
+        content[position] ^= 0x10
+        with pytest.raises(FailureError, match=r"last\.safetensors"):
+            checkpoint.read(saved)
+
+
+def test_no_truncation_goes_unnoticed(saved):
+    content = saved.read_bytes()
+    for length in range(len(content)):
+        saved.write_bytes(content[:length])
+        with pytest.raises(FailureError, match=r"last\.safetensors"):
+            checkpoint.read(saved)
+
+
+def test_a_pickle_is_refused_unopened(tmp_path):
+    marker = tmp_path / "executed"
+
+    class Payload:
+        def __reduce__(self):
+            return (os.mkdir, (str(marker),))
+
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pickle.dumps({"model": Payload()}))
+    with pytest.raises(FailureError, match="no readable checkpoint"):
+        checkpoint.read(path)
+    torch.save({"x": Payload()}, path)
+    with pytest.raises(FailureError, match="no readable checkpoint"):
+        checkpoint.read(path)
+    assert not marker.exists()
+
+
+def test_foreign_safetensors_are_named_as_such(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(FailureError, match="not written by fastres"):
+        checkpoint.read(tmp_path / "x.safetensors")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FailureError, match="no checkpoint at"):
+        checkpoint.read(tmp_path / "none.safetensors")
+
+
+def test_a_full_disk_leaves_the_old_file(saved):
+    """RLIMIT_FSIZE makes every longer write fail, as a full disk does."""
+    before = saved.read_bytes()
+    code = f"""
+import resource, signal, torch
+from pathlib import Path
+from fastres.engine import checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    checkpoint.write(Path({str(saved)!r}), {{"x": torch.zeros(10000)}}, {{}})
+except checkpoint.FailureError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "cannot write" in result.stdout, result.stderr
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == ["last.safetensors"]
+
+
+def test_kills_while_saving_leave_a_whole_file(tmp_path):
+    path = tmp_path / "last.safetensors"
+    code = f"""
+import torch
+from pathlib import Path
+from fastres.engine import checkpoint
+tensors = {{str(i): torch.zeros(50_000) for i in range(8)}}
+step = 0
+while True:
+    checkpoint.write(Path({str(path)!r}), tensors, {{"step": step}})
+    print(step, flush=True)
+    step += 1
+"""
+    previous = -1
+    for attempt in range(6):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        child.stdout.readline()
+        time.sleep(0.003 * attempt)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        _, meta = checkpoint.read(path)
+        assert meta["step"] >= 0
+        previous = meta["step"]
+    assert previous >= 0
+
+
+def test_another_models_weights_are_refused_by_name():
+    model = create_model("resnet8")
+    other = create_model("resnet8", width=2).state_dict()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(FailureError, match=r"another model.*another shape bn1\.bias"):
+        checkpoint.load_weights(model, other, "x")
+    with pytest.raises(FailureError, match=r"lacks .*layer2.*has besides layer1\.1"):
+        deeper = create_model("resnet14", shortcut="A").state_dict()
+        checkpoint.load_weights(model, deeper, "x")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_header_is_plain_json(saved):
+    content = saved.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert header["__metadata__"]["format"] == checkpoint.FORMAT

@@ -1,0 +1,208 @@
+"""Loaders: the same pixels from all of them, every image once, reproducible from any point."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import fastres
+from fastres.data.dataset import Dataset, ImageSet
+from fastres.data.loaders import LOADERS, dali_missing
+from fastres.data.plan import Augmentation, plan_epoch
+from fastres.errors import UsageError
+
+needs_dali = pytest.mark.skipif(dali_missing() is not None, reason=str(dali_missing()))
+EACH_LOADER = [pytest.param(name, marks=needs_dali if name == "dali" else ()) for name in LOADERS]
+AUGMENTATIONS = {
+    "crop and flip": Augmentation(),
+    "all": Augmentation(crop_padding=3, flip="alternating", cutout=9),
+    "cutout alone": Augmentation(crop_padding=0, flip="none", cutout=32),
+    "nothing": Augmentation(crop_padding=0, flip="none", cutout=0),
+}
+
+
+def noise(count, seed):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return ImageSet(images, rng.integers(0, 10, count))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Dataset(
+        name="noise",
+        classes=tuple("abcdefghij"),
+        train=noise(100, 1),
+        test=noise(41, 2),
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.25, 0.3),
+        fingerprint="none",
+        source="a test",
+        notices=(),
+    )
+
+
+def load(data, loader, **options):
+    return fastres.make_loader(data, loader=loader, **{"batch_size": 16, "seed": 3} | options)
+
+
+def with_pillow(data, augmentation, epoch):
+    """Augment one image at a time with Pillow: an implementation that shares nothing with ours."""
+    plan = plan_epoch(len(data.train), seed=3, epoch=epoch, augmentation=augmentation, shuffle=True)
+    colour = tuple(round(255 * m) for m in data.mean)
+    for row, index in enumerate(plan.index):
+        image = Image.fromarray(data.train.images[index])
+        if plan.padding:
+            top, left = plan.crop[row].tolist()
+            padded = ImageOps.expand(image, plan.padding, fill=(0, 0, 0))
+            image = padded.crop((left, top, left + 32, top + 32))
+        if plan.flip[row]:
+            image = ImageOps.mirror(image)
+        if augmentation.cutout:
+            top, left, bottom, right = plan.cutout[row].tolist()
+            image.paste(colour, (left, top, right, bottom))
+        pixels = np.asarray(image, dtype=np.float64) / 255
+        normal = (pixels - data.mean) / data.std
+        yield normal.transpose(2, 0, 1), data.train.labels[index]
+
+
+@pytest.mark.parametrize("loader", EACH_LOADER)
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
+def test_training_pixels_equal_pillows(data, loader, augmentation):
+    served = load(data, loader, augmentation=augmentation, epoch=2)
+    wanted = list(with_pillow(data, augmentation, epoch=2))
+    assert len(served) == 6
+    position = 0
+    for images, labels in served:
+        assert images.shape == (16, 3, 32, 32)
+        assert images.dtype == torch.float32
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        for image, label in zip(images.double().numpy(), labels.tolist(), strict=True):
+            np.testing.assert_allclose(image, wanted[position][0], atol=1e-5)
+            assert label == wanted[position][1]
+            position += 1
+    assert position == 96
+
+
+@pytest.mark.parametrize("loader", EACH_LOADER)
+def test_epochs_follow_each_other_and_can_be_entered_anywhere(data, loader):
+    served = load(data, loader)
+    epochs = [[images.clone() for images, _ in served] for _ in range(3)]
+    assert served.epoch == 3
+    assert not torch.equal(epochs[0][0], epochs[1][0])
+    late = [images for images, _ in load(data, loader, epoch=2)]
+    assert all(torch.equal(a, b) for a, b in zip(epochs[2], late, strict=True))
+    resumed = [images for images, _ in load(data, loader).serve(1, start_batch=4)]
+    assert len(resumed) == 2
+    assert all(torch.equal(a, b) for a, b in zip(epochs[1][4:], resumed, strict=True))
+
+
+@pytest.mark.parametrize("loader", EACH_LOADER)
+def test_an_epoch_left_early_does_not_disturb_the_next(data, loader):
+    served = load(data, loader)
+    for _ in served:
+        break
+    again = [images for images, _ in served.serve(1)]
+    fresh = [images for images, _ in load(data, loader).serve(1)]
+    assert all(torch.equal(a, b) for a, b in zip(again, fresh, strict=True))
+
+
+@pytest.mark.parametrize("loader", EACH_LOADER)
+def test_a_batch_stays_as_it_was_while_later_ones_are_read(data, loader):
+    kept = [(images, images.clone()) for images, _ in load(data, loader)]
+    assert all(torch.equal(image, copy) for image, copy in kept)
+
+
+@pytest.mark.parametrize("loader", EACH_LOADER)
+@pytest.mark.parametrize("batch_size", [1, 7, 40, 41, 42, 500])
+def test_evaluation_serves_every_image_once_and_unchanged(data, loader, batch_size):
+    served = load(data, loader, split="test", batch_size=batch_size)
+    batches = list(served)
+    assert len(batches) == len(served)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    np.testing.assert_array_equal(labels.numpy(), data.test.labels)
+    raw = images.double().permute(0, 2, 3, 1).numpy() * data.std + data.mean
+    np.testing.assert_allclose(raw * 255, data.test.images, atol=1e-3)
+
+
+def test_workers_do_not_change_the_batches(data):
+    alone, helped = (load(data, "torch", workers=workers) for workers in (0, 2))
+    for _ in range(2):
+        for (a, i), (b, j) in zip(alone, helped, strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(i, j)
+
+
+def test_validation_images_are_held_out_of_the_training_images(data):
+    parts = [load(data, "resident", split=split, num_val=20) for split in ("train", "val")]
+    train, val = (part.batches.images.images.reshape(-1, 3072) for part in parts)
+    assert (len(train), len(val)) == (80, 20)
+    everything = np.concatenate([train, val])
+    assert {row.tobytes() for row in everything} == {
+        row.tobytes() for row in data.train.images.reshape(-1, 3072)
+    }
+
+
+def test_val_without_a_number_says_that_it_overlaps(data):
+    with pytest.warns(UserWarning, match="num_val=10"):
+        val = load(data, "resident", split="val")
+    assert len(val.batches.images) == 10
+
+
+def test_auto_without_dali_says_what_takes_its_place(data, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if "dali" in name else found(name)
+    )
+    with pytest.warns(UserWarning, match="resident loader takes its place"):
+        assert load(data, "auto").name == "resident"
+    with pytest.raises(UsageError, match="DALI is not installed"):
+        load(data, "dali")
+
+
+@needs_dali
+def test_auto_takes_dali(data):
+    assert load(data, "auto").name == "dali"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loader": "ffcv"}, "the loaders are auto, dali, resident, torch"),
+        ({"split": "dev"}, "the splits are train, val, test"),
+        ({"batch_size": 101}, "larger than the 100 training images"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"loader": "torch", "workers": -1}, "must not be negative"),
+    ],
+)
+def test_bad_use_is_one_sentence(data, options, message):
+    with pytest.raises(UsageError, match=message):
+        load(data, **{"loader": "resident"} | options)
+
+
+@needs_dali
+def test_all_loaders_agree_on_two_epochs_of_real_images(jpeg_dir):
+    data = fastres.load_dataset("folder", jpeg_dir)
+    assert data.name == "cifar10-jpeg"
+    loaders = [fastres.make_loader(data, batch_size=500, loader=name) for name in LOADERS]
+    for _ in range(2):
+        for (a, i), (b, j), (c, k) in zip(*loaders, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+            torch.testing.assert_close(a, c, rtol=0, atol=1e-5)
+            assert torch.equal(i, j)
+            assert torch.equal(i, k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loader", EACH_LOADER)
+def test_pixels_on_the_gpu_equal_those_on_the_cpu(data, loader):
+    augmentation = AUGMENTATIONS["all"]
+    on_gpu = load(data, loader, augmentation=augmentation, device="cuda")
+    on_cpu = load(data, "resident", augmentation=augmentation)
+    for _ in range(2):
+        for (a, i), (b, j) in zip(on_gpu, on_cpu, strict=True):
+            assert a.device.type == "cuda"
+            torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-5)
+            assert torch.equal(i.cpu(), j)

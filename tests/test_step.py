@@ -1,0 +1,215 @@
+"""The training step: schedule, weight decay, averages, parity of routes, nothing that waits."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from fastres import create_model
+from fastres.config import Config
+from fastres.engine.optim import Optimizer, lr_factor
+from fastres.engine.runtime import Runtime
+from fastres.engine.step import TrainStep, WeightAverage
+
+CPU = torch.device("cpu")
+SMALL = Config(model="resnet8", width=0.5, lr=0.1, batch_size=8, warmup=0.0, schedule="constant")
+
+
+def batch(seed=0, device=CPU):
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randn(8, 3, 32, 32, generator=rng)
+    return images.to(device), torch.randint(0, 10, (8,), generator=rng).to(device)
+
+
+def make(config=SMALL, total_steps=10, **runtime):
+    step_runtime = Runtime(**{"device": CPU} | runtime)
+    model = create_model(config.model, width=config.width, seed=0).train()
+    step_runtime.place(model)
+    return TrainStep(model, config, step_runtime, total_steps)
+
+
+def plain_step(model, optimizer, images, labels, label_smoothing=0.0):
+    """Train one step as anybody would write it."""
+    optimizer.zero_grad()
+    F.cross_entropy(model(images), labels, label_smoothing=label_smoothing).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_step_equals_plain_torch(fused, smoothing):
+    config = SMALL.replace(label_smoothing=smoothing, weight_decay=0.01)
+    step = make(config, fused_optimizer=fused)
+    model = create_model("resnet8", width=0.5, seed=0).train()
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.SGD(
+        [{"params": decay, "weight_decay": 0.01}, {"params": rest}],
+        lr=0.1,
+        momentum=0.9,
+        nesterov=True,
+    )
+    for number in range(3):
+        step(number, *batch(number))
+        plain_step(model, optimizer, *batch(number), label_smoothing=smoothing)
+    for (name, a), b in zip(step.model.state_dict().items(), model.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_batch_norm_and_biases_do_not_decay():
+    model = create_model("resnet8", width=0.5, seed=0)
+    optimizer = Optimizer(model, SMALL.replace(weight_decay=0.5, lr=1.0), fused=False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.rule.step()
+    for name, p in model.named_parameters():
+        decays = not torch.equal(p, before[name])
+        assert decays == (p.ndim > 1), name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "progress", "factor"),
+    [
+        ("one-cycle", 0.05, 0.5),
+        ("one-cycle", 0.1, 1.0),
+        ("one-cycle", 0.55, 0.5),
+        ("one-cycle", 1.0, 0.0),
+        ("cosine", 0.55, 0.5),
+        ("cosine", 1.0, 0.0),
+        ("steps", 0.49, 1.0),
+        ("steps", 0.5, 0.1),
+        ("steps", 0.75, 0.01),
+        ("constant", 0.9, 1.0),
+    ],
+)
+def test_schedules(schedule, progress, factor):
+    assert lr_factor(schedule, progress, warmup=0.1) == pytest.approx(factor)
+
+
+def test_the_learning_rate_of_a_step_follows_the_schedule():
+    step = make(SMALL.replace(schedule="one-cycle", lr=0.4), total_steps=4)
+    seen = []
+    for number in range(4):
+        step(number, *batch())
+        seen.append(step.optimizer.lr.item())
+    assert seen == pytest.approx([0.35, 0.25, 0.15, 0.05])
+
+
+def test_the_average_is_applied_and_taken_back():
+    step = make(SMALL.replace(ema=0.5))
+    weight = step.model.get_parameter("conv1.weight")
+    wanted = weight.detach().clone()
+    for number in range(4):
+        step(number, *batch(number))
+        keep = min(0.5, (1 + number) / (10 + number))
+        wanted = keep * wanted + (1 - keep) * weight.detach()
+    live = weight.detach().clone()
+    with step.evaluated_weights():
+        torch.testing.assert_close(weight, wanted)
+    assert torch.equal(weight, live)
+    assert not torch.allclose(live, wanted)
+
+
+def test_the_average_covers_batch_norm_statistics():
+    average = WeightAverage(create_model("resnet8"), 0.9).average
+    assert "bn1.running_mean" in average
+    assert "bn1.num_batches_tracked" not in average
+
+
+def test_totals_count_the_batch():
+    step = make()
+    images, labels = batch()
+    with torch.no_grad():
+        logits = copy.deepcopy(step.model)(images)
+    step(0, images, labels)
+    loss, accuracy, count = step.totals.read()
+    assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert accuracy == 100 * (logits.argmax(1) == labels).double().mean().item()
+    assert count == 8
+
+
+@pytest.mark.parametrize("runtime", [{"channels_last": True}, {"route": "compile"}])
+def test_routes_take_the_same_steps(runtime):
+    """Losses of five steps agree to what one float32 rounding of the input does to them."""
+    plain, other = make(), make(**runtime)
+    other.prepare(*batch(9))
+    losses = []
+    for step in (plain, other):
+        losses.append([])
+        for number in range(5):
+            step.totals.values.zero_()
+            step(number, *batch(number))
+            losses[-1].append(step.totals.read()[0])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert plain.model.state_dict().keys() == other.model.state_dict().keys()
+
+
+def test_preparing_leaves_no_trace():
+    step = make(SMALL.replace(ema=0.9), route="compile")
+    before = {k: v.clone() for k, v in step.state_dict().items()}
+    step.prepare(*batch(1))
+    after = step.state_dict()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+    added = after.keys() - before.keys()
+    assert added
+    assert all(after[name].abs().max() == 0 for name in added)
+
+
+def test_mixed_precision_keeps_float32_weights():
+    step = make(dtype=torch.bfloat16, channels_last=True)
+    step(0, *batch())
+    assert {p.dtype for p in step.model.parameters()} == {torch.float32}
+    assert step.model.bn1.running_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_restored_step_goes_on_bit_for_bit(optimizer, tmp_path):
+    config = SMALL.replace(optimizer=optimizer, ema=0.9, lr=0.01)
+    whole, first, second = make(config), make(config), make(config)
+    for number in range(4):
+        whole(number, *batch(number))
+    for number in range(2):
+        first(number, *batch(number))
+    saved = {name: value.clone() for name, value in first.state_dict().items()}
+    second.load_state_dict(saved, tmp_path)
+    for number in range(2, 4):
+        second(number, *batch(number))
+    resumed = second.state_dict()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed[name]), name
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_reads_nothing_back(optimizer, dtype):
+    """Fake tensors have no values: any `.item()` raises, so the step can be captured."""
+    config = SMALL.replace(optimizer=optimizer, ema=0.9, label_smoothing=0.1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = create_model(config.model, width=config.width)
+        runtime = Runtime(device=CPU, dtype=dtype, fused_optimizer=True)
+        step = TrainStep(model, config, runtime, total_steps=10)
+        for number in range(2):
+            step(number, torch.empty(8, 3, 32, 32), torch.empty(8, dtype=torch.int64))
+        with pytest.raises(DataDependentOutputException):
+            step.totals.read()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("route", ["eager", "compile"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_replayed_graph_takes_the_eager_steps(route, dtype):
+    cuda = torch.device("cuda", 0)
+    options = {"device": cuda, "dtype": dtype, "channels_last": True, "fused_optimizer": True}
+    eager = make(**options)
+    graph = make(**options, route=route, graph=True)
+    graph.prepare(*batch(9, cuda))
+    for number in range(5):
+        eager(number, *batch(number, cuda))
+        graph(number, *batch(number, cuda))
+    a, b = eager.totals.read(), graph.totals.read()
+    assert a[0] == pytest.approx(b[0], rel=2e-2 if dtype == torch.bfloat16 else 2e-3)
+    assert a[2] == b[2] == 40
