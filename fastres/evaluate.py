@@ -106,7 +106,6 @@ def _evaluate(folder, config: Config, options: EvaluateOptions, screen) -> dict:
 
     path = folder.result() if options.checkpoint == "auto" else folder.file(options.checkpoint)
     tensors, meta = checkpoint.read(path)
-    runtime = resolve_runtime(config)
     data = load_dataset(config.dataset, config.data_dir)
     if list(data.classes) != meta["classes"]:
         raise FailureError(
@@ -116,6 +115,7 @@ def _evaluate(folder, config: Config, options: EvaluateOptions, screen) -> dict:
     model = create_model(
         config.model, len(data.classes), width=config.width, shortcut=config.shortcut
     )
+    runtime = resolve_runtime(config, model)
     checkpoint.load_weights(model, checkpoint.evaluated_weights(tensors), path)
     runtime.place(model)
     screen.data(data, 0, 0)

@@ -19,9 +19,9 @@ FLOOR: what remains when eager's error is small by luck or by shortness (a 1x1 c
     holds already; left are the fp32 differences that tip a rounding the other way, in one element
     of many: u / 8 in the RMS norm, u / 2 in the max norm.
 
-STATISTICS: means, variances and sums are fp32 whatever the activations' dtype. Torch on CPU sums them
-    in fp64, so eager is nearly exact there and cannot be the yardstick. Sums of n numbers in fp32,
-    pairwise within tiles and between them, err by at most log2(n) u, 16 u for 65,536 pixels,
+STATISTICS: means, variances and sums are fp32 whatever the activations' dtype. Torch on CPU sums
+    them in fp64, so eager is nearly exact there and cannot be the yardstick. Sums of n numbers in
+    fp32, pairwise within tiles and between them, err by at most log2(n) u, 16 u for 65,536 pixels,
     relative to the sum of magnitudes.
 
 RELU_TIES: where z is within rounding of 0 two correct networks may disagree on the mask. Elements
@@ -88,6 +88,16 @@ def assert_like_eager(
             f"{name}: {norm.__name__} error {error:.3e} of the scale, allowed {allowed:.3e} "
             f"({fused.dtype}, floor of {dtype}, cudnn tf32 {tf32})"
         )
+
+
+def assert_rounded_once(name: str, actual: torch.Tensor, truth: torch.Tensor) -> None:
+    """Fail where a half-precision result is further from the truth than one rounding of it.
+
+    The sums before it are in fp32, whose error, 2**-16 of the scale at most, is added.
+    """
+    allowed = UNIT_ROUNDOFF[actual.dtype] * truth.abs() + 2.0**-16 * truth.abs().max()
+    worst = ((actual.double() - truth).abs() / allowed).max().item()
+    assert worst <= 1, f"{name}: {worst:.2f} of one rounding to {actual.dtype}"
 
 
 def assert_statistics(

@@ -139,8 +139,8 @@ def test_another_models_weights_are_refused_by_name():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(FailureError, match=r"another model.*another shape bn1\.bias"):
         checkpoint.load_weights(model, other, "x")
+    deeper = create_model("resnet14", shortcut="A").state_dict()
     with pytest.raises(FailureError, match=r"lacks .*layer2.*has besides layer1\.1"):
-        deeper = create_model("resnet14", shortcut="A").state_dict()
         checkpoint.load_weights(model, deeper, "x")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

@@ -194,6 +194,26 @@ def test_what_a_killed_process_left_is_removed_when_old(root: Path) -> None:
     assert not left.exists()
 
 
+def test_the_other_process_was_faster(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entry appears while this process is still writing its own copy of it."""
+    build = Builder()
+    cached("one", build)
+    (entry,) = (root / "datasets").iterdir()
+    entry.rename(tmp_path / "theirs")
+    save = cache.np.save
+
+    def save_last(path: Path, array: np.ndarray) -> None:
+        save(path, array)
+        if path.name == "test_labels.npy":
+            shutil.copytree(tmp_path / "theirs", entry)
+
+    monkeypatch.setattr(cache.np, "save", save_last)
+    assert cached("two", build).notices == ("resized 3",)
+    assert list((root / "datasets").iterdir()) == [entry]
+
+
 WRITER = """
 import sys
 sys.path.insert(0, sys.argv[1])

@@ -150,8 +150,8 @@ def test_wrong_content_never_gets_the_name(
 ) -> None:
     with pytest.raises(FailureError, match=reason):
         download_cifar("cifar10", tmp_path, serve(path))
-    assert not (tmp_path / NAME).exists()
-    # Nothing wrong is left for the next source to go on from.
+    # Nothing is left, neither under the name nor for the next source to go on from.
+    assert list(tmp_path.iterdir()) == []
     expect_archive_alone(tmp_path, download_cifar("cifar10", tmp_path, serve(path, "/good")))
 
 

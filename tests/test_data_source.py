@@ -121,6 +121,17 @@ def test_broken_data_is_never_replaced(tmp_path: Path) -> None:
         load_dataset("auto", tmp_path)
 
 
+def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = pack(tmp_path / CIFAR10_BINARY.archive, cifar_members(CIFAR10_BINARY))
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("fastres.data.cifar.md5_of", refuse)
+    with pytest.raises(FailureError, match=f"cannot read {path}: Permission denied"):
+        load_dataset("auto", tmp_path)
+
+
 @pytest.mark.usefixtures("small_synthetic")
 def test_auto_with_nothing_is_loudly_synthetic() -> None:
     for _ in range(2):

@@ -110,9 +110,18 @@ def test_many_tiles_are_merged_in_several_rounds():
     assert_statistics("dbeta", grads.dbeta, total.sum(1), total.abs().sum(1))
 
 
-@pytest.mark.parametrize("shortcut", ["none", "residual", "projected"])
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shortcut", "relu", "dtype"),
+    [
+        ("none", True, FP32),
+        ("none", False, BF16),
+        ("residual", True, BF16),
+        ("residual", False, FP16),
+        ("projected", True, FP16),
+        ("projected", True, BF16),
+        ("projected", False, FP32),
+    ],
+)
 def test_apply(shortcut, relu, dtype):
     y, residual = normal(2, 33, 7, 9, dtype=dtype), normal(2, 33, 7, 9, seed=1, dtype=dtype)
     ab, ab_s = normal(2, 33, seed=2), normal(2, 33, seed=3)
@@ -137,9 +146,17 @@ def test_apply(shortcut, relu, dtype):
     assert_like_eager("out", out, eager(y, residual, ab, ab_s), truth)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mask", ["output", "recomputed", "none"])
-@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize(
+    ("mask", "projected", "dtype"),
+    [
+        ("output", False, FP32),
+        ("output", True, BF16),
+        ("recomputed", False, BF16),
+        ("recomputed", True, FP16),
+        ("none", False, FP16),
+        ("none", True, FP32),
+    ],
+)
 def test_backward(mask, projected, dtype):
     """Reduce, finalize and apply against the gradient that autograd finds for batch norm."""
     y, dout = normal(2, 33, 7, 9, dtype=dtype), normal(2, 33, 7, 9, seed=1, dtype=dtype)
@@ -189,15 +206,21 @@ def test_backward(mask, projected, dtype):
 
 
 def test_backward_keeps_digits_beside_a_large_offset():
-    """A centred sum: at mean 100 and deviation 0.01 the raw sum of g * y has no digit left."""
+    """At mean 100 and deviation 0.01 only the rounding of the fp32 mean itself may show."""
     y, g = make_y("offset", FP32), normal(2, 33, 7, 9, seed=1)
     weight = torch.ones(33, device=DEVICE)
     forward = bn_finalize(bn_stats(y), weight, torch.zeros(33, device=DEVICE))
     _, sums = bn_backward_reduce(g, y, forward.mean, config=TILE)
     grads = bn_backward_finalize(sums.g, sums.gy, forward.mean, forward.rstd, weight, 126)
     _, truth = ref.bn_backward_sums_ref(g.double(), y.double(), y.double().mean((0, 2, 3)))
-    truth *= (y.double().var((0, 2, 3), unbiased=False) + 1e-5).rsqrt()
-    assert (grads.dgamma.double() - truth).abs().max() < 1e-2
+    rstd = (y.double().var((0, 2, 3), unbiased=False) + 1e-5).rsqrt()
+    error_of_mean = 2.0**-17
+    dbeta = g.double().sum((0, 2, 3)).abs()
+    size = g.double().abs().sum((0, 2, 3))
+    allowed = error_of_mean * rstd * dbeta + 4 * STATISTICS_RTOL * size
+    assert ((grads.dgamma.double() - truth * rstd).abs() <= allowed).all()
+    raw = (g * y).sum((0, 2, 3)) - forward.mean * g.sum((0, 2, 3))
+    assert ((raw.double() - truth) * rstd > allowed).any()
 
 
 def test_nan_comes_through_and_ties_do_not():

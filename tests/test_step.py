@@ -54,8 +54,9 @@ def test_a_step_equals_plain_torch(fused, smoothing):
     for number in range(3):
         step(number, *batch(number))
         plain_step(model, optimizer, *batch(number), label_smoothing=smoothing)
-    for (name, a), b in zip(step.model.state_dict().items(), model.state_dict().values()):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+    expected = model.state_dict()
+    for name, value in step.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_batch_norm_and_biases_do_not_decay():

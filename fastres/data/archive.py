@@ -9,10 +9,11 @@ import gzip
 import hashlib
 import tarfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from fastres.data.progress import progress_bar
 from fastres.errors import FailureError
 
 __all__ = ["GZIP_MAGIC", "MAX_UNPACKED_BYTES", "looks_like_a_web_page", "md5_of", "read_members"]
@@ -50,8 +51,11 @@ def read_members(path: Path, wanted: Collection[str]) -> tuple[dict[str, bytes],
     """
     found: dict[str, bytes] = {}
     names: set[str] = set()
-    with path.open("rb") as raw:
-        stream = _Bounded(_open_stream(raw, path), path)
+    with path.open("rb") as raw, progress_bar(in_bytes=True) as bar:
+        task = bar.add_task(f"reading {path.name}", total=path.stat().st_size)
+        stream = _Bounded(
+            _open_stream(raw, path), path, lambda: bar.update(task, completed=raw.tell())
+        )
         try:
             source = cast(BinaryIO, stream)
             with tarfile.open(fileobj=source, mode="r|", bufsize=_BUFFER_BYTES) as tar:
@@ -93,15 +97,17 @@ def _open_stream(raw: BinaryIO, path: Path) -> BinaryIO:
 
 
 class _Bounded:
-    """A readable stream that stops a decompression bomb."""
+    """A readable stream that stops a decompression bomb and reports after every read."""
 
-    def __init__(self, stream: BinaryIO, path: Path) -> None:
+    def __init__(self, stream: BinaryIO, path: Path, report: Callable[[], object]) -> None:
         self._stream = stream
         self._path = path
+        self._report = report
         self._left = MAX_UNPACKED_BYTES
 
     def read(self, count: int) -> bytes:
         data = self._stream.read(count)
+        self._report()
         self._left -= len(data)
         if self._left < 0:
             raise FailureError(

@@ -31,6 +31,7 @@ from fastres.data.dataset import Dataset, ImageSet, content_fingerprint
 
 __all__ = ["cache_folder", "cached"]
 
+# Raised with the fields of Dataset or the layout of an entry: older entries are then not found.
 _FORMAT = 1
 _STALE_S = 24 * 3600
 _UNFINISHED = ".unfinished-"

@@ -28,6 +28,7 @@ import numpy as np
 from fastres.data.archive import MAX_UNPACKED_BYTES, md5_of, read_members
 from fastres.data.batches import read_batch
 from fastres.data.dataset import CIFAR10_CLASSES, Dataset, ImageSet
+from fastres.data.progress import progress_bar
 from fastres.errors import FailureError
 
 __all__ = ["CIFAR100_CLASSES", "LAYOUTS", "CifarFiles", "Layout", "find_cifar"]
@@ -195,8 +196,12 @@ class CifarFiles:
         packed = not self.path.is_dir()
         verified = packed and md5_of(self.path) == layout.md5
         members = _packed_members(self) if packed else _unpacked_members(self)
-        train = _concatenate([_decode(self, name, members[name]) for name in layout.train])
-        test = _concatenate([_decode(self, layout.test, members[layout.test])])
+        with progress_bar() as bar:
+            parts = [
+                _decode(self, name, members.pop(name))
+                for name in bar.track(layout.members, description=f"decoding {kind.title}")
+            ]
+        train, test = _concatenate(parts[:-1]), parts[-1]
         notices: list[str] = []
         for split, images, count in (
             ("training", train, _TRAIN_COUNT),

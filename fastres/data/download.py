@@ -5,6 +5,7 @@ same archive, goes on from there. Only a file with the published checksum gets t
 so it does not matter who serves it: a wrong mirror costs time and nothing else.
 """
 
+import contextlib
 import fcntl
 import http.client
 import os
@@ -102,21 +103,35 @@ def _fetch(source: Remote, folder: Path) -> Path:
     """Bring one archive into place; OSError means the disk, _FetchError the source."""
     folder.mkdir(parents=True, exist_ok=True)
     target, part = folder / source.archive, folder / f"{source.archive}.part"
-    with part.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here while the first one fetches
-        if target.exists():
-            part.unlink(missing_ok=True)
-            return target
-        with progress_bar(in_bytes=True) as bar:
-            task = bar.add_task(source.archive, total=source.size)
-            _fill(source, file, lambda done: bar.update(task, completed=done))
-        file.flush()
-        if md5_of(part) != source.md5:
-            file.truncate(0)
-            raise _FetchError("its checksum is not the published one")
-        os.fsync(file.fileno())
-        os.replace(part, target)
+    with _open_locked(part) as file:
+        try:
+            if target.exists():
+                return target
+            with progress_bar(in_bytes=True) as bar:
+                task = bar.add_task(source.archive, total=source.size)
+                _fill(source, file, lambda done: bar.update(task, completed=done))
+            file.flush()
+            if md5_of(part) != source.md5:
+                file.truncate(0)
+                raise _FetchError("its checksum is not the published one")
+            os.fsync(file.fileno())
+            os.replace(part, target)
+        finally:
+            if os.fstat(file.fileno()).st_size == 0:
+                part.unlink(missing_ok=True)
     return target
+
+
+def _open_locked(part: Path) -> BinaryIO:
+    """Open `part` for appending; a second process waits here while the first one fetches."""
+    while True:
+        file = part.open("ab")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # While this process waited, the other one may have renamed or removed what was opened.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), part.stat()):
+                return file
+        file.close()
 
 
 def _fill(source: Remote, file: BinaryIO, report: Callable[[int], object]) -> None:

@@ -43,13 +43,21 @@ def load_dataset(
 
     Raises:
         UsageError: an unknown name, a missing folder, a folder that holds something else.
-        FailureError: the data is there and broken, or could not be downloaded.
+        FailureError: the data is there and broken or unreadable, or could not be downloaded.
     """
     if name not in DATASET_NAMES:
         raise UsageError(f"unknown dataset {name!r}: choose from {', '.join(DATASET_NAMES)}")
     if name == "synthetic":
         return _synthetic()
     root, named = _data_folder(data_dir)
+    try:
+        return _load(name, root, named, download)
+    except OSError as error:
+        reason = error.strerror or error
+        raise FailureError(f"cannot read {error.filename or root}: {reason}") from error
+
+
+def _load(name: str, root: Path, named: bool, download: bool) -> Dataset:
     found = _find(name, root)
     if found is not None:
         return cached(found.signature, found.read)

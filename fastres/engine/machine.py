@@ -16,6 +16,7 @@ __all__ = [
     "commit",
     "cxx_compiler",
     "describe_machine",
+    "has_avx512",
     "keep_freed_memory",
     "usable_cores",
     "versions",
@@ -60,6 +61,11 @@ def bf16_instructions() -> str | None:
     """
     flags = _cpu_info()[1]
     return next((name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in flags), None)
+
+
+def has_avx512() -> bool:
+    """Tell whether the processor has vectors of 16 floats."""
+    return "avx512f" in _cpu_info()[1]
 
 
 def cxx_compiler() -> str | None:

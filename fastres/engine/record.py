@@ -92,9 +92,7 @@ class RunFolder:
         except OSError as error:
             raise FailureError(f"cannot use {self.path}: {error.strerror}") from None
         if used and not (self.path / "config.json").exists():
-            raise UsageError(
-                f"--out {self.path} holds files of something else; choose another"
-            )
+            raise UsageError(f"--out {self.path} holds files of something else; choose another")
         if used and not overwrite:
             raise UsageError(
                 f"{self.path} already holds a run; continue it with --resume, replace it with "

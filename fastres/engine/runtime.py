@@ -78,8 +78,8 @@ class Runtime:
         self.choices.append(Choice(piece, value, reason, fallback))
 
 
-def resolve_runtime(config: Config) -> Runtime:
-    """Decide what `config` means on this machine.
+def resolve_runtime(config: Config, model: nn.Module) -> Runtime:
+    """Decide what `config` means for `model` on this machine.
 
     Raises:
         UsageError: where an option that was set to something else than auto cannot be had here.
@@ -91,7 +91,7 @@ def resolve_runtime(config: Config) -> Runtime:
     else:
         runtime.note("device", "cuda", torch.cuda.get_device_name(runtime.device))
     _choose_precision(config, runtime)
-    _choose_layout(config, runtime)
+    _choose_layout(config, runtime, model)
     _choose_route(config, runtime)
     _choose_graph(config, runtime)
     runtime.fused_optimizer = config.fast
@@ -134,11 +134,44 @@ def _choose_precision(config: Config, runtime: Runtime) -> None:
         runtime.note("precision", runtime.precision, reason, fallback=not instructions)
 
 
-def _choose_layout(config: Config, runtime: Runtime) -> None:
-    asked = config.channels_last != "auto"
-    runtime.channels_last = config.channels_last == "on" if asked else config.fast
-    why = "as asked" if asked else ("part of --fast" if config.fast else "the reference is NCHW")
+def _choose_layout(config: Config, runtime: Runtime, model: nn.Module) -> None:
+    asked = config.channels_last == "on"
+    runtime.channels_last = asked or (config.fast and config.channels_last == "auto")
+    if runtime.channels_last and runtime.device.type == "cpu":
+        unsafe = _unsafe_in_nhwc(model)
+        if unsafe and asked:
+            raise UsageError(f"--channels-last on: {unsafe}; leave it out, or widen the net")
+        if unsafe:
+            runtime.channels_last = False
+            runtime.note("layout", "NCHW", unsafe, fallback=True)
+            return
+    if config.channels_last != "auto":
+        why = "as asked"
+    else:
+        why = "part of --fast" if config.fast else "the reference is NCHW"
     runtime.note("layout", "channels-last" if runtime.channels_last else "NCHW", why)
+
+
+def _unsafe_in_nhwc(model: nn.Module) -> str | None:
+    """Say which convolution may not run in NHWC order on a CPU, or return None.
+
+    The backward pass of oneDNN's strided 1x1 convolution works on whole vectors of channels and
+    writes past its workspace when a tensor has fewer: wrong gradients, a hang or a crash
+    (https://github.com/uxlfoundation/oneDNN/issues/6035; seen with torch 2.15 on AVX2).
+    """
+    vector = 16 if machine.has_avx512() else 8
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.kernel_size == (1, 1)
+            and module.stride != (1, 1)
+            and module.in_channels < vector
+        ):
+            return (
+                f"oneDNN's strided 1x1 convolution is unsafe in NHWC for the {module.in_channels} "
+                f"channels of {name}"
+            )
+    return None
 
 
 def _choose_route(config: Config, runtime: Runtime) -> None:

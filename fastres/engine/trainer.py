@@ -65,7 +65,6 @@ class Trainer:
             torch.backends.cudnn.benchmark = False
         else:
             torch.backends.cudnn.benchmark = True
-        self.runtime = resolve_runtime(config)
         self.data = load_dataset(config.dataset, config.data_dir)
         self._split()
         self.model = create_model(
@@ -77,6 +76,7 @@ class Trainer:
         )
         if config.whiten:
             whiten_stem(self.model, self.train_images.images, self.data.mean, self.data.std)
+        self.runtime = resolve_runtime(config, self.model)
         self.summary: ModelSummary = summarize(self.model)
         self.progress = Progress()
         self.last = folder.file("last")
