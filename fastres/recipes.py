@@ -12,12 +12,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "quick": {
         "model": "resnet9",
         "width": 0.25,
-        "epochs": 6.0,
-        "batch_size": 256,
-        "optimizer": "sgd",
-        "lr": 0.4,
+        "epochs": 6.5,
+        "batch_size": 128,
+        "lr": 0.25,
+        "warmup": 0.2,
         "label_smoothing": 0.1,
         "whiten": True,
+        # A short run needs less variety, and none of its images twice the same way.
+        "crop_padding": 2,
+        "flip": "alternating",
     },
     # A ResNet-20 close to the paper's accuracy in a fifth of the paper's time.
     "standard": {

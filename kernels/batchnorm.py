@@ -303,13 +303,14 @@ def bn_apply(
     check_vector("scale_shift", scale_shift, (2, c))
     if residual is not None:
         check_activation("residual", residual, (n, c, h, w), y.dtype)
+    elif residual_scale_shift is not None:
+        raise ValueError("residual_scale_shift needs a residual")
     if residual_scale_shift is not None:
-        if residual is None:
-            raise ValueError("residual_scale_shift needs a residual")
         check_vector("residual_scale_shift", residual_scale_shift, (2, c))
     num_rows = n * h * w
     config = config or row_config(num_rows, c)
     out = empty_nhwc(y, n, c, h, w)
+    flops = 3 + (residual is not None) + 2 * (residual_scale_shift is not None)
     launch(
         _bn_apply_kernel,
         (triton.cdiv(num_rows, config.block_rows), triton.cdiv(c, config.block_c)),
@@ -336,7 +337,7 @@ def bn_apply(
         traffic=Traffic(
             reads=num_bytes(y, scale_shift, residual, residual_scale_shift),
             writes=num_bytes(out),
-            flops=(3 + (residual is not None) + 2 * (residual_scale_shift is not None)) * y.numel(),
+            flops=flops * y.numel(),
         ),
     )
     return out

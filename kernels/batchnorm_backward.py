@@ -146,22 +146,8 @@ def bn_backward_reduce(
 
     Numerics: fp32 sums of each tile. A NaN in out passes dout, as in torch. Deterministic.
     """
-    check_activation("dout", dout)
+    _check_reduce(dout, y, mean, out, scale_shift, y_shortcut, mean_shortcut)
     n, c, h, w = dout.shape
-    check_activation("y", y, (n, c, h, w), dout.dtype)
-    check_vector("mean", mean, (c,))
-    if out is not None and scale_shift is not None:
-        raise ValueError("give at most one of out and scale_shift")
-    if out is not None:
-        check_activation("out", out, (n, c, h, w), dout.dtype)
-    if scale_shift is not None:
-        check_vector("scale_shift", scale_shift, (2, c))
-    if (y_shortcut is None) != (mean_shortcut is None):
-        raise ValueError("give both of y_shortcut and mean_shortcut, or neither")
-    if y_shortcut is not None and mean_shortcut is not None:
-        check_activation("y_shortcut", y_shortcut, (n, c, h, w), dout.dtype)
-        check_vector("mean_shortcut", mean_shortcut, (c,))
-
     num_rows = n * h * w
     config = config or row_config(num_rows, c)
     num_tiles = triton.cdiv(num_rows, config.block_rows)
@@ -206,6 +192,33 @@ def bn_backward_reduce(
         ),
     )
     return (dout if g is None else g), TileSums(sum_g, sum_gy, sum_gy_shortcut)
+
+
+def _check_reduce(
+    dout: torch.Tensor,
+    y: torch.Tensor,
+    mean: torch.Tensor,
+    out: torch.Tensor | None,
+    scale_shift: torch.Tensor | None,
+    y_shortcut: torch.Tensor | None,
+    mean_shortcut: torch.Tensor | None,
+) -> None:
+    """Check the arguments of `bn_backward_reduce`."""
+    check_activation("dout", dout)
+    size, c = tuple(dout.shape), dout.shape[1]
+    check_activation("y", y, size, dout.dtype)
+    check_vector("mean", mean, (c,))
+    if out is not None and scale_shift is not None:
+        raise ValueError("give at most one of out and scale_shift")
+    if out is not None:
+        check_activation("out", out, size, dout.dtype)
+    if scale_shift is not None:
+        check_vector("scale_shift", scale_shift, (2, c))
+    if (y_shortcut is None) != (mean_shortcut is None):
+        raise ValueError("give both of y_shortcut and mean_shortcut, or neither")
+    if y_shortcut is not None and mean_shortcut is not None:
+        check_activation("y_shortcut", y_shortcut, size, dout.dtype)
+        check_vector("mean_shortcut", mean_shortcut, (c,))
 
 
 @triton.jit

@@ -36,8 +36,8 @@ __all__ = [
 TABLE_PATH = Path(__file__).with_name("launch_table.json")
 TABLE_SCHEMA = 1
 
-# Programs to aim for: two for each of the 132 multiprocessors of an H100 or H200.
-TARGET_PROGRAMS = 264
+# Multiprocessors of an H100 or H200: the programs that fill a GPU once.
+NUM_SMS = 132
 
 Route = Literal["triton", "cudnn"]
 
@@ -65,6 +65,10 @@ class ConvConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.route not in get_args(Route):
             raise ValueError(f"route must be one of {get_args(Route)}, got {self.route!r}")
+
+    def constexprs(self) -> dict[str, int]:
+        """The tile as the kernels' compile-time arguments."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
 
 @dataclass(frozen=True)
@@ -137,15 +141,21 @@ def heuristic_config(
         block_k //= 2
     block_n = _tile(gemm.n, 128)
     block_m = 128
-    if _ceil_div(gemm.m, block_m) * _ceil_div(gemm.n, block_n) < TARGET_PROGRAMS:
+    if _ceil_div(gemm.m, block_m) * _ceil_div(gemm.n, block_n) < 2 * NUM_SMS:
         block_m = 64
     # Sums and the operand that a prologue forms live in registers: 8 warps share a large tile.
     num_warps = 8 if block_m == 128 and block_n >= 64 else 4
+    # A dgrad that forms dy stages two tiles of pixels; small GPUs have 99 KiB of shared memory.
+    if op == "dgrad" and block_m == 128 and block_n == 128:
+        num_stages = 2
     return ConvConfig(block_m, block_n, block_k, num_warps, num_stages)
 
 
 def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:
-    """Tiles of RSC x K; the pixels are split until the GPU is full and no part is under 256."""
+    """Tiles of RSC x K; the pixels are split until the GPU is full and no part is under 256.
+
+    Every part is written and read again in fp32, so one program a multiprocessor is enough.
+    """
     gemm = shape.gemm("wgrad")
     if on_tensor_cores:
         block_m, block_n, block_k = 64, _tile(gemm.m, 128), 64
@@ -154,7 +164,7 @@ def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:
         block_m, block_n, block_k = 32, _tile(gemm.m, 32), 16
         num_warps, num_stages = 4, 2
     tiles = _ceil_div(gemm.n, block_m) * _ceil_div(gemm.m, block_n)
-    split_k = min(_ceil_div(TARGET_PROGRAMS, tiles), _ceil_div(gemm.k, 256))
+    split_k = min(_ceil_div(NUM_SMS, tiles), _ceil_div(gemm.k, 256))
     return ConvConfig(block_m, block_n, block_k, num_warps, num_stages, split_k)
 
 

@@ -112,8 +112,8 @@ def _conv_dgrad_kernel(
     s0 = (phase % STRIDE + PADDING) % STRIDE
     taps_r = (R - r0 + STRIDE - 1) // STRIDE
     taps_s = (S - s0 + STRIDE - 1) // STRIDE
-    p0 = (h + PADDING - r0) // STRIDE
-    q0 = (w + PADDING - s0) // STRIDE
+    p0 = (h + PADDING) // STRIDE
+    q0 = (w + PADDING) // STRIDE
     rows_g = pixel_offsets(n, p0, q0, G_STRIDES)
     rows_y = pixel_offsets(n, p0, q0, Y_STRIDES)
 
@@ -205,31 +205,20 @@ def conv_dgrad(
     Numerics: dy formed in fp32 and rounded once; sums in fp32; dx rounded once. Deterministic.
     """
     g, y, coefficients = check_folded_grad(dy)
-    check_filter(w, g.dtype)
-    n, k, p, q = g.shape
-    w_k, c, r, s = w.shape
-    if w_k != k:
-        raise ValueError(f"w must have {k} output channels as dy has, got {w_k}")
-    h, width = input_size
-    shape = ConvShape(n, h, width, c, k, r, s, stride, padding)
-    if (p, q) != (shape.P, shape.Q):
-        raise ValueError(
-            f"input_size {input_size} gives an output of {(shape.P, shape.Q)}, but dy has {(p, q)}"
-        )
+    shape = _dgrad_shape(g, w, input_size, stride, padding)
+    size = (shape.N, shape.C, shape.H, shape.W)
     if shortcut is not None:
-        check_activation("shortcut", shortcut, (n, c, h, width), g.dtype)
-    prev = check_bn_input(bn_input, (n, c, h, width), g.dtype)
+        check_activation("shortcut", shortcut, size, g.dtype)
+    prev = check_bn_input(bn_input, size, g.dtype)
 
     config = config or conv_config("dgrad", shape, g.dtype, g.device, tf32=allow_tf32)
-    num_rows = n * triton.cdiv(h, stride) * triton.cdiv(width, stride)
+    num_rows = shape.N * triton.cdiv(shape.H, stride) * triton.cdiv(shape.W, stride)
     tiles_m = triton.cdiv(num_rows, config.block_m)
-    dx = empty_nhwc(g, n, c, h, width)
-    sums = None
+    dx = empty_nhwc(g, *size)
+    sum_g = sum_gy = None
     if bn_input is not None:
-        sums = TileSums(
-            *(g.new_empty((c, stride**2 * tiles_m), dtype=torch.float32) for _ in range(2))
-        )
-    sum_g, sum_gy = (None, None) if sums is None else (sums.g, sums.gy)
+        sum_g = g.new_empty((shape.C, stride**2 * tiles_m), dtype=torch.float32)
+        sum_gy = torch.empty_like(sum_g)
     args = {
         "g_ptr": g,
         "y_ptr": y,
@@ -253,13 +242,11 @@ def conv_dgrad(
         "OUT_STRIDES": nhwc_strides(prev.out),
         "PRECISION": "tf32" if allow_tf32 else "ieee",
         "INDEX": index_dtype(g, y, dx, shortcut, prev.y, prev.out, sum_g),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        **config.constexprs(),
     }
     launch(
         _conv_dgrad_kernel,
-        (tiles_m * triton.cdiv(c, config.block_n), stride**2),
+        (tiles_m * triton.cdiv(shape.C, config.block_n), stride**2),
         args,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -269,4 +256,21 @@ def conv_dgrad(
             flops=shape.flops,
         ),
     )
-    return dx, sums
+    return dx, None if sum_g is None or sum_gy is None else TileSums(sum_g, sum_gy)
+
+
+def _dgrad_shape(
+    g: torch.Tensor, w: torch.Tensor, input_size: tuple[int, int], stride: int, padding: int
+) -> ConvShape:
+    """The shape of the convolution whose output gradient is g, once all three fit."""
+    check_filter(w, g.dtype)
+    n, k, p, q = g.shape
+    w_k, c, r, s = w.shape
+    if w_k != k:
+        raise ValueError(f"w must have {k} output channels as dy has, got {w_k}")
+    shape = ConvShape(n, *input_size, c, k, r, s, stride, padding)
+    if (p, q) != (shape.P, shape.Q):
+        raise ValueError(
+            f"input_size {input_size} gives an output of {(shape.P, shape.Q)}, but dy has {(p, q)}"
+        )
+    return shape

@@ -4,8 +4,8 @@
     epilogue   y stored; or y and its batch-norm statistics; or relu(a * y + b + residual) stored
 
 Letters: x (N, H, W, C), w (K, R, S, C), y (N, P, Q, K). The taps and channels r, s, c are one
-flattened reduction axis: any C works, and a 3-channel stem fills the tensor core's reduction with
-9 * 3 elements instead of three times nothing. The im2col matrix is gathered, never stored.
+flattened reduction axis: any C works, and a 3-channel stem is one reduction over 27 elements, not
+nine over 3 each padded to 16. The im2col matrix is gathered tile by tile, never stored.
 
 Bytes: x, w read once from memory (the nine taps of a 3x3 filter overlap in the caches), y written
 once; statistics add 8 bytes a channel and tile. A folded activation is never stored at all.
@@ -215,6 +215,17 @@ def conv_fprop_folded(
     return out
 
 
+def _fprop_shape(x: torch.Tensor, w: torch.Tensor, stride: int, padding: int) -> ConvShape:
+    """The shape of conv(x, w), once x and w are fit for each other."""
+    check_activation("x", x)
+    check_filter(w, x.dtype)
+    n, c, h, width = x.shape
+    k, w_c, r, s = w.shape
+    if w_c != c:
+        raise ValueError(f"w must have {c} input channels as x has, got {w_c}")
+    return ConvShape(n, h, width, c, k, r, s, stride, padding)
+
+
 def _launch_fprop(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -230,25 +241,19 @@ def _launch_fprop(
     config: ConvConfig | None = None,
 ) -> tuple[torch.Tensor, TileStats | None]:
     """Check, allocate and launch, for both forms of the forward convolution."""
-    check_activation("x", x)
-    check_filter(w, x.dtype)
-    n, c, h, width = x.shape
-    k, w_c, r, s = w.shape
-    if w_c != c:
-        raise ValueError(f"w must have {c} input channels as x has, got {w_c}")
-    shape = ConvShape(n, h, width, c, k, r, s, stride, padding)
+    shape = _fprop_shape(x, w, stride, padding)
     if in_scale_shift is not None:
-        check_vector("scale_shift", in_scale_shift, (2, c))
+        check_vector("scale_shift", in_scale_shift, (2, shape.C))
     if out_scale_shift is not None:
-        check_vector("scale_shift", out_scale_shift, (2, k))
+        check_vector("scale_shift", out_scale_shift, (2, shape.K))
     if residual is not None:
-        check_activation("residual", residual, (n, k, shape.P, shape.Q), x.dtype)
+        check_activation("residual", residual, (shape.N, shape.K, shape.P, shape.Q), x.dtype)
 
     config = config or conv_config("fprop", shape, x.dtype, x.device, tf32=allow_tf32)
     num_npq = shape.gemm("fprop").m
     tiles_m = triton.cdiv(num_npq, config.block_m)
-    y = empty_nhwc(x, n, k, shape.P, shape.Q)
-    stats = x.new_empty((2, k, tiles_m), dtype=torch.float32) if store_stats else None
+    y = empty_nhwc(x, shape.N, shape.K, shape.P, shape.Q)
+    stats = x.new_empty((2, shape.K, tiles_m), dtype=torch.float32) if store_stats else None
     args = {
         "x_ptr": x,
         "in_ab_ptr": in_scale_shift,
@@ -265,13 +270,11 @@ def _launch_fprop(
         "RELU": relu,
         "PRECISION": "tf32" if allow_tf32 else "ieee",
         "INDEX": index_dtype(x, y, residual, stats),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        **config.constexprs(),
     }
     launch(
         _conv_fprop_kernel,
-        (tiles_m * triton.cdiv(k, config.block_n),),
+        (tiles_m * triton.cdiv(shape.K, config.block_n),),
         args,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

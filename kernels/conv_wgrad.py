@@ -178,24 +178,19 @@ def conv_wgrad(
     Numerics: operands formed in fp32 and rounded once; sums in fp32; dw rounded once.
         Deterministic.
     """
-    check_activation("x", x)
     g, y, coefficients = check_folded_grad(dy)
-    n, c, h, width = x.shape
-    k = g.shape[1]
-    r, s = filter_size
-    shape = ConvShape(n, h, width, c, k, r, s, stride, padding)
-    check_activation("dy", g, (n, k, shape.P, shape.Q), x.dtype)
+    shape = _wgrad_shape(x, g, filter_size, stride, padding)
     if scale_shift is not None:
-        check_vector("scale_shift", scale_shift, (2, c))
+        check_vector("scale_shift", scale_shift, (2, shape.C))
 
     config = config or conv_config("wgrad", shape, x.dtype, x.device, tf32=allow_tf32)
     num_npq = shape.gemm("wgrad").k
     # Whole blocks a part, and no part without pixels.
-    rows_per_part = triton.cdiv(triton.cdiv(num_npq, config.split_k), config.block_k)
-    rows_per_part *= config.block_k
+    rows_per_part = triton.cdiv(num_npq, config.split_k * config.block_k) * config.block_k
     num_parts = triton.cdiv(num_npq, rows_per_part)
-    dw = x.new_empty((k, r, s, c), dtype=out_dtype or x.dtype)
-    parts = dw if num_parts == 1 else x.new_empty((num_parts, k, r, s, c), dtype=torch.float32)
+    krsc = (shape.K, shape.R, shape.S, shape.C)
+    dw = x.new_empty(krsc, dtype=out_dtype or x.dtype)
+    parts = dw if num_parts == 1 else x.new_empty((num_parts, *krsc), dtype=torch.float32)
     args = {
         "x_ptr": x,
         "in_ab_ptr": scale_shift,
@@ -211,11 +206,9 @@ def conv_wgrad(
         "Y_STRIDES": nhwc_strides(y),
         "PRECISION": "tf32" if allow_tf32 else "ieee",
         "INDEX": index_dtype(x, g, y, parts),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        **config.constexprs(),
     }
-    tiles = triton.cdiv(shape.RSC, config.block_m) * triton.cdiv(k, config.block_n)
+    tiles = triton.cdiv(shape.RSC, config.block_m) * triton.cdiv(shape.K, config.block_n)
     launch(
         _conv_wgrad_kernel,
         (tiles, num_parts),
@@ -231,6 +224,17 @@ def conv_wgrad(
     if num_parts > 1:
         _launch_sum_parts(parts, dw)
     return dw.permute(0, 3, 1, 2)
+
+
+def _wgrad_shape(
+    x: torch.Tensor, g: torch.Tensor, filter_size: tuple[int, int], stride: int, padding: int
+) -> ConvShape:
+    """The shape of the convolution of x whose output gradient is g, once they fit."""
+    check_activation("x", x)
+    n, c, h, w = x.shape
+    shape = ConvShape(n, h, w, c, g.shape[1], *filter_size, stride, padding)
+    check_activation("dy", g, (n, shape.K, shape.P, shape.Q), x.dtype)
+    return shape
 
 
 def _launch_sum_parts(parts: torch.Tensor, dw: torch.Tensor) -> None:

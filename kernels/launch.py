@@ -7,7 +7,7 @@ code of every kernel it starts, can be examined at full size on a machine withou
 
     with recording() as launches:
         conv_fprop(x_meta, w_meta, padding=1, store_stats=True)
-    launches[0].traffic.bytes, launches[0].grid, launches[0].config
+    launches[0].traffic.bytes, launches[0].grid, launches[0].args["BLOCK_M"]
 """
 
 from collections.abc import Iterator, Mapping

@@ -152,13 +152,20 @@ def store_tile_stats(
     num_tiles,
     C: tl.constexpr,
 ):
-    """Mean and sum of squared distances from it, for each channel of one tile."""
-    mean = tl.sum(tl.where(mask_rows[:, None], values, 0.0), axis=0) / count.to(tl.float32)
-    distance = tl.where(mask_rows[:, None], values - mean[None, :], 0.0)
-    m2 = tl.sum(distance * distance, axis=0)
+    """Mean and sum of squared distances from it, for each channel of one tile.
+
+    Corrected two-pass algorithm: the second pass also finds what rounding left out of the mean.
+    """
+    rows = count.to(tl.float32)
+    rough = tl.sum(tl.where(mask_rows[:, None], values, 0.0), axis=0) / rows
+    distance = tl.where(mask_rows[:, None], values - rough[None, :], 0.0)
+    rest = tl.sum(distance, axis=0)
+    m2 = tl.sum(distance * distance, axis=0) - rest * rest / rows
     offs = channels * num_tiles + tile
-    tl.store(stats_ptr + offs, mean, mask=mask_c)
-    tl.store(stats_ptr + C * num_tiles + offs, m2, mask=mask_c)
+    tl.store(stats_ptr + offs, rough + rest / rows, mask=mask_c)
+    tl.store(
+        stats_ptr + C * num_tiles + offs, tl.maximum(m2, 0.0, tl.PropagateNan.ALL), mask=mask_c
+    )
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Where kernel tests run: on the GPU if there is one, else on CPU tensors in Triton's interpreter.
 
 Triton chooses when it is imported and torch does not import it, so conftest.py imports this module
-before anything else. A subprocess that compiles kernels must unset TRITON_INTERPRET again.
+before anything else. A subprocess that compiles kernels is started with TRITON_INTERPRET=0.
 """
 
 import os
@@ -23,8 +23,12 @@ def needs_gpu(test):
 
 
 @pytest.fixture
-def nan_memory():
-    """Fill every torch.empty with NaN, so that an element which no kernel writes shows."""
+def strict_memory(monkeypatch):
+    """Fill every torch.empty with NaN, so that an element which no kernel writes shows.
+
+    Eager convolutions, the yardstick in fp32, must not round to TF32 behind its back.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     was_on = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(8).isnan().all()

@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import torch
 from interpreter import DEVICE
+from numerics import assert_statistics
 
 from fastres.kernels import reference as ref
 from fastres.kernels.configs import ConvConfig
-from fastres.kernels.operands import BNInput, FoldedGrad
+from fastres.kernels.operands import BNInput, FoldedGrad, TileStats
 from fastres.kernels.shapes import ConvShape
 
 # Small tiles, so that small shapes have several of them and tails in every direction.
@@ -107,3 +108,17 @@ def pre_activation(t: ConvTensors) -> torch.Tensor:
 def wgrad(t: ConvTensors, shape: ConvShape, prologue: bool, folded: bool) -> torch.Tensor:
     x = ref.bn_apply_ref(t.x, t.scale_shift) if prologue else t.x
     return ref.conv_wgrad_ref(x, form_dy(t, folded), (shape.R, shape.S), **geometry(shape))
+
+
+def check_stats(stats: TileStats, y: torch.Tensor) -> None:
+    """Partials against fp64 statistics of y as stored, tile by tile."""
+    k = y.shape[1]
+    rows = y.double().permute(0, 2, 3, 1).reshape(-1, k)
+    assert stats.num_rows == rows.shape[0]
+    for tile, part in enumerate(rows.split(stats.tile_rows)):
+        mean = part.mean(0)
+        size = part.abs().mean(0)
+        assert_statistics("mean", stats.partials[0, :, tile], mean, size, stats.tile_rows)
+        m2 = (part - mean).square().sum(0)
+        allowed = m2 + size.square()
+        assert_statistics("M2", stats.partials[1, :, tile], m2, allowed, stats.tile_rows)

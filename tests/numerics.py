@@ -20,9 +20,10 @@ FLOOR: what remains when eager's error is small by luck or by shortness (a 1x1 c
     of many: u / 8 in the RMS norm, u / 2 in the max norm.
 
 STATISTICS: means, variances and sums are fp32 whatever the activations' dtype. Torch on CPU sums
-    them in fp64, so eager is nearly exact there and cannot be the yardstick. Sums of n numbers in
-    fp32, pairwise within tiles and between them, err by at most log2(n) u, 16 u for 65,536 pixels,
-    relative to the sum of magnitudes.
+    them in fp64, so eager is nearly exact there and cannot be the yardstick. A GPU adds the n rows
+    of a tile pairwise, log2(n) u at most; the interpreter adds them one by one, a random walk of n
+    roundings: 0.27 u sqrt(n) was measured in the RMS of 6,400 sums of squares for n from 32 to 512,
+    and 2 u sqrt(n) in their maximum. Allowed are 4 u sqrt(n), of the sum of magnitudes.
 
 RELU_TIES: where z is within rounding of 0 two correct networks may disagree on the mask. Elements
     within 4 u of the scale of z are left out of gradient checks; were they more than 0.1 % of all,
@@ -48,9 +49,13 @@ FLOOR_MAX = {
     torch.float16: UNIT_ROUNDOFF[torch.float16] / 2,
     torch.bfloat16: UNIT_ROUNDOFF[torch.bfloat16] / 2,
 }
-STATISTICS_RTOL = 16 * UNIT_ROUNDOFF[torch.float32]
 RELU_TIES = 1e-3
 RELU_TIE_ELEMENTS = 8
+
+
+def statistics_rtol(rows: int = 128) -> float:
+    """Relative error allowed in a sum of magnitudes over tiles of `rows` pixels."""
+    return 4 * UNIT_ROUNDOFF[torch.float32] * rows**0.5
 
 
 def rms(t: torch.Tensor) -> float:
@@ -101,12 +106,13 @@ def assert_rounded_once(name: str, actual: torch.Tensor, truth: torch.Tensor) ->
 
 
 def assert_statistics(
-    name: str, actual: torch.Tensor, truth: torch.Tensor, magnitude: torch.Tensor
+    name: str, actual: torch.Tensor, truth: torch.Tensor, magnitude: torch.Tensor, rows: int = 128
 ) -> None:
-    """Fail unless fp32 sums are right to STATISTICS_RTOL of the magnitudes that were added."""
+    """Fail unless fp32 sums over tiles are right to `statistics_rtol` of the magnitudes added."""
     assert actual.dtype == torch.float32
     error = ((actual.double() - truth).abs() / magnitude.clamp_min(1e-30)).max().item()
-    assert error <= STATISTICS_RTOL, f"{name}: error {error:.3e}, allowed {STATISTICS_RTOL:.3e}"
+    allowed = statistics_rtol(rows)
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
 def away_from_ties(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

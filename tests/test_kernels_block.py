@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from interpreter import DEVICE, nan_memory  # noqa: F401
+from interpreter import DEVICE, needs_gpu, strict_memory  # noqa: F401
 from kernel_cases import TILES, channels_last
 from numerics import assert_like_eager
 
@@ -133,7 +133,7 @@ def widen(layer: ConvBN) -> ConvBN:
     return ConvBN(*(t.double() for t in layer[:3]), *layer[3:])
 
 
-@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.usefixtures("strict_memory")
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -174,6 +174,27 @@ def test_block(name, dtype):
         if grads[0] is not None:
             for field, *tensors in zip(ConvBNGrads._fields, *grads, strict=True):
                 assert_like_eager(f"{layer} {field}", *tensors, dtype)
+
+
+@needs_gpu
+def test_block_replays_as_a_cuda_graph():
+    """Nothing in a launcher waits for the GPU or depends on values: a block can be captured."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [make_layer(64, 64, 3, 1, torch.bfloat16, generator) for _ in range(2)]
+    x = channels_last(torch.randn((16, 64, 32, 32), generator=generator), torch.bfloat16)
+
+    def step():
+        out, done, _ = block_forward(x, layers, None)
+        return out, block_backward(out, x, out, done, None, layers, None).dx
+
+    expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for got, wanted in zip(captured, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def meta(*size, dtype=torch.bfloat16):

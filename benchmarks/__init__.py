@@ -1,0 +1,1 @@
+"""Measurements of fastres and the evidence that they leave in results/."""
