@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: test lint format
+.PHONY: test lint bench report format
 
 test:  ## all tests that need no GPU and no minutes
 	$(PYTHON) -m pytest
@@ -9,6 +9,12 @@ lint:  ## what must be clean before a commit
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+bench:  ## measure on this machine
+	$(PYTHON) -m pytest benchmarks/
+
+report:  ## write the tables of the documents from benchmarks/results
+	$(PYTHON) -m benchmarks.report
 
 format:  ## put the code into its one layout
 	$(PYTHON) -m ruff check --fix .

@@ -8,12 +8,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from fastres.cli import guarded, parse
 from fastres.config import Config, Switch, from_json, validate
+
+if TYPE_CHECKING:
+    from fastres.engine.record import RunFolder
+    from fastres.engine.screen import Screen
 
 __all__ = ["EvaluateOptions", "main"]
 
@@ -62,9 +66,12 @@ def _run(argv: list[str]) -> int:
     options = parse(
         EvaluateOptions, "python -m fastres.evaluate", _DESCRIPTION, argv, EvaluateOptions()
     )
+    from fastres.engine.machine import keep_freed_memory
     from fastres.engine.record import RunFolder
     from fastres.engine.screen import Screen
 
+    if options.fast:
+        keep_freed_memory()
     folder = RunFolder(Path(options.run))
     trained = from_json(folder.read_text("config.json"), folder.path / "config.json")
     config = validate(_evaluation_config(trained, options))
@@ -96,7 +103,9 @@ def _evaluation_config(trained: Config, options: EvaluateOptions) -> Config:
     )
 
 
-def _evaluate(folder, config: Config, options: EvaluateOptions, screen) -> dict:
+def _evaluate(
+    folder: "RunFolder", config: Config, options: EvaluateOptions, screen: "Screen"
+) -> dict[str, Any]:
     from fastres.data.source import load_dataset
     from fastres.engine import checkpoint
     from fastres.engine.evaluation import evaluate, evaluation_loader
@@ -118,8 +127,8 @@ def _evaluate(folder, config: Config, options: EvaluateOptions, screen) -> dict:
     runtime = resolve_runtime(config, model)
     checkpoint.load_weights(model, checkpoint.evaluated_weights(tensors), path)
     runtime.place(model)
-    screen.data(data, 0, 0)
-    screen.runtime(runtime)
+    screen.data(data, num_train=0, num_val=0)
+    screen.runtime(runtime, training=False)
     # The images are normalised as in training, even where this data has other statistics.
     loader = evaluation_loader(data.test, tuple(meta["mean"]), tuple(meta["std"]), config, runtime)
     score = evaluate(model, loader, runtime, flip_tta=options.tta == "flip")

@@ -7,13 +7,16 @@ from typing import Any
 __all__ = ["draw_curves"]
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
+def draw_curves(
+    rows: Sequence[Mapping[str, Any]], title: str, *, label_smoothing: float = 0.0
+) -> bytes:
     """Draw the metrics of a run and return a PNG.
 
     Args:
-        rows: as in metrics.jsonl: epoch, train_loss, train_accuracy, test_loss, test_accuracy and,
-            under --val, val_loss and val_accuracy.
+        rows: at least one, as in metrics.jsonl: epoch, train_loss, train_accuracy, test_loss,
+            test_accuracy and, under --val, val_loss and val_accuracy.
         title: one line over both panels.
+        label_smoothing: of the training loss, which is then not comparable with the others.
     """
     from matplotlib.figure import Figure
 
@@ -22,22 +25,17 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
     loss, accuracy = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
     for split, colour in (("train", "tab:blue"), ("val", "tab:green"), ("test", "tab:orange")):
-        if rows and f"{split}_loss" not in rows[0]:
+        if f"{split}_loss" not in rows[0]:
             continue
-        style = {"color": colour, "label": split, "marker": "o", "markersize": 3}
-        loss.plot(epochs, [row[f"{split}_loss"] for row in rows], **style)
-        accuracy.plot(epochs, [row[f"{split}_accuracy"] for row in rows], **style)
+        style = {"color": colour, "marker": "o", "markersize": 3}
+        losses, accuracies = (
+            [row[f"{split}_{what}"] for row in rows] for what in ("loss", "accuracy")
+        )
+        smoothed = split == "train" and label_smoothing > 0
+        loss.plot(epochs, losses, label=f"{split}, smoothed labels" if smoothed else split, **style)
+        accuracy.plot(epochs, accuracies, label=f"{split}, {accuracies[-1]:.2f} %", **style)
     loss.set(xlabel="epoch", ylabel="mean loss")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
-    if rows:
-        final = rows[-1]["test_accuracy"]
-        accuracy.annotate(
-            f"{final:.2f} %",
-            (epochs[-1], final),
-            xytext=(-4, -14),
-            textcoords="offset points",
-            ha="right",
-        )
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
         axes.legend()

@@ -55,9 +55,8 @@ class Screen:
 
     def data(self, data: Dataset, num_train: int, num_val: int) -> None:
         """Print what is trained on, with every notice of the reader."""
-        parts = [f"{num_train:,} training", f"{len(data.test):,} test"]
-        if num_val:
-            parts.insert(1, f"{num_val:,} validation")
+        counts = {"training": num_train, "validation": num_val, "test": len(data.test)}
+        parts = [f"{count:,} {split}" for split, count in counts.items() if count]
         self.line(f"data       {data.name}: {', '.join(parts)} images, {len(data.classes)} classes")
         self.line(f"           {data.source}")
         for notice in data.notices:
@@ -70,9 +69,11 @@ class Screen:
             f"{summary.training_flops / 1e9:.3f} GFLOP an image and training step"
         )
 
-    def runtime(self, runtime: Runtime) -> None:
+    def runtime(self, runtime: Runtime, *, training: bool = True) -> None:
         """Print what really runs, and why; fallbacks stand out."""
         for choice in runtime.choices:
+            if not training and choice.piece in ("route", "graph", "optimizer"):
+                continue
             mark = "! " if choice.fallback else ""
             reason = f"  ({mark}{choice.reason})" if choice.reason else ""
             style = "yellow" if choice.fallback else None

@@ -215,9 +215,10 @@ class Trainer:
         self._save_weights(self.folder.file("model"))
         summary = self._summarize()
         title = f"{summary['model']} on {summary['dataset']}, {summary['epochs']:g} epochs"
-        checkpoint.replace_file(
-            self.folder.path / "curves.png", draw_curves(self.progress.rows, title)
+        picture = draw_curves(
+            self.progress.rows, title, label_smoothing=self.config.label_smoothing
         )
+        checkpoint.replace_file(self.folder.path / "curves.png", picture)
         self.folder.write_json("summary.json", summary)
         return summary
 
