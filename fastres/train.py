@@ -141,6 +141,7 @@ def _train(config: Config, options: TrainOptions) -> int:
     trainer.show_header()
     if options.dry_run:
         return 0
+    trainer.prepare()
     if not options.resume:
         folder.create()
         folder.write_json("config.json", config.to_json())

@@ -50,7 +50,7 @@ class Progress:
 
 
 class Trainer:
-    """Prepares a run when constructed, trains in `run`.
+    """Reads the data and builds the network when constructed; then `prepare`, then `run`.
 
     Args:
         config: validated options.
@@ -60,11 +60,10 @@ class Trainer:
 
     def __init__(self, config: Config, folder: RunFolder, screen: Screen):
         self.config, self.folder, self.screen = config, folder, screen
-        if config.deterministic:
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
-        else:
-            torch.backends.cudnn.benchmark = True
+        # A warning names an operation without a deterministic form. One is harmless here: max
+        # pooling adds gradients in any order, and the windows of resnet9 do not overlap.
+        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+        torch.backends.cudnn.benchmark = not config.deterministic
         self.data = load_dataset(config.dataset, config.data_dir)
         self._split()
         self.model = create_model(
@@ -106,20 +105,25 @@ class Trainer:
             Stopped: after a signal, with a checkpoint in the run folder.
             FailureError: when the loss is no longer finite, or a file cannot be read or written.
         """
-        self._prepare()
         if resume:
             self._restore()
         self.screen.line("")
         with self._catching_signals():
             while self.progress.step < self.total_steps:
+                if self._signal is not None:
+                    raise Stopped(self._signal)
                 self._train_epoch()
         summary = self._finish()
         for loader in (self.train_loader, *self.eval_loaders.values()):
             loader.close()
         return summary
 
-    def _prepare(self) -> None:
-        """Build loaders and step; compile and capture before any loader starts."""
+    def prepare(self) -> None:
+        """Build loaders and step; compile and capture before any loader starts.
+
+        Raises:
+            UsageError: for a batch larger than the training set, or a loader that is missing.
+        """
         config, runtime = self.config, self.runtime
         augmentation = Augmentation(config.crop_padding, config.flip, config.cutout)
         batches = Batches(
@@ -166,7 +170,7 @@ class Trainer:
         ):
             self.step(progress.step, images, labels)
             progress.step += 1
-            if self._signal is not None:
+            if self._signal is not None and progress.step < epoch * self.steps_per_epoch + last:
                 progress.epoch_seconds = time.perf_counter() - started
                 self._save()
                 raise Stopped(self._signal)

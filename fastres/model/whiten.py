@@ -30,12 +30,14 @@ def whiten_stem(
 
     Args:
         model: a network whose first convolution is `conv1`; changed in place.
-        images: (N, 32, 32, 3) uint8 training images; the first 2,000 are enough.
+        images: (N, 32, 32, 3) uint8 training images; about 2,000 of them, evenly spread, are used.
         mean, std: per channel, on the 0..1 scale.
     """
     weight = model.get_parameter("conv1.weight")
     size = weight.shape[2]
-    pixels = torch.tensor(images[:_IMAGES], dtype=torch.float64).div_(255)
+    # Sets are often sorted by class, so the sample is spread over the whole set.
+    sample = images[:: max(1, len(images) // _IMAGES)]
+    pixels = torch.tensor(sample, dtype=torch.float64).div_(255)
     pixels = (pixels - pixels.new_tensor(mean)) / pixels.new_tensor(std)
     patches = pixels.unfold(1, size, 1).unfold(2, size, 1).reshape(-1, 3 * size * size)
     variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
