@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import collect_runs, report
+from benchmarks import collect, report
 from benchmarks.rows import RESULTS, Row, read_results, summarize, write_results
 
 CERTIFICATE = {
@@ -47,11 +47,11 @@ def test_results_come_back_and_are_never_overwritten(tmp_path):
 
 def test_runs_that_differ_in_seed_alone_become_one_row(tmp_path):
     runs = [RUN | {"seed": seed, "test_accuracy": 80.0 + seed} for seed in range(3)]
-    rows = {row.metric: row for row in collect_runs.rows_of(runs)}
+    rows = {row.metric: row for row in collect.rows_of(runs)}
     assert rows["test_accuracy"].n == 3
     assert rows["test_accuracy"].median == 81.0
     other = [*runs, RUN | {"seed": 0, "test_accuracy": 80.0, "channels_last": True}]
-    assert {row.provider for row in collect_runs.rows_of(other)} == {
+    assert {row.provider for row in collect.rows_of(other)} == {
         "eager fp32 nchw torch",
         "eager fp32 channels_last torch",
     }
@@ -62,8 +62,21 @@ def test_runs_of_different_commits_are_not_mixed(tmp_path, capsys):
         (tmp_path / str(number)).mkdir()
         summary = RUN | {"seed": number, "test_accuracy": 80.0, "commit": commit}
         (tmp_path / str(number) / "summary.json").write_text(json.dumps(summary))
-    assert collect_runs.main(["x", str(tmp_path / "0"), str(tmp_path / "1")]) == 2
+    assert collect.main(["runs", "x", str(tmp_path / "0"), str(tmp_path / "1")]) == 2
     assert "differ in their commit" in capsys.readouterr().err
+
+
+def test_a_benchmark_report_becomes_rows():
+    seconds = [0.5, 0.25, 0.4]
+    benchmark = {
+        "group": "loaders alone",
+        "params": {"provider": "dali"},
+        "extra_info": {"images": 100},
+        "stats": {"data": seconds},
+    }
+    (row,) = collect.rows_of_benchmarks({"benchmarks": [benchmark]}, "real images")
+    assert (row.suite, row.provider, row.n) == ("loaders", "dali", 3)
+    assert (row.median, row.low, row.high) == (250, 200, 400)
 
 
 def test_a_table_holds_every_row_of_its_suite():
