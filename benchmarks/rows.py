@@ -95,9 +95,16 @@ def read_results(folder: Path = RESULTS) -> list[tuple[Row, dict[str, Any]]]:
         certificate = json.loads(path.with_suffix(".json").read_text())
         with path.open(newline="") as stream:
             for record in csv.DictReader(stream):
-                numbers = {key: float(record[key]) for key in ("median", "low", "high")}
-                texts = {
-                    key: record[key] for key in ("suite", "case", "provider", "metric", "unit")
-                }
-                found.append((Row(**texts, n=int(record["n"]), **numbers), certificate))
+                row = Row(
+                    suite=record["suite"],
+                    case=record["case"],
+                    provider=record["provider"],
+                    metric=record["metric"],
+                    unit=record["unit"],
+                    n=int(record["n"]),
+                    median=float(record["median"]),
+                    low=float(record["low"]),
+                    high=float(record["high"]),
+                )
+                found.append((row, certificate))
     return found

@@ -7,10 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["create_model", "load_dataset", "make_loader"]
+__all__ = ["create_model", "fuse", "load_dataset", "make_loader"]
 
 _HOMES = {
     "create_model": "fastres.model.resnet",
+    "fuse": "fastres.model.fuse",
     "load_dataset": "fastres.data.source",
     "make_loader": "fastres.data.loaders",
 }
@@ -18,6 +19,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from fastres.data.loaders import make_loader
     from fastres.data.source import load_dataset
+    from fastres.model.fuse import fuse
     from fastres.model.resnet import create_model
 
 

@@ -132,7 +132,7 @@ def heuristic_config(
         return _wgrad_config(shape, on_tensor_cores)
     if not on_tensor_cores:
         # Ordinary fp32 multiplications keep operands and sums in registers: small tiles.
-        return ConvConfig(64, _tile(gemm.n, 32), 16, num_warps=4, num_stages=3)
+        return ConvConfig(64, _tile(gemm.n, 32), 16, num_warps=8, num_stages=2)
     # The narrow networks are bound by loads, not by arithmetic: shallow blocks waste least of a
     # reduction such as 9 * 16, and more stages keep as many bytes in flight.
     deep = (shape.C if op == "fprop" else shape.K) >= 64

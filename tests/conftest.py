@@ -1,5 +1,7 @@
 """Fixtures of all tests: no network, no user cache, and the real images where there are any."""
 
+import interpreter  # noqa: F401, I001 - before anything imports Triton
+
 import os
 import tarfile
 from collections.abc import Iterator

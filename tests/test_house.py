@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = {"kernels": 0, "fastres": 1, "benchmarks": 2, "tests": 2}
+LAYERS = {"kernels": 0, "fastres": 1, "benchmarks": 2, "tests": 3}
 MAY_USE_KERNELS = ("fastres/model/",)
 
 

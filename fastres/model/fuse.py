@@ -1,0 +1,215 @@
+"""`fuse`: any ResNet with its convolutions, batch norms, ReLUs and additions in fused ops.
+
+A fused module is a subclass of the original that overrides `forward` (see layers.py), so fusing a
+copy is changing classes: no parameter moves, no key changes. Recognised are the nets and blocks of
+fastres and of torchvision, by exact type, and conv, bn (, relu) in a row in any nn.Sequential. A
+module whose own call is seen from outside, because it has a hook, is never absorbed.
+"""
+
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastres.model.layers import (
+    ConvBNReLU,
+    FusedBasicBlock,
+    FusedBlock,
+    FusedBottleneck,
+    FusedResNet,
+    FusedResNet9,
+    FusedSequential,
+    Pair,
+    conv_bn,
+)
+from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, ResNet9
+
+__all__ = ["fuse"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TORCHVISION = "torchvision.models.resnet"
+
+
+class FusedTorchvisionResNet(nn.Module):
+    """The fused stem of torchvision's ResNet; mixed in before the class of the net."""
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        net = cast(Any, self)
+        x = net.maxpool(conv_bn(x, Pair(net.conv1, net.bn1)))
+        x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
+        return net.fc(torch.flatten(net.avgpool(x), 1))
+
+
+def fuse(model: nn.Module, *, verbose: bool = True) -> nn.Module:
+    """A copy of `model` in which all that is recognised runs fused; the original is unchanged.
+
+    Parameters, buffers and state_dict keys are the model's; nothing is shared with it, so an
+    optimizer must be made for the copy. Training, evaluation, autocast and torch.compile work as
+    before. Left as they are: grouped, dilated and biased convolutions, other norms and activations,
+    modules with hooks, batch norms without parameters or running statistics.
+
+    Args:
+        model: any module; the ResNets of fastres and torchvision and nn.Sequentials are recognised.
+        verbose: print what was fused, and what was not and why.
+
+    Returns: the fused copy, each recognised module of a subclass of its type.
+    """
+    fused = copy.deepcopy(model)
+    absorbed: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    _visit(fused, "", absorbed, reasons)
+    if verbose:
+        print("\n".join(_report(fused, absorbed, reasons)))
+    return fused
+
+
+def _report(model: nn.Module, absorbed: dict[str, str], reasons: dict[str, str]) -> Iterator[str]:
+    """Yield the lines of the report: every convolution, and where it runs or why it stays."""
+    convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    # A projection is absorbed under the name of its Sequential, `downsample`.
+    homes = {name: absorbed.get(name) or absorbed.get(name.rpartition(".")[0]) for name in convs}
+    yield f"fuse: {sum(map(bool, homes.values()))} of {len(convs)} convolutions run fused"
+    for name, home in homes.items():
+        reason = reasons.get(name, "batch norm does not follow it in a pattern known here")
+        yield f"  {'fused     ' if home else 'left alone'}  {name}: {home or reason}"
+
+
+def _visit(module: nn.Module, name: str, absorbed: dict[str, str], reasons: dict[str, str]) -> None:
+    """Fuse what `module` is or holds, from the outside in.
+
+    absorbed: {name: by what} of parts that no longer run by themselves. reasons: {name: why it
+    stays} of convolutions. Both are added to.
+    """
+    kind: Any = type(module)
+    fused_class: Any = _fused_class(kind)
+    if fused_class is not None and "forward" not in vars(module):
+        faults = _faults(module)
+        reasons.update({_join(name, part): fault for part, fault in faults.items()})
+        if isinstance(module, nn.Sequential):
+            runs = _runs(module)
+            if runs:
+                module.__class__ = fused_class
+                cast(FusedSequential, module).fused_runs = runs
+        elif not faults:
+            module.__class__ = fused_class
+            if isinstance(module, FusedBlock):
+                module.fused_downsample = _is_projection(module.downsample)
+    for part in _absorbed_parts(module):
+        absorbed[_join(name, part)] = f"in {type(module).__name__} {name}".rstrip()
+    for child_name, child in module.named_children():
+        if _join(name, child_name) not in absorbed:
+            _visit(child, _join(name, child_name), absorbed, reasons)
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+@functools.cache
+def _fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The fused subclass of a recognised type, or None."""
+    known: dict[type[nn.Module], type[nn.Module]] = {
+        nn.Sequential: FusedSequential,
+        BasicBlock: FusedBasicBlock,
+        Bottleneck: FusedBottleneck,
+        ResNet: FusedResNet,
+        ResNet9: FusedResNet9,
+    }
+    if kind in known:
+        return known[kind]
+    # Told by name, so that torchvision is imported by those alone who use it.
+    if kind.__module__ != _TORCHVISION:
+        return None
+    if kind.__name__ in ("BasicBlock", "Bottleneck"):
+        depth = 2 if kind.__name__ == "BasicBlock" else 3
+        return type(f"Fused{kind.__name__}", (FusedBlock, kind), {"depth": depth})
+    if kind.__name__ == "ResNet":
+        return type("FusedResNet", (FusedTorchvisionResNet, kind), {})
+    return None
+
+
+def _absorbed_parts(module: nn.Module) -> list[str]:
+    """Names of the children whose work a fused module does itself."""
+    if isinstance(module, FusedSequential):
+        return [str(i + k) for i, length in module.fused_runs.items() for k in range(length)]
+    if isinstance(module, ConvBNReLU):
+        return ["conv", "bn"]
+    if isinstance(module, FusedBlock):
+        parts = [part for pair in _pairs_of(module) for part in pair]
+        is_projected = module.fused_downsample and isinstance(module.downsample, nn.Sequential)
+        return [*parts, "downsample"] if is_projected else parts
+    if isinstance(module, FusedResNet | FusedResNet9 | FusedTorchvisionResNet):
+        return ["conv1", "bn1"]
+    return []
+
+
+def _pairs_of(module: nn.Module) -> list[tuple[str, str]]:
+    """Names of convolution and batch norm, of a net's stem or a block's main path."""
+    depth = sum(name.startswith("conv") for name, _ in module.named_children())
+    return [(f"conv{i}", f"bn{i}") for i in range(1, depth + 1)]
+
+
+def _faults(module: nn.Module) -> dict[str, str]:
+    """What stands against fusing a recognised module: {name of a convolution: why}."""
+    if isinstance(module, nn.Sequential):
+        parts = list(module)
+        checks = {str(i): _why_not_pair(*parts[i : i + 2]) for i in range(len(parts) - 1)}
+        return {
+            name: fault
+            for name, fault in checks.items()
+            if fault is not None and isinstance(parts[int(name)], nn.Conv2d)
+        }
+    pairs = _pairs_of(module)
+    activation = getattr(module, "relu", None)
+    if activation is not None and (type(activation) is not nn.ReLU or _is_seen(activation)):
+        return dict.fromkeys((conv for conv, _ in pairs), "its activation is no plain ReLU")
+    checks = {conv: _why_not_pair(getattr(module, conv), getattr(module, bn)) for conv, bn in pairs}
+    first = next((f"{fault} in {conv}" for conv, fault in checks.items() if fault), None)
+    return {} if first is None else {conv: checks[conv] or first for conv in checks}
+
+
+def _is_seen(module: nn.Module) -> bool:
+    """Whether somebody outside would notice that the module's own forward is not called."""
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def _why_not_pair(conv: nn.Module, bn: nn.Module) -> str | None:
+    """Why a convolution and the module behind it cannot be one op, or None."""
+    if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
+        return f"{type(conv).__name__} before {type(bn).__name__}"
+    if _is_seen(conv) or _is_seen(bn):
+        return "a hook on convolution or batch norm"
+    sizes = (conv.stride, conv.padding)
+    is_square = all(isinstance(size, tuple) and len(set(size)) == 1 for size in sizes)
+    faults = {
+        f"{conv.groups} groups": conv.groups != 1,
+        f"dilation {conv.dilation}": set(conv.dilation) != {1},
+        "a bias": conv.bias is not None,
+        f"padding mode {conv.padding_mode}": conv.padding_mode != "zeros",
+        f"stride {conv.stride}, padding {conv.padding}": not is_square,
+        "batch norm without parameters": not bn.affine,
+        "batch norm without running statistics": bn.running_mean is None,
+        "batch norm of other channels": bn.num_features != conv.out_channels,
+    }
+    return next((fault for fault, is_present in faults.items() if is_present), None)
+
+
+def _is_projection(downsample: Any) -> bool:
+    """Whether a shortcut is a convolution and a batch norm that the block can absorb."""
+    if type(downsample) is not nn.Sequential or len(downsample) != 2 or _is_seen(downsample):
+        return False
+    return _why_not_pair(downsample[0], downsample[1]) is None
+
+
+def _runs(modules: nn.Sequential) -> dict[int, int]:
+    """Where conv, bn (, relu) stand in a row: {index of the convolution: length}."""
+    parts = list(modules)
+    runs = {}
+    for i in range(len(parts) - 1):
+        if _why_not_pair(parts[i], parts[i + 1]) is None:
+            last = parts[i + 2] if i + 2 < len(parts) else None
+            runs[i] = 3 if type(last) is nn.ReLU and not _is_seen(last) else 2
+    return runs

@@ -1,0 +1,289 @@
+"""Fused layers: the reference's modules with another way through them.
+
+A fused module is a subclass of the module that it speeds up and overrides `forward` alone. It has
+the same children, parameters, buffers and state_dict keys, because it inherits them, and where it
+cannot fuse it falls back to `super().forward`: the reference itself.
+
+    training     one op a block, statistics of the batch; the running ones are moved here
+    evaluation   one op a convolution with its batch norm folded, where no gradient is wanted
+    otherwise    the reference: evaluation with gradients, or batch norms frozen one by one
+
+Under autocast activations and filters are cast to its dtype; the parameters and statistics of batch
+norm are used in float32.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres.kernels import fused
+from fastres.kernels.fused import BatchStats
+from fastres.kernels.reference import ConvBN, bn_fold_ref, stat_dtype
+from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, ResNet9
+
+__all__ = [
+    "ConvBNAddReLU",
+    "ConvBNReLU",
+    "FusedBasicBlock",
+    "FusedBlock",
+    "FusedBottleneck",
+    "FusedResNet",
+    "FusedResNet9",
+    "FusedSequential",
+    "Pair",
+    "conv_bn",
+]
+
+
+class Pair(NamedTuple):
+    """A convolution and the batch norm that reads it."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+
+
+def _cast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a convolution of x computes, as autocast would choose it."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """X as the kernels take it: in the dtype of the computation, channels_last."""
+    return x.to(_cast_dtype(x)).contiguous(memory_format=torch.channels_last)
+
+
+def _layer(pair: Pair, x: Tensor) -> ConvBN:
+    """The parameters of a pair as the kernels take them, beside activations like x."""
+    conv, bn = pair
+    wide = stat_dtype(x.dtype)
+    w = conv.weight.to(_cast_dtype(x)).contiguous(memory_format=torch.channels_last)
+    padding = cast(tuple[int, int], conv.padding)
+    return ConvBN(w, bn.weight.to(wide), bn.bias.to(wide), conv.stride[0], padding[0], bn.eps)
+
+
+def _fold(pair: Pair, x: Tensor) -> Tensor:
+    """The batch norm with its running statistics as a * y + b: (2, K), a above b."""
+    bn, wide = pair.bn, stat_dtype(x.dtype)
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    rstd = (bn.running_var.to(wide) + bn.eps).rsqrt()
+    return bn_fold_ref(bn.running_mean.to(wide), rstd, bn.weight.to(wide), bn.bias.to(wide))
+
+
+@torch.no_grad()
+def _move_running_statistics(pairs: Sequence[Pair], batches: Sequence[BatchStats]) -> None:
+    """Move the running statistics towards those of the batch, as nn.BatchNorm2d does."""
+    for (_, bn), batch in zip(pairs, batches, strict=True):
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        assert bn.num_batches_tracked is not None
+        bn.num_batches_tracked.add_(1)
+        # Without a momentum the running statistics are the plain average of all batches.
+        step: Any = bn.momentum
+        if step is None:
+            step = bn.num_batches_tracked.to(bn.running_mean.dtype).reciprocal()
+        bn.running_mean.lerp_(batch.mean.to(bn.running_mean.dtype), step)
+        bn.running_var.lerp_(batch.unbiased_var.to(bn.running_var.dtype), step)
+
+
+def _all_train(pairs: Iterable[Pair]) -> bool:
+    return all(pair.bn.training for pair in pairs)
+
+
+def _can_fold(x: Tensor, pairs: Iterable[Pair]) -> bool:
+    """Whether all batch norms use running statistics and nobody wants a gradient."""
+    if any(pair.bn.training for pair in pairs):
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    learns = any(p.requires_grad for pair in pairs for m in pair for p in m.parameters())
+    return not (x.requires_grad or learns)
+
+
+def conv_bn(x: Tensor, pair: Pair, *, relu: bool = True, residual: Tensor | None = None) -> Tensor:
+    """`relu(bn(conv(x)) + residual)` on the way that fits the mode; see the head of the file.
+
+    Args:
+        x: (N, C, H, W).
+        pair: the convolution, without bias, groups and dilation, and its batch norm.
+        relu: whether the ReLU is applied; with a residual it always is while training.
+        residual: (N, K, P, Q), or None.
+
+    Returns: (N, K, P, Q), channels_last when fused.
+    """
+    if _all_train([pair]):
+        pixels, layer = _pixels(x), _layer(pair, x)
+        if residual is None:
+            out, stats = fused.conv_bn_relu(pixels, layer, relu=relu)
+        else:
+            out, stats = fused.conv_bn_add_relu(pixels, layer, residual.to(pixels.dtype))
+        _move_running_statistics([pair], stats)
+        return out
+    if _can_fold(x, [pair]):
+        pixels = _pixels(x)
+        given = None if residual is None else _pixels(residual)
+        return fused.conv_bn_folded(
+            pixels, _layer(pair, x), _fold(pair, x), residual=given, relu=relu
+        )
+    z = pair.bn(pair.conv(x))
+    if residual is not None:
+        z = z + residual
+    return F.relu(z) if relu else z
+
+
+class ConvBNReLU(nn.Module):
+    """out = relu(bn(conv(x))), children `conv` and `bn`.
+
+    Args:
+        in_channels: C.
+        out_channels: K.
+        kernel_size: odd; the convolution is padded to keep the map's size at stride 1.
+        stride: of the convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1):
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False
+        )
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
+        return conv_bn(x, Pair(self.conv, self.bn))
+
+
+class ConvBNAddReLU(ConvBNReLU):
+    """out = relu(bn(conv(x)) + residual), children `conv` and `bn`."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        """Map (N, in_channels, H, W) and the shape of the result to that shape."""
+        return conv_bn(x, Pair(self.conv, self.bn), residual=residual)
+
+
+class FusedSequential(nn.Sequential):
+    """A Sequential in which every run of conv, bn (, relu) of `fused_runs` is one op.
+
+    Attributes:
+        fused_runs: {index of a convolution: length of its run, 2 or 3}.
+    """
+
+    fused_runs: dict[int, int]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the modules in order."""
+        modules = list(self)
+        i = 0
+        while i < len(modules):
+            length = self.fused_runs.get(i, 1)
+            if length == 1:
+                x = modules[i](x)
+            else:
+                pair = Pair(cast(nn.Conv2d, modules[i]), cast(nn.BatchNorm2d, modules[i + 1]))
+                x = conv_bn(x, pair, relu=length == 3)
+            i += length
+        return x
+
+
+class FusedBlock(nn.Module):
+    """The fused way through a residual block; mixed in before the class of the block.
+
+    Attributes:
+        depth: convolutions of the main path, named conv1, bn1, conv2, bn2 and so on.
+        fused_downsample: whether `downsample` is a convolution and a batch norm to be fused.
+    """
+
+    depth: int
+    fused_downsample = True
+
+    def _pairs(self) -> tuple[list[Pair], Pair | None]:
+        """The pairs of the main path, and that of the projection."""
+        pairs = [
+            Pair(getattr(self, f"conv{i}"), getattr(self, f"bn{i}"))
+            for i in range(1, self.depth + 1)
+        ]
+        downsample = self.downsample
+        if self.fused_downsample and isinstance(downsample, nn.Sequential):
+            return pairs, Pair(*cast(tuple[nn.Conv2d, nn.BatchNorm2d], tuple(downsample)))
+        return pairs, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x as the block does."""
+        pairs, projection = self._pairs()
+        everything = [*pairs, projection] if projection is not None else pairs
+        if _all_train(everything):
+            return self._train(x, pairs, projection)
+        if _can_fold(x, everything):
+            return self._evaluate(x, pairs, projection)
+        return super().forward(x)
+
+    def _given_shortcut(self, x: Tensor, projection: Pair | None) -> Tensor | None:
+        """What a downsample that is not fused makes of x."""
+        if projection is not None or self.downsample is None or not self._adds():
+            return None
+        return _pixels(cast(nn.Module, self.downsample)(x))
+
+    def _adds(self) -> bool:
+        """Whether there is a shortcut: the reference's plain nets have none."""
+        return bool(getattr(self, "residual", True))
+
+    def _train(self, x: Tensor, pairs: list[Pair], projection: Pair | None) -> Tensor:
+        out, stats = fused.residual_block(
+            _pixels(x),
+            [_layer(pair, x) for pair in pairs],
+            projection=None if projection is None else _layer(projection, x),
+            residual=self._given_shortcut(x, projection),
+            add_input=self._adds(),
+        )
+        _move_running_statistics([*pairs, projection] if projection else pairs, stats)
+        return out
+
+    def _evaluate(self, x: Tensor, pairs: list[Pair], projection: Pair | None) -> Tensor:
+        shortcut = self._given_shortcut(x, projection)
+        if projection is not None:
+            shortcut = conv_bn(x, projection, relu=False)
+        elif shortcut is None and self._adds():
+            shortcut = x
+        *inner, last = pairs
+        for pair in inner:
+            x = conv_bn(x, pair)
+        return conv_bn(x, last, residual=shortcut)
+
+
+class FusedBasicBlock(FusedBlock, BasicBlock):
+    """`BasicBlock`, fused."""
+
+    depth = 2
+
+
+class FusedBottleneck(FusedBlock, Bottleneck):
+    """`Bottleneck`, fused."""
+
+    depth = 3
+
+
+class FusedResNet(ResNet):
+    """`ResNet` with a fused stem; its blocks are fused on their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, 3, H, W) to logits (N, num_classes)."""
+        x = conv_bn(x, Pair(self.conv1, self.bn1))
+        for stage in self.stages:
+            x = getattr(self, stage)(x)
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+class FusedResNet9(ResNet9):
+    """`ResNet9` with a fused stem; its blocks are fused on their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, 3, H, W) to logits (N, num_classes)."""
+        x = conv_bn(x, Pair(self.conv1, self.bn1))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.amax(dim=(2, 3))) * self.logit_scale

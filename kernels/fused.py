@@ -1,0 +1,382 @@
+"""The fused ops as torch sees them: registration, shapes, autograd, choice of backend.
+
+    fastres::conv_bn_relu_fwd, _bwd        out = relu(bn(conv(x)))
+    fastres::conv_bn_add_relu_fwd, _bwd    out = relu(bn(conv(x)) + residual)
+    fastres::residual_block_fwd, _bwd      out = relu(bn(conv(.. relu(bn(conv(x))))) + shortcut)
+    fastres::conv_bn_folded                out = relu(a * conv(x) + b + residual), for inference
+
+The three training ops have one signature and one implementation, `chain.py`; their names tell a
+profile what a model runs. Ops change none of their inputs: they return the statistics of the batch,
+and the module moves its running averages. `custom_op` keeps them opaque to torch.compile, which so
+compiles a model on machines without a GPU driver too.
+
+CUDA tensors go through the Triton kernels, CPU tensors too under TRITON_INTERPRET=1; everything
+else, and float64, is computed in plain torch. Gradients of gradients are not defined.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from fastres.kernels import chain_plain
+from fastres.kernels.chain import Chain, LayerState, Shortcut, backward, forward
+from fastres.kernels.reference import ConvBN, stat_dtype
+
+__all__ = [
+    "BatchStats",
+    "conv_bn_add_relu",
+    "conv_bn_folded",
+    "conv_bn_relu",
+    "residual_block",
+]
+
+# params: w, weight, bias of every layer, the projection's last; geometry: stride, padding of each.
+_FORWARD_SCHEMA = (
+    "(Tensor x, Tensor? residual, Tensor[] params, int[] geometry, float[] eps, str shortcut, "
+    "bool relu) -> (Tensor, Tensor[])"
+)
+# saved: the fields of every LayerState in turn.
+_BACKWARD_SCHEMA = (
+    "(Tensor dout, Tensor x, Tensor? out, Tensor[] params, Tensor[] saved, int[] geometry, "
+    "str shortcut, bool relu, bool need_dx) -> Tensor[]"
+)
+_FOLDED_SCHEMA = (
+    "(Tensor x, Tensor w, Tensor scale_shift, Tensor? residual, int stride, int padding, "
+    "bool relu) -> Tensor"
+)
+_NUM_STATE = len(LayerState._fields)
+
+
+class BatchStats(NamedTuple):
+    """Statistics of one layer's y in this batch, (K,) each: what running averages are made of."""
+
+    mean: Tensor
+    unbiased_var: Tensor
+
+
+@functools.cache
+def _triton_backend() -> ModuleType | None:
+    """The Triton steps, or None where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("fastres.kernels.chain_triton")
+
+
+def _choose_backend(x: Tensor) -> Any:
+    """The steps that run on x; see the head of the file."""
+    triton_steps = None if x.dtype == torch.float64 else _triton_backend()
+    if triton_steps is not None and triton_steps.runs_on(x.device):
+        return triton_steps
+    return chain_plain
+
+
+def _make_chain(
+    params: Sequence[Tensor],
+    geometry: Sequence[int],
+    shortcut: str,
+    relu: bool,
+    eps: Sequence[float] | None = None,
+) -> Chain:
+    """Put the flat arguments of an op together again; filters become channels_last."""
+    layers = [
+        ConvBN(
+            params[3 * i].contiguous(memory_format=torch.channels_last),
+            params[3 * i + 1].contiguous(),
+            params[3 * i + 2].contiguous(),
+            geometry[2 * i],
+            geometry[2 * i + 1],
+            eps[i] if eps is not None else 0.0,
+        )
+        for i in range(len(params) // 3)
+    ]
+    kind: Shortcut = shortcut  # type: ignore[assignment]
+    if kind == "projected":
+        return Chain(layers[:-1], layers[-1], kind, relu)
+    return Chain(layers, None, kind, relu)
+
+
+def _pixels(t: Tensor) -> Tensor:
+    """T with unit channel stride, as the kernels read it; gaps between pixels may stay."""
+    return t if t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
+
+
+def _forward_impl(
+    x: Tensor,
+    residual: Tensor | None,
+    params: list[Tensor],
+    geometry: list[int],
+    eps: list[float],
+    shortcut: str,
+    relu: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    chain = _make_chain(params, geometry, shortcut, relu, eps)
+    given = None if residual is None else _pixels(residual)
+    out, states = forward(chain, _pixels(x), given, _choose_backend(x))
+    return out, [tensor for state in states for tensor in state]
+
+
+def _backward_impl(
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    params: list[Tensor],
+    saved: list[Tensor],
+    geometry: list[int],
+    shortcut: str,
+    relu: bool,
+    need_dx: bool,
+) -> list[Tensor]:
+    chain = _make_chain(params, geometry, shortcut, relu)
+    states = [LayerState(*saved[i : i + _NUM_STATE]) for i in range(0, len(saved), _NUM_STATE)]
+    grads = backward(
+        chain, _pixels(dout), _pixels(x), out, states, _choose_backend(x), need_dx=need_dx
+    )
+    inputs = [t for t in (grads.dx, grads.dresidual) if t is not None]
+    return [*inputs, *(tensor for layer in grads.layers for tensor in layer)]
+
+
+def _empty_nhwc(like: Tensor, *size: int) -> Tensor:
+    return torch.empty(
+        size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def _conv_output(x: Tensor, w: Tensor, stride: int, padding: int) -> Tensor:
+    """An uninitialised conv(x, w)."""
+    p, q = ((x.shape[d] + 2 * padding - w.shape[d]) // stride + 1 for d in (2, 3))
+    return _empty_nhwc(x, x.shape[0], w.shape[0], p, q)
+
+
+def _forward_fake(
+    x: Tensor,
+    residual: Tensor | None,
+    params: list[Tensor],
+    geometry: list[int],
+    eps: list[float],
+    shortcut: str,
+    relu: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    num_layers = len(params) // 3
+    saved: list[Tensor] = []
+    source = out = x
+    for i in range(num_layers):
+        projects = shortcut == "projected" and i == num_layers - 1
+        y = _conv_output(x if projects else source, params[3 * i], *geometry[2 * i : 2 * i + 2])
+        source = y
+        out = out if projects else y
+        vector = y.new_empty((y.shape[1],), dtype=stat_dtype(y.dtype))
+        vectors = [torch.empty_like(vector) for _ in range(3)]
+        saved += [y, *vectors, vector.new_empty((2, y.shape[1]))]
+    return torch.empty_like(out), saved
+
+
+def _backward_fake(
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    params: list[Tensor],
+    saved: list[Tensor],
+    geometry: list[int],
+    shortcut: str,
+    relu: bool,
+    need_dx: bool,
+) -> list[Tensor]:
+    inputs = [_empty_nhwc(x, *x.shape)] if need_dx else []
+    if shortcut == "given":
+        inputs.append(_empty_nhwc(dout, *dout.shape))
+    grads = [_empty_nhwc(p, *p.shape) if p.dim() == 4 else torch.empty_like(p) for p in params]
+    return [*inputs, *grads]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
+    x, _, params, geometry, _, shortcut, relu = inputs
+    out, saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+    # Without a shortcut the ReLU's mask follows from y, which is kept anyway.
+    mask = None if shortcut == "none" else out
+    ctx.save_for_backward(x, mask, *params, *saved)
+    ctx.num_params = len(params)
+    ctx.arguments = (geometry, shortcut, relu)
+
+
+def _differentiate(backward_op: Callable[..., list[Tensor]]) -> Callable[..., tuple]:
+    """The autograd formula of a training op: its second half, gradients dealt to the inputs."""
+
+    def formula(ctx: Any, dout: Tensor, _: list[None]) -> tuple:
+        x, out, *rest = ctx.saved_tensors
+        params, saved = rest[: ctx.num_params], rest[ctx.num_params :]
+        _, shortcut, _ = ctx.arguments
+        need_dx = ctx.needs_input_grad[0]
+        grads = backward_op(dout, x, out, params, saved, *ctx.arguments, need_dx)
+        dx = grads.pop(0) if need_dx else None
+        dresidual = grads.pop(0) if shortcut == "given" else None
+        return dx, dresidual, grads, None, None, None, None
+
+    return formula
+
+
+def _register(name: str) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+    """Register `fastres::{name}_fwd` and `_bwd` and return the first."""
+    backward_op = custom_op(
+        f"fastres::{name}_bwd", _backward_impl, mutates_args=(), schema=_BACKWARD_SCHEMA
+    )
+    backward_op.register_fake(_backward_fake)
+    forward_op = custom_op(
+        f"fastres::{name}_fwd", _forward_impl, mutates_args=(), schema=_FORWARD_SCHEMA
+    )
+    forward_op.register_fake(_forward_fake)
+    forward_op.register_autograd(_differentiate(backward_op), setup_context=_setup_context)
+    return forward_op
+
+
+_conv_bn_relu = _register("conv_bn_relu")
+_conv_bn_add_relu = _register("conv_bn_add_relu")
+_residual_block = _register("residual_block")
+
+
+def _run(
+    op: Callable[..., tuple[Tensor, list[Tensor]]],
+    x: Tensor,
+    layers: Sequence[ConvBN],
+    residual: Tensor | None,
+    shortcut: Shortcut,
+    relu: bool = True,
+) -> tuple[Tensor, list[BatchStats]]:
+    """Call a training op with its layers flattened."""
+    params = [tensor for layer in layers for tensor in layer[:3]]
+    geometry = [number for layer in layers for number in (layer.stride, layer.padding)]
+    eps = [layer.eps for layer in layers]
+    out, saved = op(x, residual, params, geometry, eps, shortcut, relu)
+    states = [LayerState(*saved[i : i + _NUM_STATE]) for i in range(0, len(saved), _NUM_STATE)]
+    return out, [BatchStats(state.mean, state.unbiased_var) for state in states]
+
+
+def conv_bn_relu(x: Tensor, layer: ConvBN, *, relu: bool = True) -> tuple[Tensor, list[BatchStats]]:
+    """`out = relu(bn(conv(x)))` with the statistics of this batch; differentiable.
+
+    Saved for backward: x, the raw convolution output y and per-channel numbers.
+
+    Args:
+        x: (N, C, H, W) channels_last; bf16, fp16, fp32, or fp64 in plain torch.
+        layer: w (K, C, R, S) in the dtype of x; weight and bias (K,) fp32 (fp64 beside fp64).
+        relu: whether the ReLU is applied.
+
+    Returns: out: (N, K, P, Q) dense channels_last, dtype of x; the statistics of its one layer.
+
+    Raises: ValueError: when a tensor's shape, dtype or layout is not as above, or each channel has
+        a single value.
+
+    Numerics: products in the dtype of x, sums and statistics in fp32. Deterministic.
+    """
+    return _run(_conv_bn_relu, x, [layer], None, "none", relu)
+
+
+def conv_bn_add_relu(x: Tensor, layer: ConvBN, residual: Tensor) -> tuple[Tensor, list[BatchStats]]:
+    """`out = relu(bn(conv(x)) + residual)` with the statistics of this batch; differentiable.
+
+    Args:
+        x: as in `conv_bn_relu`, as are layer, the rest of the contract and the numerics.
+        layer: the convolution and its batch norm.
+        residual: (N, K, P, Q) channels_last, dtype of x.
+
+    Returns: out and the statistics of its one layer, as `conv_bn_relu`.
+    """
+    return _run(_conv_bn_add_relu, x, [layer], residual, "given")
+
+
+def residual_block(
+    x: Tensor,
+    layers: Sequence[ConvBN],
+    *,
+    projection: ConvBN | None = None,
+    residual: Tensor | None = None,
+    add_input: bool = True,
+) -> tuple[Tensor, list[BatchStats]]:
+    """`relu(bn(conv(.. relu(bn(conv(x))))) + shortcut)`: two layers basic, three bottleneck.
+
+    Fused: no activation between the layers is stored; the shortcut's gradient is added by the last
+    kernel of backward. Saved: x, out, the raw y of every convolution, per-channel numbers.
+
+    Args:
+        x: as in `conv_bn_relu`, as are the numerics.
+        layers: the main path.
+        projection: the layer that makes the shortcut from x.
+        residual: (N, K, P, Q) channels_last, dtype of x: a shortcut made elsewhere.
+        add_input: without the two above, x itself is the shortcut; False: there is none.
+
+    Returns: out: (N, K, P, Q) dense channels_last; the statistics of the layers, the projection's
+        last.
+
+    Raises: ValueError: when both projection and residual are given, or as `conv_bn_relu`.
+    """
+    if projection is not None and residual is not None:
+        raise ValueError("give at most one of projection and residual")
+    if projection is not None:
+        return _run(_residual_block, x, [*layers, projection], None, "projected")
+    if residual is not None:
+        return _run(_residual_block, x, layers, residual, "given")
+    return _run(_residual_block, x, layers, None, "input" if add_input else "none")
+
+
+def _folded_impl(
+    x: Tensor,
+    w: Tensor,
+    scale_shift: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    relu: bool,
+) -> Tensor:
+    filters = w.contiguous(memory_format=torch.channels_last)
+    layer = ConvBN(filters, scale_shift[0], scale_shift[1], stride, padding)
+    given = None if residual is None else _pixels(residual)
+    return _choose_backend(x).conv_folded(_pixels(x), layer, scale_shift, given, relu)
+
+
+def _folded_fake(
+    x: Tensor,
+    w: Tensor,
+    scale_shift: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    relu: bool,
+) -> Tensor:
+    return _conv_output(x, w, stride, padding)
+
+
+_conv_bn_folded = custom_op(
+    "fastres::conv_bn_folded", _folded_impl, mutates_args=(), schema=_FOLDED_SCHEMA
+)
+_conv_bn_folded.register_fake(_folded_fake)
+
+
+def conv_bn_folded(
+    x: Tensor,
+    layer: ConvBN,
+    scale_shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
+    """`out = relu(a * conv(x) + b + residual)`: a layer of inference in one kernel; no gradient.
+
+    Args:
+        x: (N, C, H, W) channels_last; bf16, fp16, fp32, or fp64 in plain torch.
+        layer: its w (K, C, R, S), in the dtype of x, stride and padding are used.
+        scale_shift: (2, K) fp32 (fp64 beside fp64), a above b: the batch norm folded.
+        residual: (N, K, P, Q) channels_last, dtype of x; None adds nothing.
+        relu: whether the ReLU is applied.
+
+    Returns: out: (N, K, P, Q) dense channels_last, dtype of x.
+
+    Raises: ValueError: when a tensor's shape, dtype or layout is not as above.
+    """
+    return _conv_bn_folded(x, layer.w, scale_shift, residual, layer.stride, layer.padding, relu)
