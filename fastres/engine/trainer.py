@@ -1,6 +1,7 @@
 """A whole run, from options to a summary; reads from top to bottom."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -304,7 +305,8 @@ class Trainer:
         def remember(number: int, _frame: object) -> None:
             self._signal = number
             signal.signal(number, signal.SIG_DFL)
-            self.screen.line("stopping after this step; once more to stop at once")
+            # The handler may interrupt the console in the middle of a line, so it writes past it.
+            os.write(2, b"stopping after this step; once more to stop at once\n")
 
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number in before:
