@@ -146,7 +146,7 @@ def heuristic_config(
     # Sums and the operand that a prologue forms live in registers: 8 warps share a large tile.
     num_warps = 8 if block_m == 128 and block_n >= 64 else 4
     # A dgrad that forms dy stages two tiles of pixels; small GPUs have 99 KiB of shared memory.
-    if op == "dgrad" and block_m == 128 and block_n == 128:
+    if op == "dgrad" and block_m == 128 and block_n >= 64:
         num_stages = 2
     return ConvConfig(block_m, block_n, block_k, num_warps, num_stages)
 
