@@ -93,10 +93,10 @@ class Config:
     """Keep weights and activations in NHWC order."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Mixed precision: the type of activations and filters in the forward and backward pass."""
-    route: Literal["auto", "eager", "compile"] = "auto"
-    """How the network is computed: by eager torch, or by torch.compile."""
+    route: Literal["auto", "eager", "compile", "fused"] = "auto"
+    """How the network is computed: eager torch, torch.compile, or the fused kernels."""
     compile: Switch = "auto"
-    """Short for --route compile (on) or --route eager (off)."""
+    """Put torch.compile around the network: the route compile, or around the fused kernels."""
     graph: Switch = "auto"
     """Replay the whole training step as one CUDA graph."""
 
@@ -178,12 +178,8 @@ def validate(config: Config) -> Config:
         raise UsageError("--epochs must be more than 0")
     if config.ema == 1:
         raise UsageError("--ema must be less than 1, or the average never moves")
-    if config.compile != "auto" and config.route not in ("auto", _route_of(config.compile)):
+    if (config.compile, config.route) in (("on", "eager"), ("off", "compile")):
         raise UsageError(
             f"--compile {config.compile} contradicts --route {config.route}; give one of them"
         )
     return config
-
-
-def _route_of(switch: Switch) -> str:
-    return "compile" if switch == "on" else "eager"

@@ -111,6 +111,7 @@ def _evaluate(
     from fastres.engine.evaluation import evaluate, evaluation_loader
     from fastres.engine.runtime import resolve_runtime
     from fastres.errors import FailureError
+    from fastres.model.fuse import fuse
     from fastres.model.resnet import create_model
 
     path = folder.result() if options.checkpoint == "auto" else folder.file(options.checkpoint)
@@ -126,6 +127,8 @@ def _evaluate(
     )
     runtime = resolve_runtime(config, model)
     checkpoint.load_weights(model, checkpoint.evaluated_weights(tensors), path)
+    if runtime.route == "fused":
+        model = fuse(model, verbose=False)
     runtime.place(model)
     screen.data(data, num_train=0, num_val=0)
     screen.runtime(runtime, training=False)

@@ -12,7 +12,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "quick": {
         "model": "resnet9",
         "width": 0.25,
-        "epochs": 10.0,
+        "epochs": 12.0,
         "batch_size": 128,
         "lr": 0.25,
         "warmup": 0.2,

@@ -10,22 +10,21 @@ profile what a model runs. Ops change none of their inputs: they return the stat
 and the module moves its running averages. `custom_op` keeps them opaque to torch.compile, which so
 compiles a model on machines without a GPU driver too.
 
-CUDA tensors go through the Triton kernels, CPU tensors too under TRITON_INTERPRET=1; everything
-else, and float64, is computed in plain torch. Gradients of gradients are not defined.
+CUDA tensors go through the Triton kernels, CPU tensors too under TRITON_INTERPRET=1; other CPU
+tensors in bf16 and fp32 through the CPU kernels where there is a compiler for them; everything else
+is computed in plain torch. Gradients of gradients are not defined.
 """
 
-import functools
-import importlib.util
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastres.kernels import chain_plain
-from fastres.kernels.chain import Chain, LayerState, Shortcut, backward, forward
+from fastres.kernels.chain import LayerState, Shortcut, backward, forward
+from fastres.kernels.dispatch import choose_backend, make_chain, pixels
+from fastres.kernels.eager import can_run_eager, run_eager
 from fastres.kernels.reference import ConvBN, stat_dtype
 
 __all__ = [
@@ -60,52 +59,6 @@ class BatchStats(NamedTuple):
     unbiased_var: Tensor
 
 
-@functools.cache
-def _triton_backend() -> ModuleType | None:
-    """The Triton steps, or None where Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("fastres.kernels.chain_triton")
-
-
-def _choose_backend(x: Tensor) -> Any:
-    """The steps that run on x; see the head of the file."""
-    triton_steps = None if x.dtype == torch.float64 else _triton_backend()
-    if triton_steps is not None and triton_steps.runs_on(x.device):
-        return triton_steps
-    return chain_plain
-
-
-def _make_chain(
-    params: Sequence[Tensor],
-    geometry: Sequence[int],
-    shortcut: str,
-    relu: bool,
-    eps: Sequence[float] | None = None,
-) -> Chain:
-    """Put the flat arguments of an op together again; filters become channels_last."""
-    layers = [
-        ConvBN(
-            params[3 * i].contiguous(memory_format=torch.channels_last),
-            params[3 * i + 1].contiguous(),
-            params[3 * i + 2].contiguous(),
-            geometry[2 * i],
-            geometry[2 * i + 1],
-            eps[i] if eps is not None else 0.0,
-        )
-        for i in range(len(params) // 3)
-    ]
-    kind: Shortcut = shortcut  # type: ignore[assignment]
-    if kind == "projected":
-        return Chain(layers[:-1], layers[-1], kind, relu)
-    return Chain(layers, None, kind, relu)
-
-
-def _pixels(t: Tensor) -> Tensor:
-    """T with unit channel stride, as the kernels read it; gaps between pixels may stay."""
-    return t if t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
-
-
 def _forward_impl(
     x: Tensor,
     residual: Tensor | None,
@@ -115,9 +68,10 @@ def _forward_impl(
     shortcut: str,
     relu: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    chain = _make_chain(params, geometry, shortcut, relu, eps)
-    given = None if residual is None else _pixels(residual)
-    out, states = forward(chain, _pixels(x), given, _choose_backend(x))
+    chain = make_chain(params, geometry, shortcut, relu, eps)
+    given = None if residual is None else pixels(residual)
+    with torch.autocast(x.device.type, enabled=False):
+        out, states = forward(chain, pixels(x), given, choose_backend(x))
     return out, [tensor for state in states for tensor in state]
 
 
@@ -132,10 +86,10 @@ def _backward_impl(
     relu: bool,
     need_dx: bool,
 ) -> list[Tensor]:
-    chain = _make_chain(params, geometry, shortcut, relu)
+    chain = make_chain(params, geometry, shortcut, relu)
     states = [LayerState(*saved[i : i + _NUM_STATE]) for i in range(0, len(saved), _NUM_STATE)]
     grads = backward(
-        chain, _pixels(dout), _pixels(x), out, states, _choose_backend(x), need_dx=need_dx
+        chain, pixels(dout), pixels(x), out, states, choose_backend(x), need_dx=need_dx
     )
     inputs = [t for t in (grads.dx, grads.dresidual) if t is not None]
     return [*inputs, *(tensor for layer in grads.layers for tensor in layer)]
@@ -253,6 +207,9 @@ def _run(
     params = [tensor for layer in layers for tensor in layer[:3]]
     geometry = [number for layer in layers for number in (layer.stride, layer.padding)]
     eps = [layer.eps for layer in layers]
+    if can_run_eager(x):
+        out, stats = run_eager(x, residual, params, geometry, eps, shortcut, relu)
+        return out, [BatchStats(*pair) for pair in stats]
     out, saved = op(x, residual, params, geometry, eps, shortcut, relu)
     states = [LayerState(*saved[i : i + _NUM_STATE]) for i in range(0, len(saved), _NUM_STATE)]
     return out, [BatchStats(state.mean, state.unbiased_var) for state in states]
@@ -336,8 +293,9 @@ def _folded_impl(
 ) -> Tensor:
     filters = w.contiguous(memory_format=torch.channels_last)
     layer = ConvBN(filters, scale_shift[0], scale_shift[1], stride, padding)
-    given = None if residual is None else _pixels(residual)
-    return _choose_backend(x).conv_folded(_pixels(x), layer, scale_shift, given, relu)
+    given = None if residual is None else pixels(residual)
+    with torch.autocast(x.device.type, enabled=False):
+        return choose_backend(x).conv_folded(pixels(x), layer, scale_shift, given, relu)
 
 
 def _folded_fake(
@@ -379,4 +337,5 @@ def conv_bn_folded(
 
     Raises: ValueError: when a tensor's shape, dtype or layout is not as above.
     """
-    return _conv_bn_folded(x, layer.w, scale_shift, residual, layer.stride, layer.padding, relu)
+    run = _folded_impl if can_run_eager(x) else _conv_bn_folded
+    return run(x, layer.w, scale_shift, residual, layer.stride, layer.padding, relu)

@@ -132,7 +132,7 @@ def test_totals_count_the_batch():
     assert count == 8
 
 
-@pytest.mark.parametrize("runtime", [{"channels_last": True}, {"route": "compile"}])
+@pytest.mark.parametrize("runtime", [{"channels_last": True}, {"compiled": True}])
 def test_routes_take_the_same_steps(runtime):
     """Losses of five steps agree to what one float32 rounding of the input does to them."""
     plain, other = make(), make(**runtime)
@@ -149,7 +149,7 @@ def test_routes_take_the_same_steps(runtime):
 
 
 def test_preparing_leaves_no_trace():
-    step = make(SMALL.replace(ema=0.9), route="compile")
+    step = make(SMALL.replace(ema=0.9), compiled=True)
     before = {k: v.clone() for k, v in step.state_dict().items()}
     step.prepare(*batch(1))
     after = step.state_dict()
@@ -200,13 +200,13 @@ def test_a_step_reads_nothing_back(optimizer, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("route", ["eager", "compile"])
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_replayed_graph_takes_the_eager_steps(route, dtype):
+def test_a_replayed_graph_takes_the_eager_steps(compiled, dtype):
     cuda = torch.device("cuda", 0)
     options = {"device": cuda, "dtype": dtype, "channels_last": True, "fused_optimizer": True}
     eager = make(**options)
-    graph = make(**options, route=route, graph=True)
+    graph = make(**options, compiled=compiled, graph=True)
     graph.prepare(*batch(9, cuda))
     for number in range(5):
         eager(number, *batch(number, cuda))

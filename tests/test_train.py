@@ -323,8 +323,9 @@ def test_without_a_compiler_fast_says_so(monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert train(*TINY, "--fast", "--dry-run") == 0
     assert "no C++ compiler" in capsys.readouterr().out
-    assert train(*TINY, "--route", "compile", "--dry-run") == 2
-    assert "needs a C++ compiler" in capsys.readouterr().err
+    for switch in (["--route", "compile"], ["--route", "fused", "--compile", "on"]):
+        assert train(*TINY, *switch, "--dry-run") == 2
+        assert "needs a C++ compiler" in capsys.readouterr().err
 
 
 def test_without_bf16_instructions_fast_stays_in_fp32(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Which route, precision, layout and loader a run really uses here, and why not the others."""
 
+import importlib.util
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,7 @@ from fastres.config import Config
 from fastres.data.loaders import choose_loader
 from fastres.engine import machine
 from fastres.errors import UsageError
+from fastres.model.backend import cpu_kernels_missing, fused_kernels
 
 __all__ = ["Choice", "Runtime", "resolve_runtime"]
 
@@ -34,7 +36,8 @@ class Runtime:
         device: "cpu" or a CUDA device.
         dtype: of activations and filters under autocast; float32 for none.
         channels_last: weights and activations in NHWC order.
-        route: "eager" or "compile".
+        route: "eager", "compile" or "fused".
+        compiled: torch.compile stands around the network.
         graph: the step is one CUDA graph.
         fused_optimizer: the optimizer is one kernel for all parameters.
         loader: "dali", "resident" or "torch".
@@ -45,6 +48,7 @@ class Runtime:
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     route: str = "eager"
+    compiled: bool = False
     graph: bool = False
     fused_optimizer: bool = False
     loader: str = "torch"
@@ -175,29 +179,46 @@ def _unsafe_in_nhwc(model: nn.Module) -> str | None:
 
 
 def _choose_route(config: Config, runtime: Runtime) -> None:
-    asked = config.route if config.route != "auto" else None
-    if config.compile != "auto":
-        asked = "compile" if config.compile == "on" else "eager"
-    compiler = machine.cxx_compiler()
     on_cuda = runtime.device.type == "cuda"
-    if asked:
-        if asked == "compile" and compiler is None:
-            raise UsageError(
-                "--route compile needs a C++ compiler (g++ or clang++) and none is installed"
-            )
-        runtime.route = asked
-        runtime.note("route", asked, "as asked")
-    elif not config.fast:
-        runtime.note("route", "eager", "the reference")
-    elif compiler is None:
-        runtime.note("route", "eager", "compile is left out: no C++ compiler here", fallback=True)
-    elif on_cuda:
-        runtime.route = "compile"
-        runtime.note("route", "compile", "fuses what stands between the convolutions")
+    compiler = machine.cxx_compiler()
+    if (config.compile == "on" or config.route == "compile") and compiler is None:
+        asked = "--compile on" if config.compile == "on" else "--route compile"
+        raise UsageError(f"{asked} needs a C++ compiler (g++ or clang++) and none is installed")
+    if config.route != "auto":
+        runtime.route, why = config.route, "as asked"
+    elif config.compile == "on":
+        runtime.route, why = "compile", "as asked"
+    elif config.fast:
+        runtime.route, why = _fastest_route(runtime, compiler)
     else:
-        runtime.note(
-            "route", "eager", "compile is left out: on a CPU its start costs more than it saves"
-        )
+        runtime.route, why = "eager", "the reference"
+    if runtime.route == "fused" and config.route == "fused":
+        why = f"as asked, {fused_kernels(runtime.device)}"
+    wants_compile = on_cuda and config.compile == "auto" and compiler is not None
+    runtime.compiled = runtime.route == "compile" or (
+        runtime.route == "fused" and (config.compile == "on" or wants_compile)
+    )
+    if config.route == "auto" and config.compile == "off" and runtime.route == "compile":
+        runtime.route, runtime.compiled, why = "eager", False, "--compile off"
+    around = " in torch.compile" if runtime.route == "fused" and runtime.compiled else ""
+    fallback = config.fast and config.route == "auto" and runtime.route == "eager"
+    runtime.note("route", runtime.route + around, why, fallback=fallback)
+
+
+def _fastest_route(runtime: Runtime, compiler: str | None) -> tuple[str, str]:
+    """The route of --fast and why; on a CPU as measured, see benchmarks/results."""
+    if runtime.device.type == "cuda":
+        if importlib.util.find_spec("triton") is not None:
+            return "fused", fused_kernels(runtime.device)
+        if compiler is None:
+            return "eager", "neither Triton nor a C++ compiler for torch.compile here"
+        return "compile", "no Triton here"
+    if runtime.dtype != torch.bfloat16:
+        return "eager", "in fp32 the fused kernels gain nothing on a CPU, and compile less"
+    missing = cpu_kernels_missing()
+    if missing:
+        return "eager", f"the fused CPU kernels are left out: {missing}"
+    return "fused", fused_kernels(runtime.device)
 
 
 def _choose_graph(config: Config, runtime: Runtime) -> None:

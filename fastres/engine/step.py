@@ -112,7 +112,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(
             runtime.device.type, enabled=runtime.dtype == torch.float16
         )
-        self._forward = torch.compile(model) if runtime.route == "compile" else model
+        self._forward = torch.compile(model) if runtime.compiled else model
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, Tensor] | None = None
 
@@ -152,7 +152,7 @@ class TrainStep:
 
         Weights, statistics, optimizer state, scaler and totals are afterwards what they were.
         """
-        if self.runtime.route == "eager" and not self.runtime.graph:
+        if not (self.runtime.compiled or self.runtime.graph):
             return
         with self._preserved():
             images = images.contiguous(memory_format=self.runtime.memory_format)

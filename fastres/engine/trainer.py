@@ -23,6 +23,7 @@ from fastres.engine.runtime import resolve_runtime
 from fastres.engine.screen import Screen
 from fastres.engine.step import TrainStep
 from fastres.errors import FailureError
+from fastres.model.fuse import fuse
 from fastres.model.resnet import create_model
 from fastres.model.summary import ModelSummary, summarize
 from fastres.model.whiten import whiten_stem
@@ -78,6 +79,8 @@ class Trainer:
             whiten_stem(self.model, self.train_images.images, self.data.mean, self.data.std)
         self.runtime = resolve_runtime(config, self.model)
         self.summary: ModelSummary = summarize(self.model)
+        if self.runtime.route == "fused":
+            self.model = fuse(self.model, verbose=False)
         self.progress = Progress()
         self.last = folder.file("last")
         self._signal: int | None = None

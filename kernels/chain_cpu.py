@@ -1,0 +1,274 @@
+"""The steps of a chain in the CPU kernels, each convolution on the faster of two routes.
+
+`direct`: bf16 3x3 convolutions of few channels (cpu_conv.cpp), with batch norm, ReLU, shortcut and
+sums in their prologue and epilogue, an image at a time in the cache: the scheme of the GPU kernels.
+`onednn`: torch's convolution, with the batch-norm kernels around it (cpu_norm.cpp), each one pass.
+
+bf16 and fp32. Deterministic for one number of threads.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres.kernels import cpu
+from fastres.kernels.chain import BackwardStep, LayerState
+from fastres.kernels.chain_plain import FoldedGrad, to_nhwc
+from fastres.kernels.reference import ConvBN
+
+__all__ = [
+    "apply",
+    "conv_backward",
+    "conv_bn",
+    "conv_folded",
+    "fold_grad",
+    "reduce",
+    "runs_on",
+]
+
+_DTYPES = (torch.bfloat16, torch.float32)
+_DEPTHS = (16, 32, 64)
+
+
+class Sums(NamedTuple):
+    """Sums over the pixels: (2, K) fp64, of g above those of g * (y - mean); and the shortcut's."""
+
+    g: Tensor
+    shortcut: Tensor | None = None
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether the kernels compute on x."""
+    return x.device.type == "cpu" and x.dtype in _DTYPES and cpu.library() is not None
+
+
+def _is_direct(x: Tensor, layer: ConvBN) -> bool:
+    """Whether the direct kernels know this convolution."""
+    k, c, *filter_size = layer.w.shape
+    return (
+        x.dtype == torch.bfloat16
+        and filter_size == [3, 3]
+        and (layer.stride, layer.padding) == (1, 1)
+        and (c in _DEPTHS or c == 3)
+        and k in _DEPTHS
+        and x.shape[3] >= 8
+        and cpu.has_direct_conv()
+    )
+
+
+def _image_shape(t: Tensor) -> tuple[int, int, int]:
+    """Images, pixels of an image, channels."""
+    n, c, h, w = t.shape
+    return n, h * w, c
+
+
+def _vectors(*sizes: int) -> Tensor:
+    return torch.empty(sizes, dtype=torch.float32)
+
+
+def _empty_like_conv(x: Tensor, w: Tensor) -> Tensor:
+    n, _, h, width = x.shape
+    return torch.empty((n, w.shape[0], h, width), dtype=x.dtype, memory_format=torch.channels_last)
+
+
+def _apply(
+    y: Tensor, scale_shift: Tensor, shortcut: Tensor | None, fold: Tensor | None, relu: bool
+) -> Tensor:
+    out = torch.empty(y.shape, dtype=y.dtype, memory_format=torch.channels_last)
+    shortcut = None if shortcut is None else to_nhwc(shortcut)
+    cpu.call("bn_apply", y, scale_shift, shortcut, fold, out, *_image_shape(y), int(relu))
+    return out
+
+
+def _is_product(layer: ConvBN) -> bool:
+    """Whether the convolution is a matrix product of pixels: 1x1 without padding."""
+    return layer.w.shape[2:] == (1, 1) and layer.padding == 0
+
+
+def _rows(x: Tensor, layer: ConvBN) -> Tensor:
+    """The pixels that a 1x1 convolution looks at: (N * P * Q, C)."""
+    seen = x.permute(0, 2, 3, 1)[:, :: layer.stride, :: layer.stride]
+    return seen.reshape(-1, x.shape[1])
+
+
+def _convolve(x: Tensor, layer: ConvBN) -> Tensor:
+    """Torch's convolution of x; a strided 1x1 as a matrix product, which is safe and faster."""
+    if not _is_product(layer):
+        return to_nhwc(F.conv2d(x, layer.w, stride=layer.stride, padding=layer.padding))
+    n, _, h, w = x.shape
+    k, c = layer.w.shape[:2]
+    y = _rows(x, layer) @ layer.w.view(k, c).t()
+    p, q = (-(-size // layer.stride) for size in (h, w))
+    return y.view(n, p, q, k).permute(0, 3, 1, 2)
+
+
+def _convolve_backward(
+    dy: Tensor, x: Tensor, layer: ConvBN, need_dx: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients dx (None where unwanted) and dw of `_convolve`."""
+    if not _is_product(layer):
+        geometry = [[layer.stride] * 2, [layer.padding] * 2, [1, 1], False, [0, 0], 1]
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dy, x, layer.w, None, *geometry, [need_dx, True, False]
+        )
+        return (to_nhwc(dx) if need_dx else None), to_nhwc(dw)
+    k, c = layer.w.shape[:2]
+    rows = dy.permute(0, 2, 3, 1).reshape(-1, k)
+    dw = to_nhwc((rows.t() @ _rows(x, layer)).view_as(layer.w))
+    if not need_dx:
+        return None, dw
+    dx = torch.zeros_like(x) if layer.stride > 1 else torch.empty_like(x)
+    seen = dx.permute(0, 2, 3, 1)[:, :: layer.stride, :: layer.stride]
+    seen.copy_((rows @ layer.w.view(k, c)).view(seen.shape))
+    return dx, dw
+
+
+def conv_bn(x: Tensor, layer: ConvBN, fold: Tensor | None) -> LayerState:
+    """See `chain.Backend`."""
+    x, k = to_nhwc(x), layer.w.shape[0]
+    mean, unbiased_var, rstd, scale_shift = (_vectors(*size) for size in ((k,), (k,), (k,), (2, k)))
+    results = (layer.weight, layer.bias, layer.eps, mean, unbiased_var, rstd, scale_shift)
+    if _is_direct(x, layer):
+        y = _empty_like_conv(x, layer.w)
+        n, c, h, w = x.shape
+        _check_values(y)
+        cpu.call("conv_fprop", x, fold, to_nhwc(layer.w), y, *results, n, h, w, c, k)
+    else:
+        y = _convolve(x if fold is None else _apply(x, fold, None, None, True), layer)
+        _check_values(y)
+        cpu.call("bn_stats", y, *results, *_image_shape(y))
+    return LayerState(y, mean, unbiased_var, rstd, scale_shift)
+
+
+def _check_values(y: Tensor) -> None:
+    if y.numel() <= y.shape[1]:
+        raise ValueError(f"training needs more than 1 value a channel, got {tuple(y.shape)}")
+
+
+def apply(state: LayerState, shortcut: Tensor | None, fold: Tensor | None, relu: bool) -> Tensor:
+    """See `chain.Backend`."""
+    return _apply(state.y, state.scale_shift, shortcut, fold, relu)
+
+
+def reduce(
+    dout: Tensor, state: LayerState, mask: Tensor | None, projected: LayerState | None
+) -> tuple[Tensor, Sums]:
+    """See `chain.Backend`."""
+    dout, k = to_nhwc(dout), dout.shape[1]
+    g = torch.empty_like(dout)
+    sums = torch.empty((2, k), dtype=torch.float64)
+    projected_sums = None if projected is None else torch.empty_like(sums)
+    from_y = mask is not None and mask.dim() == 2
+    cpu.call(
+        "bn_reduce",
+        dout,
+        state.y,
+        None if from_y else mask,
+        mask if from_y else None,
+        state.mean,
+        None if projected is None else projected.y,
+        None if projected is None else projected.mean,
+        g,
+        sums,
+        projected_sums,
+        *_image_shape(dout),
+    )
+    return g, Sums(sums, projected_sums)
+
+
+def fold_grad(
+    g: Tensor, sums: Sums, state: LayerState, weight: Tensor, *, of_projection: bool
+) -> tuple[FoldedGrad, Tensor, Tensor]:
+    """See `chain.Backend`."""
+    k = g.shape[1]
+    along_y = sums.shortcut if of_projection else sums.g
+    assert along_y is not None
+    dgamma, dbeta, coefficients = (_vectors(*size) for size in ((k,), (k,), (3, k)))
+    count = g.numel() // k
+    inputs = (sums.g, along_y[1], state.mean, state.rstd, weight)
+    cpu.call("fold_grad", *inputs, count, k, dgamma, dbeta, coefficients)
+    return FoldedGrad(g, state.y, coefficients), dgamma, dbeta
+
+
+def conv_backward(
+    dy: FoldedGrad,
+    x: Tensor,
+    layer: ConvBN,
+    *,
+    before: LayerState | None,
+    shortcut: Tensor | None,
+    need_dx: bool,
+) -> BackwardStep:
+    """See `chain.Backend`."""
+    x = to_nhwc(x)
+    if _is_direct(x, layer) and not (need_dx and x.shape[1] == 3):
+        return _direct_backward(dy, x, layer, before, shortcut, need_dx)
+    return _onednn_backward(dy, x, layer, before, shortcut, need_dx)
+
+
+def _direct_backward(
+    dy: FoldedGrad,
+    x: Tensor,
+    layer: ConvBN,
+    before: LayerState | None,
+    shortcut: Tensor | None,
+    need_dx: bool,
+) -> BackwardStep:
+    n, c, h, w = x.shape
+    filters = to_nhwc(layer.w)
+    dw = torch.empty_like(filters)
+    dx = torch.empty_like(x) if need_dx else None
+    sums = None if before is None else torch.empty((2, c), dtype=torch.float64)
+    cpu.call(
+        "conv_backward",
+        *dy,
+        x,
+        None if before is None else before.scale_shift,
+        None if before is None else before.mean,
+        filters,
+        None if shortcut is None else to_nhwc(shortcut),
+        dx,
+        dw,
+        sums,
+        *(n, h, w, c, filters.shape[0]),
+    )
+    return BackwardStep(dx, dw, None if sums is None else Sums(sums))
+
+
+def _onednn_backward(
+    dy: FoldedGrad,
+    x: Tensor,
+    layer: ConvBN,
+    before: LayerState | None,
+    shortcut: Tensor | None,
+    need_dx: bool,
+) -> BackwardStep:
+    formed = torch.empty_like(dy.g)
+    cpu.call("bn_form_dy", *dy, formed, *_image_shape(formed))
+    activation = x if before is None else _apply(x, before.scale_shift, None, None, True)
+    dx, dw = _convolve_backward(formed, activation, layer, need_dx)
+    if dx is None:
+        return BackwardStep(None, dw, None)
+    if shortcut is not None:
+        dx.add_(shortcut)
+    if before is None:
+        return BackwardStep(dx, dw, None)
+    g, sums = reduce(dx, before, before.scale_shift, None)
+    return BackwardStep(g, dw, sums)
+
+
+def conv_folded(
+    x: Tensor, layer: ConvBN, scale_shift: Tensor, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """`out = relu(a * conv(x) + b + residual)`: a layer of inference."""
+    x = to_nhwc(x)
+    if not _is_direct(x, layer):
+        return _apply(_convolve(x, layer), scale_shift, residual, None, relu)
+    out = _empty_like_conv(x, layer.w)
+    given = None if residual is None else to_nhwc(residual)
+    n, c, h, w = x.shape
+    sizes = (n, h, w, c, out.shape[1])
+    cpu.call("conv_folded", x, to_nhwc(layer.w), scale_shift, given, out, *sizes, int(relu))
+    return out

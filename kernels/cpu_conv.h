@@ -1,0 +1,230 @@
+// The inner parts of the CPU convolutions: filters in tiles' order, padded images, one image's
+// conv.
+//
+// A vector holds 16 sums, each growing by two products an instruction: here of 16 output channels
+// and a pair of input channels. Filters come packed in that order; x comes padded, made by a
+// prologue.
+#pragma once
+
+#include "cpu_math.h"
+
+#ifdef __AVX512BF16__
+
+#include <immintrin.h>
+
+#include <memory>
+
+namespace fastres {
+
+constexpr int kLanes = 16;
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+// Uninitialised memory, aligned to a cache line.
+template <class T>
+Buffer<T> buffer(int64_t size) {
+  const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, bytes)));
+}
+
+// sum[lane] += w[2 * lane] * pair[0] + w[2 * lane + 1] * pair[1]
+inline __m512 multiply_add(__m512 sum, __m512i w, const void* pair) {
+  int32_t bits;
+  std::memcpy(&bits, pair, 4);
+  return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(bits));
+}
+
+inline __m512 widen16(const bf16* values) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// A batch norm and a shortcut behind a convolution, of 16 output channels; null pointers: none.
+struct Epilogue {
+  const float* scale_shift;
+  int64_t channels;
+  const bf16* residual;
+  bool with_relu;
+
+  __m512 operator()(__m512 sum, int64_t channel, int64_t offset) const {
+    if (scale_shift)
+      sum = _mm512_fmadd_ps(_mm512_loadu_ps(scale_shift + channel), sum,
+                            _mm512_loadu_ps(scale_shift + channels + channel));
+    if (residual) sum = _mm512_add_ps(sum, widen16(residual + offset));
+    // Not max(): a NaN must come through.
+    if (with_relu)
+      sum = _mm512_mask_mov_ps(sum, _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_LT_OQ),
+                               _mm512_setzero_ps());
+    return sum;
+  }
+};
+
+// kPixels neighbours of one row, kVectors * 16 output channels. In a padded NHWC row the taps and
+// channels s, c are contiguous: one loop over 3 * kC numbers, in pairs.
+template <int kC, int kPixels, int kVectors, bool kEpilogue>
+inline void tile(const bf16* padded, int64_t row, const bf16* w, int64_t w_vector, bf16* out,
+                 int64_t offset, int64_t channels, int64_t channel, const Epilogue& epilogue) {
+  __m512 sum[kPixels][kVectors];
+  for (int p = 0; p < kPixels; ++p)
+    for (int v = 0; v < kVectors; ++v) sum[p][v] = _mm512_setzero_ps();
+  for (int r = 0; r < 3; ++r) {
+    const bf16 *x = padded + r * row, *filter = w + r * 3 * kC * kLanes;
+#pragma GCC unroll 1
+    for (int sc = 0; sc < 3 * kC; sc += 2) {
+      __m512i taps[kVectors];
+      for (int v = 0; v < kVectors; ++v)
+        taps[v] = _mm512_loadu_si512(filter + v * w_vector + sc * kLanes);
+#pragma GCC unroll 32
+      for (int p = 0; p < kPixels; ++p)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v)
+          sum[p][v] = multiply_add(sum[p][v], taps[v], x + p * kC + sc);
+    }
+  }
+  for (int p = 0; p < kPixels; ++p)
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = offset + p * channels + v * kLanes;
+      if (kEpilogue) sum[p][v] = epilogue(sum[p][v], channel + v * kLanes, at);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at),
+                          (__m256i)_mm512_cvtneps_pbh(sum[p][v]));
+    }
+}
+
+// What the thread will read for its next image: asked for row by row while this one is computed, so
+// that it lies in the second-level cache by then.
+struct Upcoming {
+  const bf16* data[3];
+  int64_t row;
+
+  void ask(int64_t h) const {
+    constexpr int64_t kLine = 64 / sizeof(bf16);
+    for (const bf16* image : data)
+      if (image)
+        for (int64_t i = h * row; i < (h + 1) * row; i += kLine)
+          _mm_prefetch(image + i, _MM_HINT_T1);
+  }
+};
+
+// Convolve one padded image. The last tile of a row overlaps the one before where W is no multiple.
+template <int kC, int kPixels, int kVectors, bool kEpilogue>
+void convolve(const bf16* padded, const bf16* w, bf16* out, int64_t height, int64_t width,
+              int64_t channels, const Epilogue& epilogue, const Upcoming& upcoming) {
+  const int64_t row = (width + 2) * kC, w_vector = 9 * kC * kLanes;
+  for (int64_t k = 0; k < channels; k += kVectors * kLanes)
+    for (int64_t h = 0; h < height; ++h) {
+      if (k == 0) upcoming.ask(h);
+      for (int64_t next = 0; next < width; next += kPixels) {
+        const int64_t first = std::min(next, width - kPixels);
+        tile<kC, kPixels, kVectors, kEpilogue>(
+            padded + h * row + first * kC, row, w + k / kLanes * w_vector, w_vector, out,
+            (h * width + first) * channels + k, channels, k, epilogue);
+      }
+    }
+}
+
+using Convolve = void (*)(const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t,
+                          const Epilogue&, const Upcoming&);
+
+template <bool kEpilogue, int kC>
+Convolve choose_tile(int64_t width, int64_t channels) {
+  if (channels % (2 * kLanes) == 0) return convolve<kC, 8, 2, kEpilogue>;
+  return width >= 16 ? convolve<kC, 16, 1, kEpilogue> : convolve<kC, 8, 1, kEpilogue>;
+}
+
+template <bool kEpilogue>
+Convolve choose_convolve(int64_t depth, int64_t width, int64_t channels) {
+  switch (depth) {
+    case 4:
+      return choose_tile<kEpilogue, 4>(width, channels);
+    case 16:
+      return choose_tile<kEpilogue, 16>(width, channels);
+    case 32:
+      return choose_tile<kEpilogue, 32>(width, channels);
+    default:
+      return choose_tile<kEpilogue, 64>(width, channels);
+  }
+}
+
+// The 3 channels of an image are stored as 4, so that they pair.
+inline int64_t depth_of(int64_t channels) { return channels == 3 ? 4 : channels; }
+
+// Filters as tiles read them: (out / 16, 3, 3, in / 2, 16, 2). kTurned: for dx, where output and
+// input channels change places and taps run backwards.
+template <bool kTurned>
+Buffer<bf16> pack(const bf16* w, int64_t in, int64_t out) {
+  const int64_t depth = depth_of(in);
+  auto packed = buffer<bf16>(out * 9 * depth);
+  bf16* to = packed.get();
+  for (int64_t k0 = 0; k0 < out; k0 += kLanes)
+    for (int64_t tap = 0; tap < 9; ++tap)
+      for (int64_t c = 0; c < depth; c += 2)
+        for (int64_t k = k0; k < k0 + kLanes; ++k)
+          for (int64_t i = c; i < c + 2; ++i)
+            *to++ = i >= in   ? 0
+                    : kTurned ? w[(i * 9 + 8 - tap) * out + k]
+                              : w[(k * 9 + tap) * in + i];
+  return packed;
+}
+
+// What stands before a convolution of x: nothing, or relu(a * x + b), repeated along a row.
+class Prologue {
+ public:
+  Prologue(const float* fold, int64_t width, int64_t channels)
+      : has_fold_(fold),
+        size_(width * channels),
+        channels_(channels),
+        scale_(repeat(fold, channels, fold ? size_ : 0)),
+        shift_(repeat(fold ? fold + channels : nullptr, channels, fold ? size_ : 0)) {}
+
+  // values: room for a row in fp32.
+  void operator()(const bf16* x, float* values, bf16* row) const {
+    if (has_fold_) {
+      const float *a = scale_.data(), *b = shift_.data();
+#pragma GCC ivdep
+      for (int64_t j = 0; j < size_; ++j) values[j] = relu(a[j] * widen(x[j]) + b[j]);
+      narrow(values, row, size_);
+    } else if (channels_ == 3) {
+      for (int64_t i = 0, j = 0; i < size_; i += 3, j += 4) {
+        for (int c = 0; c < 3; ++c) row[j + c] = x[i + c];
+        row[j + 3] = 0;
+      }
+    } else {
+      std::memcpy(row, x, size_ * sizeof(bf16));
+    }
+  }
+
+ private:
+  bool has_fold_;
+  int64_t size_, channels_;
+  std::vector<float> scale_, shift_;
+};
+
+// Copy an image into the middle of (H + 2, W + 2, depth) zeros, rows made by `make(h, row)`. The
+// padding is 0 after the prologue: relu(b) is not 0.
+template <class Make>
+void fill_padded(bf16* padded, int64_t height, int64_t width, int64_t depth, const Make& make) {
+  const int64_t row = (width + 2) * depth;
+  std::memset(padded, 0, row * sizeof(bf16));
+  for (int64_t h = 0; h < height; ++h) {
+    bf16* to = padded + (h + 1) * row;
+    std::memset(to, 0, depth * sizeof(bf16));
+    make(h, to + depth);
+    std::memset(to + row - depth, 0, depth * sizeof(bf16));
+  }
+  std::memset(padded + (height + 1) * row, 0, row * sizeof(bf16));
+}
+
+struct Shape {
+  int64_t images, height, width, in, out;
+
+  int64_t pixels() const { return height * width; }
+  int64_t padded(int64_t channels) const { return (height + 2) * (width + 2) * channels; }
+};
+
+}  // namespace fastres
+
+#endif

@@ -1,0 +1,63 @@
+"""Which steps compute a chain on which tensors, and a chain from the flat arguments of an op."""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres.kernels import chain_cpu, chain_plain
+from fastres.kernels.chain import Chain, Shortcut
+from fastres.kernels.reference import ConvBN
+
+__all__ = ["choose_backend", "make_chain", "pixels"]
+
+
+@functools.cache
+def _triton_backend() -> ModuleType | None:
+    """The Triton steps, or None where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("fastres.kernels.chain_triton")
+
+
+def choose_backend(x: Tensor) -> Any:
+    """The steps that run on x, a module with the functions of `chain.Backend`; see fused.py."""
+    triton_steps = None if x.dtype == torch.float64 else _triton_backend()
+    if triton_steps is not None and triton_steps.runs_on(x.device):
+        return triton_steps
+    return chain_cpu if chain_cpu.runs_on(x) else chain_plain
+
+
+def make_chain(
+    params: Sequence[Tensor],
+    geometry: Sequence[int],
+    shortcut: str,
+    relu: bool,
+    eps: Sequence[float] | None = None,
+) -> Chain:
+    """Put the flat arguments of an op together again; filters become channels_last."""
+    layers = [
+        ConvBN(
+            params[3 * i].contiguous(memory_format=torch.channels_last),
+            params[3 * i + 1].contiguous(),
+            params[3 * i + 2].contiguous(),
+            geometry[2 * i],
+            geometry[2 * i + 1],
+            eps[i] if eps is not None else 0.0,
+        )
+        for i in range(len(params) // 3)
+    ]
+    kind: Shortcut = shortcut  # type: ignore[assignment]
+    if kind == "projected":
+        return Chain(layers[:-1], layers[-1], kind, relu)
+    return Chain(layers, None, kind, relu)
+
+
+def pixels(t: Tensor) -> Tensor:
+    """T with unit channel stride, as the kernels read it; gaps between pixels may stay."""
+    return t if t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
