@@ -45,15 +45,18 @@ def runs_on(x: Tensor) -> bool:
 
 
 def _is_direct(x: Tensor, layer: ConvBN) -> bool:
-    """Whether the direct kernels know this convolution."""
+    """Whether the direct kernels know this convolution; their limits stand in cpu_conv.cpp."""
     k, c, *filter_size = layer.w.shape
+    height, width = x.shape[2:]
+    fits = layer.stride == 1 or (layer.stride == 2 and height % 2 == width % 2 == 0)
     return (
         x.dtype == torch.bfloat16
         and filter_size == [3, 3]
-        and (layer.stride, layer.padding) == (1, 1)
+        and layer.padding == 1
+        and fits
         and (c in _DEPTHS or c == 3)
         and k in _DEPTHS
-        and x.shape[3] >= 8
+        and width // layer.stride >= 8
         and cpu.has_direct_conv()
     )
 
@@ -68,9 +71,11 @@ def _vectors(*sizes: int) -> Tensor:
     return torch.empty(sizes, dtype=torch.float32)
 
 
-def _empty_like_conv(x: Tensor, w: Tensor) -> Tensor:
-    n, _, h, width = x.shape
-    return torch.empty((n, w.shape[0], h, width), dtype=x.dtype, memory_format=torch.channels_last)
+def _empty_output(x: Tensor, layer: ConvBN) -> Tensor:
+    """An uninitialised y of a direct convolution."""
+    n, _, h, w = x.shape
+    size = (n, layer.w.shape[0], h // layer.stride, w // layer.stride)
+    return torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
 
 
 def _apply(
@@ -131,10 +136,10 @@ def conv_bn(x: Tensor, layer: ConvBN, fold: Tensor | None) -> LayerState:
     mean, unbiased_var, rstd, scale_shift = (_vectors(*size) for size in ((k,), (k,), (k,), (2, k)))
     results = (layer.weight, layer.bias, layer.eps, mean, unbiased_var, rstd, scale_shift)
     if _is_direct(x, layer):
-        y = _empty_like_conv(x, layer.w)
+        y = _empty_output(x, layer)
         n, c, h, w = x.shape
         _check_values(y)
-        cpu.call("conv_fprop", x, fold, to_nhwc(layer.w), y, *results, n, h, w, c, k)
+        cpu.call("conv_fprop", x, fold, to_nhwc(layer.w), y, *results, n, h, w, c, k, layer.stride)
     else:
         y = _convolve(x if fold is None else _apply(x, fold, None, None, True), layer)
         _check_values(y)
@@ -232,7 +237,7 @@ def _direct_backward(
         dx,
         dw,
         sums,
-        *(n, h, w, c, filters.shape[0]),
+        *(n, h, w, c, filters.shape[0], layer.stride),
     )
     return BackwardStep(dx, dw, None if sums is None else Sums(sums))
 
@@ -266,9 +271,9 @@ def conv_folded(
     x = to_nhwc(x)
     if not _is_direct(x, layer):
         return _apply(_convolve(x, layer), scale_shift, residual, None, relu)
-    out = _empty_like_conv(x, layer.w)
+    out = _empty_output(x, layer)
     given = None if residual is None else to_nhwc(residual)
     n, c, h, w = x.shape
-    sizes = (n, h, w, c, out.shape[1])
+    sizes = (n, h, w, c, out.shape[1], layer.stride)
     cpu.call("conv_folded", x, to_nhwc(layer.w), scale_shift, given, out, *sizes, int(relu))
     return out

@@ -34,9 +34,9 @@ _SIGNATURES = {
     "bn_reduce": "ppppppppppiii",
     "bn_form_dy": "ppppiii",
     "fold_grad": "pppppiippp",
-    "conv_fprop": "ppppppdppppiiiii",
-    "conv_folded": "pppppiiiiii",
-    "conv_backward": "pppppppppppiiiii",
+    "conv_fprop": "ppppppdppppiiiiii",
+    "conv_folded": "pppppiiiiiii",
+    "conv_backward": "pppppppppppiiiiii",
 }
 _TYPED = ("bn_stats", "bn_apply", "bn_reduce", "bn_form_dy")
 _TYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}

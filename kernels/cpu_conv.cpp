@@ -1,15 +1,15 @@
-// 3x3 convolutions of bf16 tensors on CPUs with bfloat16 instructions: stride 1, padding 1.
+// 3x3 convolutions of bf16 tensors on CPUs with bfloat16 instructions: padding 1, stride 1 or 2.
 //
 //   fprop     y = conv(x'), x' = x or relu(a * x + b) formed while loading; and the batch norm of y
 //   folded    out = relu(a * conv(x) + b + residual), for inference
 //   backward  dx and dw from dy = c0 * g + c1 * y + c2, formed while loading; x' as above; dx gets
 //             the shortcut's gradient added, or the mask and the sums of the batch norm before x
 //
-// Letters: x (N, H, W, C), w (K, 3, 3, C), y (N, H, W, K). A thread takes one image through all
+// Letters: x (N, H, W, C), w (K, 3, 3, C), y (N, P, Q, K). A thread takes one image through all
 // steps while it lies in the second-level cache, so that only x, y, g and dx cross memory. The
 // products use vdpbf16ps: a vector of 16 sums, each growing by two products. Forward and dx keep 16
 // output channels in a vector and pair input channels; dw pairs neighbouring pixels. C must be 16,
-// 32, 64 or the 3 of an image, K 16, 32 or 64, W at least 8.
+// 32, 64 or the 3 of an image, K 16, 32 or 64, Q at least 8; with stride 2, H and W even.
 //
 // Numerics: operands rounded to bf16, sums in fp32, as oneDNN computes. dw is added up image by
 // image and then thread by thread: equal bit for bit for the same number of threads.
@@ -23,46 +23,46 @@ namespace {
 
 // y, or relu(a * y + b + residual), image by image; `done(n)` follows while image n is in the
 // cache.
-template <bool kEpilogue, class Done>
+template <class Done>
 void forward(const bf16* x, const float* fold, const bf16* w, bf16* y, Epilogue epilogue,
              const Shape& s, const Done& done) {
-  const int64_t depth = depth_of(s.in);
+  const int64_t depth = depth_of(s.in), row = s.width * s.in, size = s.out_pixels() * s.out;
   const auto packed = pack<false>(w, s.in, s.out);
-  const auto run = choose_convolve<kEpilogue>(depth, s.width, s.out);
+  const auto run = (s.stride == 1 ? dense : strided)(depth, s.out_width(), s.out);
   const Prologue prologue(fold, s.width, s.in);
 #pragma omp parallel
   {
-    const auto padded = buffer<bf16>(s.padded(depth));
-    const auto values = buffer<float>(s.width * s.in);
+    const auto padded = buffer<bf16>(s.padded_x());
+    const auto values = buffer<float>(row);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < s.images; ++n) {
-      const bf16* image = x + n * s.pixels() * s.in;
-      fill_padded(padded.get(), s.height, s.width, depth, [&](int64_t h, bf16* row) {
-        prologue(image + h * s.width * s.in, values.get(), row);
-      });
+      const bf16* image = x + n * s.height * row;
+      fill_padded(padded.get(), s.height, s.width, depth,
+                  [&](int64_t h, bf16* to) { prologue(image + h * row, values.get(), to); });
       Epilogue own = epilogue;
-      if (own.residual) own.residual += n * s.pixels() * s.out;
+      if (own.residual) own.residual += n * size;
       const bool last = n + 1 == s.images;
-      const Upcoming next{{last ? nullptr : image + s.pixels() * s.in}, s.width * s.in};
-      run(padded.get(), packed.get(), y + n * s.pixels() * s.out, s.height, s.width, s.out, own,
-          next);
+      const Upcoming next{{last ? nullptr : image + s.height * row}, s.stride * row};
+      run({padded.get(), packed.get(), y + n * size, s.out_height(), s.out_width(), s.out,
+           (s.width + 2) * depth},
+          own, next);
       done(n);
     }
   }
 }
 
-// Neighbouring pixels of padded rows side by side: pairs[i] = (row[i], row[i + depth]).
-void pair_pixels(const bf16* padded, uint32_t* pairs, int64_t size, int64_t depth) {
-  for (int64_t i = 0; i + depth < size; ++i)
-    pairs[i] = padded[i] | static_cast<uint32_t>(padded[i + depth]) << 16;
-  for (int64_t i = size - depth; i < size; ++i) pairs[i] = padded[i];
+// Pixels side by side that meet neighbouring dy: pairs[i] = (padded[i], padded[i + distance]).
+void pair_pixels(const bf16* padded, uint32_t* pairs, int64_t size, int64_t distance) {
+  for (int64_t i = 0; i + distance < size; ++i)
+    pairs[i] = padded[i] | static_cast<uint32_t>(padded[i + distance]) << 16;
+  for (int64_t i = size - distance; i < size; ++i) pairs[i] = padded[i];
 }
 
-// dy in pairs of pixels (H, ceil(W / 2), K) from its padded rows; an odd row ends in a zero.
+// dy in pairs of pixels (P, ceil(Q / 2), K) from its padded rows; an odd row ends in a zero.
 void pair_dy(const bf16* padded, uint32_t* pairs, const Shape& s) {
-  for (int64_t h = 0; h < s.height; ++h) {
-    const bf16* row = padded + ((h + 1) * (s.width + 2) + 1) * s.out;
-    for (int64_t q = 0; q < s.width; q += 2, pairs += s.out)
+  for (int64_t p = 0; p < s.out_height(); ++p) {
+    const bf16* row = padded + ((p + 1) * (s.out_width() + 2) + 1) * s.out;
+    for (int64_t q = 0; q < s.out_width(); q += 2, pairs += s.out)
       for (int64_t k = 0; k < s.out; ++k)
         pairs[k] = row[q * s.out + k] | static_cast<uint32_t>(row[(q + 1) * s.out + k]) << 16;
   }
@@ -72,24 +72,24 @@ void pair_dy(const bf16* padded, uint32_t* pairs, const Shape& s) {
 struct Patch {
   const uint32_t *x, *dy;
   int64_t x_image, x_row, dy_image, dy_row;
-  int64_t images, rows, pairs, depth, channels;
+  int64_t images, rows, pairs, depth, channels, stride;
 };
 
 // dw of one filter row: 3 taps, kChannels input channels, 16 output channels, summed over a patch.
 // kPairs: pairs of pixels in a row, where the compiler shall know them; else 0.
 template <int kChannels, int kPairs>
 void wgrad_tile(const Patch& patch, const uint32_t* x, const uint32_t* dy, float* dw) {
-  const int64_t depth = patch.depth, channels = patch.channels;
+  const int64_t depth = patch.depth, channels = patch.channels, step = 2 * patch.stride * depth;
   __m512 sum[3][kChannels];
   for (int t = 0; t < 3; ++t)
     for (int c = 0; c < kChannels; ++c) sum[t][c] = _mm512_loadu_ps(dw + (t * depth + c) * kLanes);
   for (int64_t i = 0; i < patch.images; ++i)
     for (int64_t h = 0; h < patch.rows; ++h) {
-      const uint32_t* source = x + i * patch.x_image + h * patch.x_row;
+      const uint32_t* source = x + i * patch.x_image + h * patch.stride * patch.x_row;
       const uint32_t* gradient = dy + i * patch.dy_image + h * patch.dy_row;
       const int64_t pairs = kPairs ? kPairs : patch.pairs;
 #pragma GCC unroll 4
-      for (int64_t q = 0; q < pairs; ++q, source += 2 * depth, gradient += channels) {
+      for (int64_t q = 0; q < pairs; ++q, source += step, gradient += channels) {
         const __m512i pair = _mm512_loadu_si512(gradient);
 #pragma GCC unroll 3
         for (int t = 0; t < 3; ++t)
@@ -123,26 +123,19 @@ void wgrad_patch(const Patch& patch, float* dw) {
 // ones a few rows at a time, so that these stay in the first-level cache for all tiles.
 void wgrad(const uint32_t* x, const uint32_t* dy, float* dw, int64_t group, const Shape& s) {
   constexpr int64_t kCache = 16 << 10;
-  const int64_t depth = depth_of(s.in), pairs = (s.width + 1) / 2;
-  Patch patch{x,
-              dy,
-              s.padded(depth),
-              (s.width + 2) * depth,
-              s.height * pairs * s.out,
-              pairs * s.out,
-              group,
-              s.height,
-              pairs,
-              depth,
-              s.out};
-  const int64_t fitting = kCache / (patch.x_row * 4) - 2;
+  const int64_t depth = depth_of(s.in), pairs = (s.out_width() + 1) / 2;
+  const int64_t x_row = (s.width + 2) * depth, dy_row = pairs * s.out;
+  Patch patch{x,      dy,      s.padded_x(),   x_row, s.out_height() * dy_row,
+              dy_row, group,   s.out_height(), pairs, depth,
+              s.out,  s.stride};
+  const int64_t fitting = (kCache / (x_row * 4) - 2) / s.stride;
   if (patch.x_image * 4 <= 3 * kCache || fitting < 2) return wgrad_patch(patch, dw);
   patch.images = 1;
   for (int64_t i = 0; i < group; ++i)
-    for (int64_t h = 0; h < s.height; h += fitting) {
-      patch.x = x + i * patch.x_image + h * patch.x_row;
-      patch.dy = dy + i * patch.dy_image + h * patch.dy_row;
-      patch.rows = std::min(fitting, s.height - h);
+    for (int64_t p = 0; p < s.out_height(); p += fitting) {
+      patch.x = x + i * patch.x_image + p * s.stride * x_row;
+      patch.dy = dy + i * patch.dy_image + p * dy_row;
+      patch.rows = std::min(fitting, s.out_height() - p);
       wgrad_patch(patch, dw);
     }
 }
@@ -174,29 +167,30 @@ struct Backward {
   // Store dx of image n, and leave x and dy in pairs for dw. padded and values are scratch.
   void image(int64_t n, bf16* padded, float* values, uint32_t* x_pairs, uint32_t* y_pairs,
              GradSums* sums) const {
-    const int64_t x_row = s.width * s.in, y_row = s.width * s.out, depth = depth_of(s.in);
-    const bf16 *x_image = x + n * s.height * x_row, *gradient = g + n * s.height * y_row,
-               *raw = y + n * s.height * y_row;
-    fill_padded(padded, s.height, s.width, s.out, [&](int64_t h, bf16* row) {
-      form_dy(gradient + h * y_row, raw + h * y_row, values, row);
+    const int64_t x_row = s.width * s.in, y_row = s.out_width() * s.out, depth = depth_of(s.in);
+    const int64_t x_image = n * s.height * x_row, y_image = n * s.out_height() * y_row;
+    fill_padded(padded, s.out_height(), s.out_width(), s.out, [&](int64_t p, bf16* row) {
+      form_dy(g + y_image + p * y_row, y + y_image + p * y_row, values, row);
     });
     pair_dy(padded, y_pairs, s);
     if (dx) {
-      bf16* to = dx + n * s.height * x_row;
-      const bf16* added = shortcut ? shortcut + n * s.height * x_row : nullptr;
-      run(padded, turned.get(), to, s.height, s.width, s.in, {nullptr, 0, added, false}, after(n));
-      if (has_fold) sums->add_masked_by_y(to, x_image, to);
+      const Epilogue epilogue{nullptr, 0, shortcut ? shortcut + x_image : nullptr, false};
+      run({padded, turned.get(), dx + x_image, s.height, s.width, s.in,
+           (s.out_width() + 2) * s.out},
+          epilogue, after(n));
+      if (has_fold) sums->add_masked_by_y(dx + x_image, x + x_image, dx + x_image);
     }
     fill_padded(padded, s.height, s.width, depth,
-                [&](int64_t h, bf16* row) { prologue(x_image + h * x_row, values, row); });
-    pair_pixels(padded, x_pairs, s.padded(depth), depth);
+                [&](int64_t h, bf16* row) { prologue(x + x_image + h * x_row, values, row); });
+    pair_pixels(padded, x_pairs, s.padded_x(), s.stride * depth);
   }
 
  private:
   Upcoming after(int64_t n) const {
     if (n + 1 == s.images) return {{}, 0};
-    const int64_t size = s.pixels() * s.out, next = (n + 1) * size;
-    return {{g + next, y + next, s.in == s.out ? x + next : nullptr}, size / s.height};
+    const int64_t size = s.out_pixels() * s.out, next = (n + 1) * size;
+    const bool same = s.stride == 1 && s.in == s.out;
+    return {{g + next, y + next, same ? x + next : nullptr}, size / s.height};
   }
 };
 
@@ -210,30 +204,31 @@ extern "C" int64_t has_direct_conv() { return 1; }
 extern "C" void conv_fprop(const bf16* x, const float* fold, const bf16* w, bf16* y,
                            const float* gamma, const float* beta, double eps, float* mean,
                            float* unbiased_var, float* rstd, float* scale_shift, int64_t images,
-                           int64_t height, int64_t width, int64_t in, int64_t out) {
-  const Shape s{images, height, width, in, out};
-  const Blocks blocks(s.pixels(), out);
+                           int64_t height, int64_t width, int64_t in, int64_t out, int64_t stride) {
+  const Shape s{images, height, width, in, out, stride};
+  const Blocks blocks(s.out_pixels(), out);
   std::vector<RunningStats> parts(omp_get_max_threads(), RunningStats(blocks));
-  forward<false>(x, fold, w, y, {}, s,
-                 [&](int64_t n) { parts[omp_get_thread_num()].add(y + n * blocks.size()); });
+  forward(x, fold, w, y, {}, s,
+          [&](int64_t n) { parts[omp_get_thread_num()].add(y + n * blocks.size()); });
   BatchNorm{gamma, beta, eps, mean, unbiased_var, rstd, scale_shift}.finalize(parts, out);
 }
 
 extern "C" void conv_folded(const bf16* x, const bf16* w, const float* scale_shift,
                             const bf16* residual, bf16* out, int64_t images, int64_t height,
-                            int64_t width, int64_t in, int64_t channels, int64_t with_relu) {
-  const Shape s{images, height, width, in, channels};
+                            int64_t width, int64_t in, int64_t channels, int64_t stride,
+                            int64_t with_relu) {
+  const Shape s{images, height, width, in, channels, stride};
   const Epilogue epilogue{scale_shift, channels, residual, with_relu != 0};
-  forward<true>(x, nullptr, w, out, epilogue, s, [](int64_t) {});
+  forward(x, nullptr, w, out, epilogue, s, [](int64_t) {});
 }
 
 extern "C" void conv_backward(const bf16* g, const bf16* y, const float* coefficients,
                               const bf16* x, const float* fold, const float* mean, const bf16* w,
                               const bf16* shortcut, bf16* dx, bf16* dw, double* sums,
                               int64_t images, int64_t height, int64_t width, int64_t in,
-                              int64_t out) {
-  const Shape s{images, height, width, in, out};
-  const int64_t x_size = s.padded(depth_of(in)), y_size = height * ((width + 1) / 2) * out;
+                              int64_t out, int64_t stride) {
+  const Shape s{images, height, width, in, out, stride};
+  const int64_t x_size = s.padded_x(), y_size = s.out_height() * ((s.out_width() + 1) / 2) * out;
   const int64_t dw_size = out * 9 * depth_of(in);
   const Backward backward{g,
                           y,
@@ -242,10 +237,10 @@ extern "C" void conv_backward(const bf16* g, const bf16* y, const float* coeffic
                           dx,
                           fold != nullptr,
                           s,
-                          FormDy(coefficients, width * out, out),
+                          FormDy(coefficients, s.out_width() * out, out),
                           Prologue(fold, width, in),
                           dx ? pack<true>(w, out, in) : nullptr,
-                          dx ? choose_convolve<true>(out, width, in) : nullptr};
+                          dx ? (stride == 1 ? dense : phases)(out, s.out_width(), in) : nullptr};
   // A thread's dw is loaded and stored once a group: images that fill half a second-level cache.
   const int64_t group = std::clamp<int64_t>((1 << 19) / (x_size * 4), 1, 8);
   std::vector<GradSums> grad_sums(omp_get_max_threads(),
@@ -258,7 +253,7 @@ extern "C" void conv_backward(const bf16* g, const bf16* y, const float* coeffic
 #pragma omp parallel
   {
     const int thread = omp_get_thread_num();
-    const auto padded = buffer<bf16>(std::max(x_size, s.padded(out)));
+    const auto padded = buffer<bf16>(std::max(x_size, s.padded_dy()));
     const auto values = buffer<float>(width * std::max(in, out));
     const auto x_pairs = buffer<uint32_t>(group * x_size);
     const auto y_pairs = buffer<uint32_t>(group * y_size);

@@ -63,36 +63,42 @@ struct Epilogue {
   }
 };
 
-// kPixels neighbours of one row, kVectors * 16 output channels. In a padded NHWC row the taps and
-// channels s, c are contiguous: one loop over 3 * kC numbers, in pairs.
-template <int kC, int kPixels, int kVectors, bool kEpilogue>
-inline void tile(const bf16* padded, int64_t row, const bf16* w, int64_t w_vector, bf16* out,
-                 int64_t offset, int64_t channels, int64_t channel, const Epilogue& epilogue) {
+// kPixels neighbours of one row, kVectors * 16 output channels.
+template <int kPixels, int kVectors>
+struct Tile {
   __m512 sum[kPixels][kVectors];
-  for (int p = 0; p < kPixels; ++p)
-    for (int v = 0; v < kVectors; ++v) sum[p][v] = _mm512_setzero_ps();
-  for (int r = 0; r < 3; ++r) {
-    const bf16 *x = padded + r * row, *filter = w + r * 3 * kC * kLanes;
+
+  Tile() {
+    for (auto& pixel : sum)
+      for (auto& vector : pixel) vector = _mm512_setzero_ps();
+  }
+
+  // Add the products with kDepth contiguous numbers of each pixel; pixels are kStep numbers apart.
+  template <int kDepth, int kStep>
+  void add(const bf16* x, const bf16* w, int64_t w_vector) {
 #pragma GCC unroll 1
-    for (int sc = 0; sc < 3 * kC; sc += 2) {
-      __m512i taps[kVectors];
+    for (int c = 0; c < kDepth; c += 2) {
+      __m512i filters[kVectors];
       for (int v = 0; v < kVectors; ++v)
-        taps[v] = _mm512_loadu_si512(filter + v * w_vector + sc * kLanes);
+        filters[v] = _mm512_loadu_si512(w + v * w_vector + c * kLanes);
 #pragma GCC unroll 32
       for (int p = 0; p < kPixels; ++p)
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v)
-          sum[p][v] = multiply_add(sum[p][v], taps[v], x + p * kC + sc);
+          sum[p][v] = multiply_add(sum[p][v], filters[v], x + p * kStep + c);
     }
   }
-  for (int p = 0; p < kPixels; ++p)
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = offset + p * channels + v * kLanes;
-      if (kEpilogue) sum[p][v] = epilogue(sum[p][v], channel + v * kLanes, at);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at),
-                          (__m256i)_mm512_cvtneps_pbh(sum[p][v]));
-    }
-}
+
+  // Pixels of out are `step` numbers apart, the first at `offset`.
+  void store(bf16* out, int64_t offset, int64_t step, int64_t channel, const Epilogue& epilogue) {
+    for (int p = 0; p < kPixels; ++p)
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = offset + p * step + v * kLanes;
+        const __m512 z = epilogue(sum[p][v], channel + v * kLanes, at);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at), (__m256i)_mm512_cvtneps_pbh(z));
+      }
+  }
+};
 
 // What the thread will read for its next image: asked for row by row while this one is computed, so
 // that it lies in the second-level cache by then.
@@ -109,45 +115,84 @@ struct Upcoming {
   }
 };
 
-// Convolve one padded image. The last tile of a row overlaps the one before where W is no multiple.
-template <int kC, int kPixels, int kVectors, bool kEpilogue>
-void convolve(const bf16* padded, const bf16* w, bf16* out, int64_t height, int64_t width,
-              int64_t channels, const Epilogue& epilogue, const Upcoming& upcoming) {
-  const int64_t row = (width + 2) * kC, w_vector = 9 * kC * kLanes;
-  for (int64_t k = 0; k < channels; k += kVectors * kLanes)
-    for (int64_t h = 0; h < height; ++h) {
+// Where a convolution of one image reads and writes: (height, width, channels) results from padded
+// rows of `row` numbers.
+struct Plane {
+  const bf16 *padded, *w;
+  bf16* out;
+  int64_t height, width, channels, row;
+};
+
+// Convolve one padded image. In an NHWC row the taps and channels s, c are contiguous: one loop
+// over 3 * kC numbers. The last tile of a row overlaps the one before where the width is no
+// multiple.
+template <int kC, int kPixels, int kVectors, int kStride>
+void convolve(const Plane& plane, const Epilogue& epilogue, const Upcoming& upcoming) {
+  constexpr int64_t kFilter = 9 * kC * kLanes;
+  for (int64_t k = 0; k < plane.channels; k += kVectors * kLanes)
+    for (int64_t h = 0; h < plane.height; ++h) {
       if (k == 0) upcoming.ask(h);
-      for (int64_t next = 0; next < width; next += kPixels) {
-        const int64_t first = std::min(next, width - kPixels);
-        tile<kC, kPixels, kVectors, kEpilogue>(
-            padded + h * row + first * kC, row, w + k / kLanes * w_vector, w_vector, out,
-            (h * width + first) * channels + k, channels, k, epilogue);
+      for (int64_t next = 0; next < plane.width; next += kPixels) {
+        const int64_t q = std::min(next, plane.width - kPixels);
+        const bf16 *x = plane.padded + h * kStride * plane.row + q * kStride * kC,
+                   *w = plane.w + k / kLanes * kFilter;
+        Tile<kPixels, kVectors> tile;
+        for (int r = 0; r < 3; ++r)
+          tile.template add<3 * kC, kStride * kC>(x + r * plane.row, w + r * 3 * kC * kLanes,
+                                                  kFilter);
+        tile.store(plane.out, (h * plane.width + q) * plane.channels + k, plane.channels, k,
+                   epilogue);
       }
     }
 }
 
-using Convolve = void (*)(const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t,
-                          const Epilogue&, const Upcoming&);
-
-template <bool kEpilogue, int kC>
-Convolve choose_tile(int64_t width, int64_t channels) {
-  if (channels % (2 * kLanes) == 0) return convolve<kC, 8, 2, kEpilogue>;
-  return width >= 16 ? convolve<kC, 16, 1, kEpilogue> : convolve<kC, 8, 1, kEpilogue>;
+// dx of a convolution with stride 2, one padded dy at a time. A pixel meets only the taps r, s that
+// have its parity, so pixels are dealt into four phases, each a dense convolution with 1, 2 or 4
+// taps: turned tap 1 alone for even rows, taps 2 and 0 of rows p + 1 and p for odd ones.
+template <int kC, int kPixels, int kVectors, int>
+void convolve_phases(const Plane& plane, const Epilogue& epilogue, const Upcoming& upcoming) {
+  constexpr int64_t kFilter = 9 * kC * kLanes;
+  constexpr int64_t kTaps[2][2] = {{1, 1}, {2, 0}};
+  const int64_t step = 2 * plane.channels;
+  for (int64_t k = 0; k < plane.channels; k += kVectors * kLanes)
+    for (int64_t h = 0; h < plane.height; ++h) {
+      if (k == 0) upcoming.ask(h);
+      for (int64_t odd = 0; odd < 2; ++odd)
+        for (int64_t next = 0; next < plane.width / 2; next += kPixels) {
+          const int64_t q = std::min(next, plane.width / 2 - kPixels), is_odd = h % 2;
+          const bf16 *dy = plane.padded + (h / 2 + 1) * plane.row + (q + 1) * kC,
+                     *w = plane.w + k / kLanes * kFilter;
+          Tile<kPixels, kVectors> tile;
+          for (int64_t i = 0; i <= is_odd; ++i)
+            for (int64_t j = 0; j <= odd; ++j)
+              tile.template add<kC, kC>(dy + (is_odd - i) * plane.row + (odd - j) * kC,
+                                        w + (kTaps[is_odd][i] * 3 + kTaps[odd][j]) * kC * kLanes,
+                                        kFilter);
+          tile.store(plane.out, (h * plane.width + 2 * q + odd) * plane.channels + k, step, k,
+                     epilogue);
+        }
+    }
 }
 
-template <bool kEpilogue>
-Convolve choose_convolve(int64_t depth, int64_t width, int64_t channels) {
-  switch (depth) {
-    case 4:
-      return choose_tile<kEpilogue, 4>(width, channels);
-    case 16:
-      return choose_tile<kEpilogue, 16>(width, channels);
-    case 32:
-      return choose_tile<kEpilogue, 32>(width, channels);
-    default:
-      return choose_tile<kEpilogue, 64>(width, channels);
+using Convolve = void (*)(const Plane&, const Epilogue&, const Upcoming&);
+
+// The convolution of `depth` channels whose tiles suit rows of `width` tile pixels.
+#define FASTRES_CHOOSE(NAME, FUNCTION, STRIDE)                                     \
+  template <int kC>                                                                \
+  Convolve NAME##_of(int64_t width, int64_t channels) {                            \
+    if (channels % (2 * kLanes) == 0) return FUNCTION<kC, 8, 2, STRIDE>;           \
+    return width >= 16 ? FUNCTION<kC, 16, 1, STRIDE> : FUNCTION<kC, 8, 1, STRIDE>; \
+  }                                                                                \
+  inline Convolve NAME(int64_t depth, int64_t width, int64_t channels) {           \
+    return depth == 4    ? NAME##_of<4>(width, channels)                           \
+           : depth == 16 ? NAME##_of<16>(width, channels)                          \
+           : depth == 32 ? NAME##_of<32>(width, channels)                          \
+                         : NAME##_of<64>(width, channels);                         \
   }
-}
+FASTRES_CHOOSE(dense, convolve, 1)
+FASTRES_CHOOSE(strided, convolve, 2)
+FASTRES_CHOOSE(phases, convolve_phases, 2)
+#undef FASTRES_CHOOSE
 
 // The 3 channels of an image are stored as 4, so that they pair.
 inline int64_t depth_of(int64_t channels) { return channels == 3 ? 4 : channels; }
@@ -218,11 +263,16 @@ void fill_padded(bf16* padded, int64_t height, int64_t width, int64_t depth, con
   std::memset(padded + (height + 1) * row, 0, row * sizeof(bf16));
 }
 
+// Stride 1, or stride 2 of an image of even height and width.
 struct Shape {
-  int64_t images, height, width, in, out;
+  int64_t images, height, width, in, out, stride;
 
   int64_t pixels() const { return height * width; }
-  int64_t padded(int64_t channels) const { return (height + 2) * (width + 2) * channels; }
+  int64_t out_height() const { return height / stride; }
+  int64_t out_width() const { return width / stride; }
+  int64_t out_pixels() const { return out_height() * out_width(); }
+  int64_t padded_x() const { return (height + 2) * (width + 2) * depth_of(in); }
+  int64_t padded_dy() const { return (out_height() + 2) * (out_width() + 2) * out; }
 };
 
 }  // namespace fastres

@@ -3,7 +3,9 @@
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +16,7 @@ from fastres.kernels import chain_cpu, chain_plain
 from fastres.kernels.chain import Chain, Shortcut
 from fastres.kernels.reference import ConvBN
 
-__all__ = ["choose_backend", "make_chain", "pixels"]
+__all__ = ["choose_backend", "make_chain", "pixels", "runs_on_triton"]
 
 
 @functools.cache
@@ -25,11 +27,24 @@ def _triton_backend() -> ModuleType | None:
     return importlib.import_module("fastres.kernels.chain_triton")
 
 
+@functools.cache
+def _is_interpreted() -> bool:
+    """Whether Triton would interpret its kernels; asked first, as importing it takes a second."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def runs_on_triton(x: Tensor) -> bool:
+    """Whether Triton kernels compute on x; see fused.py."""
+    if x.dtype == torch.float64 or (x.device.type == "cpu" and not _is_interpreted()):
+        return False
+    steps = _triton_backend()
+    return steps is not None and steps.runs_on(x.device)
+
+
 def choose_backend(x: Tensor) -> Any:
     """The steps that run on x, a module with the functions of `chain.Backend`; see fused.py."""
-    triton_steps = None if x.dtype == torch.float64 else _triton_backend()
-    if triton_steps is not None and triton_steps.runs_on(x.device):
-        return triton_steps
+    if runs_on_triton(x):
+        return _triton_backend()
     return chain_cpu if chain_cpu.runs_on(x) else chain_plain
 
 
@@ -61,3 +76,11 @@ def make_chain(
 def pixels(t: Tensor) -> Tensor:
     """T with unit channel stride, as the kernels read it; gaps between pixels may stay."""
     return t if t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which torch's own convolutions keep the dtype of x, as the fakes promise."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -5,9 +5,11 @@ import functools
 import importlib.metadata
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ __all__ = [
     "describe_machine",
     "has_avx512",
     "keep_freed_memory",
+    "peak_memory_mib",
+    "process_seconds",
     "usable_cores",
     "versions",
 ]
@@ -94,6 +98,23 @@ def keep_freed_memory() -> bool:
         _M_TOP_PAD: 256 << 20,
     }
     return all(mallopt(name, value) for name, value in settings.items())
+
+
+def process_seconds() -> float | None:
+    """Return the seconds since this process was started, or None where Linux does not tell."""
+    try:
+        # The process's name may hold spaces; the fields after it are counted from its bracket.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+def peak_memory_mib() -> float:
+    """Return the most memory that this process has had resident, in MiB (2**20 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**10 if sys.platform == "linux" else peak / 2**20
 
 
 def versions() -> dict[str, str | None]:

@@ -15,7 +15,7 @@ from fastres.config import Config
 from fastres.data.loaders import Batches, Loader, build_loader
 from fastres.data.plan import Augmentation
 from fastres.data.source import load_dataset, split_validation
-from fastres.engine import checkpoint
+from fastres.engine import checkpoint, machine
 from fastres.engine.curves import draw_curves
 from fastres.engine.evaluation import Score, evaluate, evaluation_loader
 from fastres.engine.record import RunFolder, provenance
@@ -47,6 +47,7 @@ class Progress:
     train_seconds: float = 0.0
     compile_seconds: float = 0.0
     epoch_seconds: float = 0.0
+    first_step_seconds: float | None = None
     best_val_accuracy: float = -1.0
     rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -174,6 +175,9 @@ class Trainer:
         ):
             self.step(progress.step, images, labels)
             progress.step += 1
+            if progress.first_step_seconds is None:
+                self._wait()
+                progress.first_step_seconds = machine.process_seconds()
             if self._signal is not None and progress.step < epoch * self.steps_per_epoch + last:
                 progress.epoch_seconds = time.perf_counter() - started
                 self._save()
@@ -262,6 +266,8 @@ class Trainer:
             "checkpoint": self.folder.result().name,
             "train_seconds": round(progress.train_seconds, 3),
             "compile_seconds": round(progress.compile_seconds, 3),
+            "first_step_seconds": progress.first_step_seconds,
+            "peak_memory_mib": round(machine.peak_memory_mib(), 1),
             "images_per_second": round(images / progress.train_seconds, 1),
             **provenance(),
         }
