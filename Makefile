@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: test lint bench report format
+.PHONY: test lint bench bench-compare bench-check roofline prove report format
 
 test:  ## all tests that need no GPU and no minutes
 	$(PYTHON) -m pytest
@@ -13,7 +13,19 @@ lint:  ## what must be clean before a commit
 bench:  ## measure on this machine
 	$(PYTHON) -m pytest benchmarks/
 
-report:  ## write the tables of the documents from benchmarks/results
+bench-compare:  ## this tree against another revision: make bench-compare REV=HEAD~1 [ARGS=...]
+	$(PYTHON) -m benchmarks.compare $(REV) $(ARGS)
+
+bench-check:  ## measure, and fail where a row is slower than recorded on this machine
+	$(PYTHON) -m benchmarks.check $(ARGS)
+
+roofline:  ## what this machine can do, and how much of it a training step does
+	$(PYTHON) -m benchmarks.roofline $(ARGS)
+
+prove:  ## all evidence in one command: make prove OUT=DIR [ARGS="--budget 540 --data-dir D"]
+	$(PYTHON) -m benchmarks.prove --out $(OUT) $(ARGS)
+
+report:  ## write the tables and plots of the documents from benchmarks/results
 	$(PYTHON) -m benchmarks.report
 
 format:  ## put the code into its one layout

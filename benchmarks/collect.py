@@ -1,23 +1,31 @@
 """Turn measurements into results.
 
 `python -m benchmarks.collect runs WHAT RUN [RUN ...]` takes finished runs,
-`python -m benchmarks.collect benchmarks WHAT FILE.json CASE` a report of pytest --benchmark-json.
+`python -m benchmarks.collect benchmarks WHAT FILE.json` a report of pytest --benchmark-json.
 
 Runs that differ in nothing but seed and route become one row a metric with n measurements.
 """
 
 import argparse
 import json
+import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import Row, summarize, write_results
-from fastres.engine import machine
+from benchmarks.rows import (
+    RESULTS,
+    Row,
+    machine_key,
+    newest,
+    read_results,
+    summarize,
+    write_results,
+)
 
-__all__ = ["main", "rows_of", "rows_of_benchmarks"]
+__all__ = ["Ceilings", "ceilings_of", "main", "rows_of", "rows_of_report"]
 
 _METRICS = {
     "test_accuracy": "%",
@@ -52,23 +60,95 @@ def rows_of(summaries: Sequence[dict[str, Any]]) -> list[Row]:
     ]
 
 
-def rows_of_benchmarks(report: dict[str, Any], case: str) -> list[Row]:
-    """Turn a pytest-benchmark report into rows of images/s, one a benchmark."""
-    rows = []
-    for benchmark in report["benchmarks"]:
-        suite, _, _ = benchmark["group"].partition(" ")
-        stats, work = benchmark["stats"], benchmark["extra_info"]["images"]
-        rows.append(
-            summarize(
-                suite,
-                f"{benchmark['group']}, {case}",
-                benchmark["params"]["provider"],
-                "images_per_second",
-                "images/s",
-                [work / seconds for seconds in stats["data"]],
-            )
-        )
-    return rows
+# Operations/s by dtype and bytes/s that a machine was measured to reach at most.
+Ceilings = tuple[dict[str, float], float]
+
+_WHOLE_RUNS = ("accuracy", "start-up", "compile")
+_RATES = (
+    ("images", "images_per_second", "images/s", 1),
+    ("bytes", "bandwidth", "GB/s", 1e9),
+    ("flops", "arithmetic", "GFLOP/s", 1e9),
+)
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def ceilings_of(certificate: dict[str, Any], folder: Path = RESULTS) -> Ceilings | None:
+    """Return the ceilings of a certificate's machine from `folder`; None: not measured yet."""
+    here = machine_key(certificate)
+    found = {
+        row.case: row.median * 1e9
+        for row, other in newest(read_results(folder))
+        if row.suite == "ceilings" and machine_key(other) == here
+    }
+    products = {
+        case.removeprefix("matrix product, "): rate
+        for case, rate in found.items()
+        if case.startswith("matrix product, ")
+    }
+    copy = found.get("copy, large")
+    return (products, copy) if products and copy else None
+
+
+def rows_of_report(
+    report: dict[str, Any], folder: Path = RESULTS
+) -> tuple[list[Row], dict[str, Any]]:
+    """Turn a report of pytest --benchmark-json into rows and their certificate.
+
+    A benchmark's extra_info says what a call works on: `images`, `bytes`, `flops`; every such
+    amount gives a rate. The share of the roofline needs ceilings of this machine among the
+    results of `folder`.
+    """
+    certificate = report["certificate"] | {"date": report["datetime"]}
+    ceilings = ceilings_of(certificate, folder)
+    rows = [row for benchmark in report["benchmarks"] for row in _rows_of(benchmark, ceilings)]
+    dtypes = {benchmark["extra_info"]["dtype"] for benchmark in report["benchmarks"]} - {"any"}
+    names = sorted({_SHORT.get(dtype, dtype) for dtype in dtypes})
+    certificate["dtype"] = "-".join(names) or "any"
+    certificate["clock"] = sorted({b["extra_info"]["clock"] for b in report["benchmarks"]})
+    return rows, certificate
+
+
+def _rows_of(benchmark: dict[str, Any], ceilings: Ceilings | None) -> Iterator[Row]:
+    """Yield the rows of one provider of one case."""
+    info, seconds = benchmark["extra_info"], benchmark["stats"]["data"]
+
+    def row(metric: str, unit: str, value: Callable[[float], float]) -> Row:
+        values = [value(s) for s in seconds]
+        return summarize(info["suite"], info["case"], info["provider"], metric, unit, values)
+
+    def amount(metric: str, unit: str, *values: float) -> Row:
+        return summarize(info["suite"], info["case"], info["provider"], metric, unit, values)
+
+    if info["suite"] in _WHOLE_RUNS:
+        yield row("seconds", "s", lambda s: s)
+        if len(seconds) > 1:
+            yield amount("seconds_mean", "s", statistics.mean(seconds))
+            yield amount("seconds_sd", "s", statistics.stdev(seconds))
+    else:
+        yield row("time", "ms", lambda s: 1e3 * s)
+    for key, metric, unit, scale in _RATES:
+        if key in info:
+            yield row(metric, unit, lambda s, work=info[key] / scale: work / s)  # type: ignore[misc]
+    floor = _floor(info, ceilings)
+    if floor:
+        yield row("roofline_share", "%", lambda s: 100 * floor / s)
+    if info.get("waits") and "baseline_seconds" in info:
+        base = info["baseline_seconds"]
+        yield row("loader_share", "%", lambda s: 100 * (1 - base / s))
+    for key, metric in (("peak_bytes", "peak_memory"), ("resident_bytes", "resident_memory")):
+        if key in info:
+            yield amount(metric, "MiB", info[key] / 2**20)
+    if info.get("test_accuracy"):
+        yield amount("test_accuracy", "%", *info["test_accuracy"])
+
+
+def _floor(info: dict[str, Any], ceilings: Ceilings | None) -> float | None:
+    """Seconds under which a call that declares its bytes and operations cannot be."""
+    dtype = _SHORT.get(info["dtype"], info["dtype"])
+    if ceilings is None or "bytes" not in info or dtype not in ceilings[0]:
+        return None
+    products, copy = ceilings
+    return max(info["bytes"] / copy, info["flops"] / products[dtype])
 
 
 def _collect_runs(what: str, folders: Sequence[Path]) -> Path:
@@ -86,17 +166,11 @@ def _collect_runs(what: str, folders: Sequence[Path]) -> Path:
     return write_results(what, rows_of(summaries), certificate)
 
 
-def _collect_benchmarks(what: str, path: Path, case: str) -> Path:
-    report = json.loads(path.read_text())
-    certificate = {
-        "machine": machine.describe_machine(),
-        "versions": machine.versions(),
-        "commit": report["commit_info"]["id"][:12] + "+changes" * report["commit_info"]["dirty"],
-        "date": report["datetime"],
-        "dtype": "fp32",
-        "command": f"pytest benchmarks/{what}.py --benchmark-json FILE",
-    }
-    return write_results(what, rows_of_benchmarks(report, case), certificate)
+def _collect_benchmarks(what: str, path: Path) -> Path:
+    rows, certificate = rows_of_report(json.loads(path.read_text()))
+    if not rows:
+        raise ValueError(f"{path} holds no benchmark that ended well")
+    return write_results(what, rows, certificate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,13 +183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmarks = kinds.add_parser("benchmarks", help="a report of pytest --benchmark-json")
     benchmarks.add_argument("what", help="first part of the file name: the suite's file")
     benchmarks.add_argument("report", type=Path)
-    benchmarks.add_argument("case", help="the data that was measured on, as the rows name it")
     options = parser.parse_args(argv)
     try:
         if options.kind == "runs":
             path = _collect_runs(options.what, options.folders)
         else:
-            path = _collect_benchmarks(options.what, options.report, options.case)
+            path = _collect_benchmarks(options.what, options.report)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,74 +1,144 @@
-"""Write the result tables of the documents from benchmarks/results: `python -m benchmarks.report`.
+"""Write tables and plots of the documents from benchmarks/results: `python -m benchmarks.report`.
 
-A table stands between `<!-- results: SUITE -->` and `<!-- end -->`; nothing else is touched.
-`--check` changes nothing and fails where a document differs from the rows.
+A document says where, and nothing else of it is touched:
+
+    <!-- results: SUITE | case: TEXT | metrics: A, B | providers: C, D -->  a table <!-- end -->
+    <!-- plots: KIND -->                                                     pictures <!-- end -->
+
+All behind the suite is optional. Pictures are kept in docs/plots. `--check` changes nothing and
+fails where a document or a picture differs from the rows, or a document states a measurement
+outside of a table.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.rows import Row, read_results
+from benchmarks.plots import Picture, pictures
+from benchmarks.rows import read_results
+from benchmarks.tables import Result, table
 
-__all__ = ["fill", "main", "table"]
+__all__ = ["fill", "loose_numbers", "main"]
 
-DOCUMENTS = (Path(__file__).parents[1] / "README.md",)
-_BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def _value(row: Row) -> str:
-    median = f"{row.median:,.0f}" if row.median >= 1000 else f"{row.median:.4g}"
-    if row.n == 1:
-        return f"{median} {row.unit}"
-    low, high = (f"{v:,.0f}" if v >= 1000 else f"{v:.4g}" for v in (row.low, row.high))
-    return f"{median} {row.unit} ({low} to {high}, n = {row.n})"
-
-
-def table(suite: str, results: Sequence[tuple[Row, dict[str, Any]]]) -> str:
-    """Lay out all rows of a suite as a Markdown table, one line a case, provider and machine."""
-    lines: dict[tuple[str, ...], dict[str, str]] = {}
-    for row, certificate in results:
-        if row.suite == suite:
-            machine = certificate["machine"]
-            vectors = machine["cpu_vectors"]
-            name = machine["gpu"] or f"{machine['cores']} cores {machine['cpu']}, {vectors}"
-            versions = f"torch {certificate['versions']['torch']}, {certificate['date'][:10]}"
-            key = (row.case, row.provider, f"{name}; {versions}")
-            lines.setdefault(key, {})[row.metric] = _value(row)
-    metrics = list(dict.fromkeys(metric for cells in lines.values() for metric in cells))
-    header = ["case", "how", *(metric.replace("_", " ") for metric in metrics), "where"]
-    text = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
-    for (case, provider, where), cells in lines.items():
-        row_cells = [case, provider, *(cells.get(metric, "") for metric in metrics), where]
-        text.append(f"| {' | '.join(row_cells)} |")
-    return "\n".join(text) + "\n"
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PLOTS = ROOT / "docs" / "plots"
+_BLOCK = re.compile(r"(<!-- (results|plots): ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+# A number with a unit that only a measurement has.
+_MEASURED = re.compile(
+    r"\d[\d.,]*\s*(?:images/s|img/s|GB/s|[GT]FLOP/s|ms\b|(?:x|times) (?:faster|slower)|"
+    r"% (?:test )?accuracy|% faster|% slower)"
+)
 
 
-def fill(document: str, results: Sequence[tuple[Row, dict[str, Any]]]) -> str:
-    """Return `document` with every result block written anew."""
-    return _BLOCK.sub(lambda m: m.group(1) + table(m.group(2), results) + m.group(3), document)
+def fill(document: str, results: Sequence[Result], plots: str = "docs/plots") -> str:
+    """Return `document` with every block written anew.
+
+    Args:
+        document: Markdown.
+        results: of `read_results`.
+        plots: folder of the pictures, as seen from the document.
+
+    Raises:
+        ValueError: for a block that nobody can write.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        opening, what, spec, closing = match.groups()
+        text = _table(spec, results) if what == "results" else _links(spec, results, plots)
+        return opening + text + closing
+
+    return _BLOCK.sub(block, document)
+
+
+def _table(spec: str, results: Sequence[Result]) -> str:
+    suite, *filters = (part.strip() for part in spec.split("|"))
+    options: dict[str, str] = {}
+    for part in filters:
+        key, colon, value = part.partition(":")
+        if not colon or key not in ("case", "metrics", "providers"):
+            raise ValueError(
+                f"results block {spec!r}: {part!r} is no case:, metrics: or providers:"
+            )
+        options[key] = value.strip()
+    names = {
+        key: [name.strip() for name in options[key].split(",")]
+        for key in ("metrics", "providers")
+        if key in options
+    }
+    text = table(results, suite, case=options.get("case", ""), **names)
+    # Markdown needs an empty line between a comment and a paragraph, or a table behind one.
+    return f"\n{text}\n"
+
+
+def _links(kind: str, results: Sequence[Result], folder: str) -> str:
+    found = [picture for picture in pictures(results) if picture.kind == kind]
+    if not found:
+        return "\nNot measured yet.\n\n"
+    return "\n" + "".join(f"![{p.title}]({folder}/{p.name}.svg)\n\n" for p in found)
+
+
+def loose_numbers(document: str) -> list[str]:
+    """Return the measurements that a document states outside of its tables and code."""
+    return _MEASURED.findall(_FENCE.sub("", _BLOCK.sub("", document)))
+
+
+def _write_plots(wanted: Sequence[Picture], folder: Path, *, check: bool) -> list[str]:
+    """Draw what differs from its rows and remove what nobody shows; return the names."""
+    present = {path.stem: path for path in folder.glob("*.svg")}
+    stale = []
+    for picture in wanted:
+        path = present.pop(picture.name, None)
+        if path is None or f"rows {picture.fingerprint}<" not in path.read_text():
+            stale.append(f"{picture.name}.svg")
+            if not check:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{picture.name}.svg").write_bytes(picture.svg())
+    for path in present.values():
+        stale.append(path.name)
+        if not check:
+            path.unlink()
+    return stale
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write or check the documents."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
     check = parser.parse_args(argv).check
     results = read_results()
-    stale = []
-    for path in DOCUMENTS:
-        text = path.read_text()
-        filled = fill(text, results)
+    stale, wrong = [], []
+    texts = {path: path.read_text() for path in DOCUMENTS if path.exists()}
+    for path, text in texts.items():
+        try:
+            filled = fill(text, results, os.path.relpath(PLOTS, path.parent))
+        except ValueError as error:
+            print(f"error: {path.name}: {error}", file=sys.stderr)
+            return 2
+        wrong += [f"{path.name}: {number!r} is in no row" for number in loose_numbers(text)]
         if filled != text:
             stale.append(path.name)
             if not check:
                 path.write_text(filled)
+    shown = [p for p in pictures(results) if any(f"{p.name}.svg" in t for t in _current(texts))]
+    stale += _write_plots(shown, PLOTS, check=check)
     if stale:
         print(f"{'differs from the results' if check else 'written'}: {', '.join(stale)}")
-    return 1 if check and stale else 0
+    print("\n".join(wrong), end="\n" if wrong else "")
+    return 1 if wrong or (check and stale) else 0
+
+
+def _current(texts: dict[Path, str]) -> list[str]:
+    """Return the documents as they are now on the disk."""
+    return [path.read_text() for path in texts]
 
 
 if __name__ == "__main__":

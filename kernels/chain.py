@@ -116,6 +116,8 @@ def forward(
     """Run the chain with the statistics of this batch.
 
     Returns: out; the state of every layer, that of the projection last.
+
+    Raises: ValueError: when the shortcut differs from out in shape or dtype.
     """
     states: list[LayerState] = []
     for layer in chain.layers:
@@ -129,6 +131,12 @@ def forward(
     if chain.projection is not None:
         states.append(backend.conv_bn(x, chain.projection, None))
         shortcut, fold = states[-1].y, states[-1].scale_shift
+    size, dtype = last.y.shape, last.y.dtype
+    if shortcut is not None and (shortcut.shape, shortcut.dtype) != (size, dtype):
+        raise ValueError(
+            f"the shortcut must have shape {tuple(size)} and dtype {dtype}, "
+            f"got {tuple(shortcut.shape)} and {shortcut.dtype}"
+        )
     return backend.apply(last, shortcut, fold, chain.relu), states
 
 

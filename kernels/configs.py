@@ -14,6 +14,10 @@ table does not know gets `heuristic_config`, whose reasons stand beside its numb
 import functools
 import json
 import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,20 +30,29 @@ __all__ = [
     "ConvConfig",
     "Route",
     "RowConfig",
+    "assume_entries",
     "conv_config",
     "gpu_name",
     "heuristic_config",
     "load_table",
     "row_config",
+    "table_key",
 ]
 
-TABLE_PATH = Path(__file__).with_name("launch_table.json")
+# FASTRES_LAUNCH_TABLE names another table than the committed one: what a machine tuned for itself.
+TABLE_PATH = Path(
+    os.environ.get("FASTRES_LAUNCH_TABLE") or Path(__file__).with_name("launch_table.json")
+)
 TABLE_SCHEMA = 1
 
 # Multiprocessors of an H100 or H200: the programs that fill a GPU once.
 NUM_SMS = 132
 
 Route = Literal["triton", "cudnn"]
+
+_assumed: ContextVar[Mapping[str, "ConvConfig"] | None] = ContextVar(
+    "fastres_assumed_entries", default=None
+)
 
 
 @dataclass(frozen=True)
@@ -105,13 +118,34 @@ def load_table(path: Path = TABLE_PATH) -> dict[str, dict[str, ConvConfig]]:
         raise ValueError(f"{path.name}: malformed entry: {error}") from error
 
 
+def table_key(op: ConvOp, shape: ConvShape, dtype: torch.dtype, *, tf32: bool = False) -> str:
+    """The name under which the launch table keeps this product: op/dtype/batch/layer."""
+    precision = f"{str(dtype).removeprefix('torch.')}{'-tf32' if tf32 else ''}"
+    return f"{op}/{precision}/n{shape.N}/{shape.layer_key}"
+
+
+@contextmanager
+def assume_entries(entries: Mapping[str, ConvConfig]) -> Iterator[None]:
+    """Let `conv_config` know these entries alone inside the `with` block, whatever the GPU.
+
+    So launches can be recorded as another GPU would make them, and candidates be timed.
+    """
+    token = _assumed.set(entries)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
 def conv_config(
     op: ConvOp, shape: ConvShape, dtype: torch.dtype, device: torch.device, *, tf32: bool = False
 ) -> ConvConfig:
     """The measured configuration of the nearest batch size on this GPU, else the heuristic one."""
-    entries = load_table().get(gpu_name(device), {})
-    prefix = f"{op}/{str(dtype).removeprefix('torch.')}{'-tf32' if tf32 else ''}/n"
-    suffix = f"/{shape.layer_key}"
+    entries = _assumed.get()
+    if entries is None:
+        entries = load_table().get(gpu_name(device), {})
+    prefix, _, suffix = table_key(op, shape, dtype, tf32=tf32).partition(f"/n{shape.N}/")
+    prefix, suffix = f"{prefix}/n", f"/{suffix}"
     batches = {
         int(key[len(prefix) : -len(suffix)]): config
         for key, config in entries.items()
@@ -143,10 +177,11 @@ def heuristic_config(
     block_m = 128
     if _ceil_div(gemm.m, block_m) * _ceil_div(gemm.n, block_n) < 2 * NUM_SMS:
         block_m = 64
-    # Sums and the operand that a prologue forms live in registers: 8 warps share a large tile.
-    num_warps = 8 if block_m == 128 and block_n >= 64 else 4
+    # Sums and the operand that a prologue forms live in registers: 8 warps share large tiles.
+    is_large = block_m == 128 and block_n >= 64
+    num_warps = 8 if is_large or deep else 4
     # A dgrad that forms dy stages two tiles of pixels; small GPUs have 99 KiB of shared memory.
-    if op == "dgrad" and block_m == 128 and block_n >= 64:
+    if op == "dgrad" and is_large:
         num_stages = 2
     return ConvConfig(block_m, block_n, block_k, num_warps, num_stages)
 
@@ -158,8 +193,11 @@ def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:
     """
     gemm = shape.gemm("wgrad")
     if on_tensor_cores:
-        block_m, block_n, block_k = 64, _tile(gemm.m, 128), 64
-        num_warps, num_stages = (8, 2) if block_n > 64 else (4, 3)
+        # Both operands are formed in registers, so blocks are shallow; but 16 channels of dy give
+        # each thread 16 bytes to load only in a block twice as deep.
+        block_m, block_n = 64, _tile(gemm.m, 128)
+        block_k, num_stages = (64, 2) if block_n == 16 else (32, 3)
+        num_warps = 8 if block_n >= 64 else 4
     else:
         block_m, block_n, block_k = 32, _tile(gemm.m, 32), 16
         num_warps, num_stages = 4, 2

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastres.kernels.chain import LayerState, Shortcut, backward, forward
-from fastres.kernels.dispatch import choose_backend, make_chain, pixels
+from fastres.kernels.dispatch import choose_backend, make_chain, no_autocast, pixels
 from fastres.kernels.eager import can_run_eager, run_eager
 from fastres.kernels.reference import ConvBN, stat_dtype
 
@@ -70,7 +70,7 @@ def _forward_impl(
 ) -> tuple[Tensor, list[Tensor]]:
     chain = make_chain(params, geometry, shortcut, relu, eps)
     given = None if residual is None else pixels(residual)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         out, states = forward(chain, pixels(x), given, choose_backend(x))
     return out, [tensor for state in states for tensor in state]
 
@@ -294,7 +294,7 @@ def _folded_impl(
     filters = w.contiguous(memory_format=torch.channels_last)
     layer = ConvBN(filters, scale_shift[0], scale_shift[1], stride, padding)
     given = None if residual is None else pixels(residual)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return choose_backend(x).conv_folded(pixels(x), layer, scale_shift, given, relu)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 REPO = Path(__file__).resolve().parents[1]
 ARCHIVE = "cifar10-jpeg.tar.xz"
@@ -47,10 +48,14 @@ def jpeg_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def pytest_configure() -> None:
+    """Let the workers of pytest-xdist share the cores instead of fighting for them."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests marked `gpu` where torch finds no NVIDIA GPU."""
-    if item.get_closest_marker("gpu"):
-        import torch
-
-        if not torch.cuda.is_available():
-            pytest.skip("needs an NVIDIA GPU")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")

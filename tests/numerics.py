@@ -30,6 +30,9 @@ RELU_TIES: where z is within rounding of 0 two correct networks may disagree on 
     or 8 elements in tests too small for a percentage, the test would fail.
 """
 
+import statistics
+from collections.abc import Sequence
+
 import torch
 
 RATIO = 1.25
@@ -120,3 +123,54 @@ def away_from_ties(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     near = z.abs() <= 4 * UNIT_ROUNDOFF[dtype] * z.abs().max()
     assert near.sum() <= max(RELU_TIES * z.numel(), RELU_TIE_ELEMENTS), f"{near.sum()} ties"
     return ~near
+
+
+class PooledReferee:
+    """The referee over several draws of one case: for tensors that are too small for a single one.
+
+    The RMS of a handful of errors says little: two equal distributions of one error each differ by
+    more than RATIO in 43 % of all draws. Drawing other numbers adds independent errors. The error
+    of each draw is measured by what the referee allows in that draw, so that one badly conditioned
+    draw does not outweigh the others, and the RMS over the draws must not exceed 1. A kernel that
+    is right is accepted after a few draws; one that is wrong stays refused, whatever is drawn.
+    RATIO and the floors are those of a single draw, and for one draw the rule is the referee's own.
+
+    In a whole net some draw in a few has a pre-activation within rounding of 0, and one flipped
+    mask outweighs all roundings, eager's as often as the fused net's. There the median of the draws
+    must not exceed 1 (is_net).
+    """
+
+    def __init__(self, dtype: torch.dtype, *, is_net: bool = False):
+        self.dtype = dtype
+        self.is_net = is_net
+        self.num_draws = 0
+        self._shares: dict[tuple[str, str], list[float]] = {}
+
+    def add(
+        self,
+        name: str,
+        fused: torch.Tensor,
+        yardsticks: Sequence[torch.Tensor],
+        truth: torch.Tensor,
+    ) -> None:
+        """Add one draw of the tensor `name`; the worst of the yardsticks counts, norm by norm."""
+        assert fused.shape == truth.shape, f"{name}: {fused.shape} {truth.shape}"
+        for norm, floor in ((rms, FLOOR_RMS[self.dtype]), (largest, FLOOR_MAX[self.dtype])):
+            scale = norm(truth) or 1.0
+            error, *others = (
+                norm(t.detach().double() - truth) / scale for t in (fused, *yardsticks)
+            )
+            shares = self._shares.setdefault((name, norm.__name__), [])
+            shares.append(error / (RATIO * max(others) + floor))
+            self.num_draws = len(shares)
+
+    def refused(self) -> list[str]:
+        """What is not as right as eager, in words."""
+        pool = statistics.median if self.is_net else lambda shares: rms(torch.tensor(shares))
+        pooled = {key: pool(shares) for key, shares in self._shares.items()}
+        # A NaN is refused too.
+        return [
+            f"{name}: {norm} error {share:.3f} of what is allowed in {self.num_draws} draws"
+            for (name, norm), share in pooled.items()
+            if not share <= 1
+        ]

@@ -25,7 +25,7 @@ from fastres.model.resnet import Bottleneck, create_model
 @pytest.fixture
 def plain(monkeypatch):
     """Compute the ops in plain torch, as on a CPU without Triton's interpreter."""
-    monkeypatch.setattr(fused, "_choose_backend", lambda x: chain_plain)
+    monkeypatch.setattr(fused, "choose_backend", lambda x: chain_plain)
 
 
 def tiny(name="resnet8", **options) -> nn.Module:

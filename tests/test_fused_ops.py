@@ -18,7 +18,7 @@ from fastres.kernels.reference import ConvBN
 def backend(request, monkeypatch):
     """Plain torch; Triton kernels; torch convolutions with Triton kernels around them."""
     steps = chain_plain if request.param == "plain" else chain_triton
-    monkeypatch.setattr(fused, "_choose_backend", lambda x: steps)
+    monkeypatch.setattr(fused, "choose_backend", lambda x: steps)
     route = "cudnn" if request.param == "cudnn" else "triton"
     config = replace(TILES, route=route)
     monkeypatch.setattr(chain_triton, "conv_config", lambda *_, **__: config)
@@ -26,7 +26,7 @@ def backend(request, monkeypatch):
 
 @pytest.fixture
 def plain(monkeypatch):
-    monkeypatch.setattr(fused, "_choose_backend", lambda x: chain_plain)
+    monkeypatch.setattr(fused, "choose_backend", lambda x: chain_plain)
 
 
 def make_layer(k, c, r, stride, generator, dtype=torch.float32) -> ConvBN:

@@ -13,10 +13,7 @@ from fastres.kernels.chain import LayerState
 from fastres.kernels.chain_plain import FoldedGrad
 from fastres.kernels.reference import ConvBN
 
-pytestmark = [
-    pytest.mark.skipif(cpu.library() is None, reason=f"no CPU kernels: {cpu.unavailable()}"),
-    pytest.mark.usefixtures("strict_memory"),
-]
+pytestmark = pytest.mark.usefixtures("has_cpu_kernels", "strict_memory")
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -42,6 +39,13 @@ SHAPES = {
     "projection, few channels": (2, 5, 8, 7, 9, 1, 2),
     "1x1": (2, 32, 5, 9, 64, 1, 1),
 }
+
+
+@pytest.fixture(scope="module")
+def has_cpu_kernels():
+    """Compile the kernels into the tests' own cache, or skip where that cannot be done."""
+    if cpu.library() is None:
+        pytest.skip(f"no CPU kernels: {cpu.unavailable()}")
 
 
 def pixels(*size, dtype, generator):

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 import fastres
 from fastres.data.dataset import Dataset, ImageSet
-from fastres.data.loaders import LOADERS, dali_missing
+from fastres.data.loaders import LOADERS, choose_loader, dali_missing
 from fastres.data.plan import Augmentation, plan_epoch
 from fastres.errors import UsageError
 
@@ -151,20 +151,21 @@ def test_val_without_a_number_says_that_it_overlaps(data):
     assert len(val.batches.images) == 10
 
 
-def test_auto_without_dali_says_what_takes_its_place(data, monkeypatch):
+def test_without_dali_another_takes_its_place_on_a_gpu(data, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if "dali" in name else found(name)
     )
-    with pytest.warns(UserWarning, match="resident loader takes its place"):
-        assert load(data, "auto").name == "resident"
+    name, reason = choose_loader(torch.device("cuda"))
+    assert (name, reason.endswith("the resident loader takes its place")) == ("resident", True)
     with pytest.raises(UsageError, match="DALI is not installed"):
         load(data, "dali")
 
 
 @needs_dali
-def test_auto_takes_dali(data):
-    assert load(data, "auto").name == "dali"
+def test_auto_takes_dali_on_a_gpu_and_the_resident_loader_on_a_cpu(data):
+    assert choose_loader(torch.device("cuda"))[0] == "dali"
+    assert load(data, "auto").name == "resident"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,19 @@
 """Results: one schema, append-only, and no table in the documents that the rows do not make."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from benchmarks import collect, report
-from benchmarks.rows import RESULTS, Row, read_results, summarize, write_results
+from benchmarks import collect, plots, report, tables
+from benchmarks.rows import (
+    RESULTS,
+    Row,
+    make_certificate,
+    read_results,
+    summarize,
+    write_results,
+)
 
 CERTIFICATE = {
     "machine": {"gpu": None, "cpu": "Some (R) CPU", "cores": 2, "cpu_vectors": "avx2"},
@@ -41,8 +49,11 @@ def test_results_come_back_and_are_never_overwritten(tmp_path):
     path = write_results("train", [row], CERTIFICATE, tmp_path)
     assert path.name == "train_some-r-cpu-2-cores_fp32_torch2.11.0_2026-01-02.csv"
     assert read_results(tmp_path) == [(row, CERTIFICATE)]
-    with pytest.raises(FileExistsError):
-        write_results("train", [row], CERTIFICATE, tmp_path)
+    content = path.read_bytes()
+    again = write_results("train", [row], CERTIFICATE, tmp_path)
+    assert again.name == path.name.replace(".csv", "-2.csv")
+    assert path.read_bytes() == content
+    assert len(read_results(tmp_path)) == 2
 
 
 def test_runs_that_differ_in_seed_alone_become_one_row(tmp_path):
@@ -66,17 +77,31 @@ def test_runs_of_different_commits_are_not_mixed(tmp_path, capsys):
     assert "differ in their commit" in capsys.readouterr().err
 
 
-def test_a_benchmark_report_becomes_rows():
-    seconds = [0.5, 0.25, 0.4]
+def test_a_benchmark_report_becomes_rows(tmp_path):
+    info = {"suite": "step", "case": "c", "provider": "fast", "dtype": "float32", "clock": "wall"}
     benchmark = {
-        "group": "loaders alone",
-        "params": {"provider": "dali"},
-        "extra_info": {"images": 100},
-        "stats": {"data": seconds},
+        "extra_info": info | {"images": 100, "bytes": 2e9, "flops": 4e9, "peak_bytes": 2**21},
+        "stats": {"data": [0.5, 0.25, 0.4]},
     }
-    (row,) = collect.rows_of_benchmarks({"benchmarks": [benchmark]}, "real images")
-    assert (row.suite, row.provider, row.n) == ("loaders", "dali", 3)
-    assert (row.median, row.low, row.high) == (250, 200, 400)
+    report_ = {"benchmarks": [benchmark], "certificate": CERTIFICATE, "datetime": "2026-02-03"}
+    found, certificate = collect.rows_of_report(report_, tmp_path)
+    rows = {row.metric: row for row in found}
+    rate = rows["images_per_second"]
+    assert (rate.suite, rate.provider, rate.unit, rate.n) == ("step", "fast", "images/s", 3)
+    assert (rate.median, rate.low, rate.high) == (250, 200, 400)
+    assert rows["bandwidth"].median == 5
+    assert rows["arithmetic"].median == 10
+    assert rows["peak_memory"].median == 2
+    assert "roofline_share" not in rows
+    assert (certificate["dtype"], certificate["date"]) == ("fp32", "2026-02-03")
+    # With this machine's ceilings known, 2 GB at 10 GB/s are a floor of 0.2 s.
+    ceilings = [
+        Row("ceilings", "copy, large", "torch", "bandwidth", "GB/s", 1, 10, 10, 10),
+        Row("ceilings", "matrix product, fp32", "torch", "arithmetic", "GFLOP/s", 1, 40, 40, 40),
+    ]
+    write_results("roofline", ceilings, CERTIFICATE, tmp_path)
+    found, _ = collect.rows_of_report(report_, tmp_path)
+    assert next(row for row in found if row.metric == "roofline_share").median == 50
 
 
 def test_a_table_holds_every_row_of_its_suite():
@@ -92,6 +117,174 @@ def test_a_table_holds_every_row_of_its_suite():
     assert "dali" not in text
     assert text.startswith("a\n")
     assert text.endswith("\nb\n")
+
+
+def speed(provider, value, suite="step", case="resnet20 batch 8"):
+    return Row(suite, case, provider, "images_per_second", "images/s", 3, value, value, value)
+
+
+def born(date="2026-01-02", **machine):
+    return CERTIFICATE | {"machine": CERTIFICATE["machine"] | machine, "date": f"{date}T00:00:00"}
+
+
+def test_a_table_is_for_one_machine_and_shows_the_newest_rows():
+    first, second, other = born(), born("2026-01-03"), born(gpu="NVIDIA H200")
+    results = [
+        (speed("eager", 100), first),
+        (speed("fast", 250), first),
+        (speed("eager", 7000), other),
+        (speed("fast", 400), second),
+    ]
+    text = tables.table(results, "step")
+    cpu, gpu = text.split("**NVIDIA H200**")
+    assert cpu.startswith("**2 cores Some (R) CPU, avx2**")
+    assert "7,000" in gpu
+    assert "7,000" not in cpu
+    assert "250" not in cpu
+    assert "400 images/s" in cpu
+    assert "2026-01-03" in cpu
+
+
+def test_only_what_one_run_measured_is_compared():
+    first, second = born(), born("2026-01-03")
+    results = [(speed("eager", 100), first), (speed("fast", 250), first)]
+    assert "| 2.50 x eager |" in tables.table(results, "step")
+    results.append((speed("fast", 400), second))
+    assert " x eager" not in tables.table(results, "step")
+    # A time is better when it is less; the peer comes before eager as the baseline.
+    seconds = [("peer_fp32", 8.0), ("eager", 4.0), ("fast", 2.0)]
+    results = [(Row("ladder", "c", p, "time", "ms", 1, t, t, t), first) for p, t in seconds]
+    text = tables.table(results, "ladder")
+    assert "| 4.00 x peer_fp32 |" in text
+    assert "| 2.00 x peer_fp32 |" in text
+    # Percents and bytes have no ratio.
+    results = [(Row("s", "c", p, "memory", "MiB", 1, 1, 1, 1), first) for p in ("eager", "fast")]
+    assert " x " not in tables.table(results, "s")
+
+
+def test_a_block_chooses_its_rows():
+    results = [
+        (speed("eager", 1), born()),
+        (speed("fast", 2), born()),
+        (speed("fast", 3, case="resnet18 batch 8"), born()),
+        (Row("step", "resnet20 batch 8", "fast", "time", "ms", 1, 4, 4, 4), born()),
+    ]
+    spec = "step | case: resnet20 | metrics: time | providers: fast, eager"
+    text = report.fill(f"<!-- results: {spec} -->\n<!-- end -->", results)
+    assert "4 ms" in text
+    assert "images/s" not in text
+    assert "resnet18" not in text
+    with pytest.raises(ValueError, match="'case resnet20' is no case:"):
+        report.fill("<!-- results: step | case resnet20 -->\n<!-- end -->", results)
+    assert "Not measured yet" in report.fill("<!-- results: nothing -->\n<!-- end -->", results)
+
+
+def test_measurements_outside_of_tables_are_found():
+    text = "It makes 1,500 images/s and is 3.2x faster; 12 ms; 91.3 % accuracy; 4 x slower."
+    assert len(report.loose_numbers(text)) == 5
+    block = "<!-- results: s -->\n1,500 images/s\n<!-- end -->"
+    fence = "```\n1,500 images/s\n```"
+    harmless = "2 cores, 50,000 images, 6 GB of disk, 10 epochs, 32x32 pixels, Python 3.11"
+    assert report.loose_numbers(f"{block}\n{fence}\n{harmless}") == []
+
+
+def drawn_results():
+    birth = born()
+    results = [(speed(p, v), birth) for p, v in (("eager", 100.0), ("fast", 250.0))]
+    for suite, name in (("depth curve", "resnet{} batch 8"), ("batch curve", "resnet20 batch {}")):
+        rows = [speed("fast", 5e3 / size, suite, name.format(size)) for size in (20, 110)]
+        results += [(row, birth) for row in rows]
+    results.append((speed("dali", 9.0, "loaders", "alone"), birth))
+    floor = Row(
+        "roofline", "resnet20 batch 8, bf16, 2 threads", "fast", "floor", "ms", 1, 20, 20, 20
+    )
+    results.append((floor, birth))
+    for metric, unit, value in (("train_seconds", "s", 30.0), ("test_accuracy", "%", 90.0)):
+        results.append((Row("train", "c", "fast", metric, unit, 1, value, value, value), birth))
+    return results
+
+
+def test_pictures_show_their_rows_alone():
+    found = {picture.kind: picture for picture in plots.pictures(drawn_results())}
+    assert set(found) == {"ladder", "loaders", "cost", "accuracy"}
+    assert {row.suite for row in found["ladder"].rows} == {"step", "roofline"}
+    assert {row.suite for row in found["cost"].rows} == {"depth curve", "batch curve"}
+    figure = found["ladder"].draw()
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == ["100", "250   2.50 x", "roofline 400"]
+    assert plots.pictures([]) == []
+    for picture in found.values():
+        assert f"rows {picture.fingerprint}<".encode() in picture.svg()
+    assert found["cost"].svg() == found["cost"].svg()
+
+
+def test_a_picture_is_stale_when_a_row_changes():
+    results = drawn_results()
+    before = {picture.kind: picture.fingerprint for picture in plots.pictures(results)}
+    changed = [*results[:-1], (replace(results[-1][0], median=91.0), results[-1][1])]
+    after = {picture.kind: picture.fingerprint for picture in plots.pictures(changed)}
+    assert {kind for kind in after if after[kind] != before[kind]} == {"accuracy"}
+
+
+@pytest.fixture
+def documents(tmp_path, monkeypatch):
+    """A README and a folder of results and pictures, which the report takes for the project's."""
+    results, readme, pictures = (
+        tmp_path / "results",
+        tmp_path / "README.md",
+        tmp_path / "docs/plots",
+    )
+    results.mkdir()
+    write_results("step", [row for row, _ in drawn_results()], born(), results)
+    readme.write_text(
+        "# x\n\n<!-- results: step -->\n<!-- end -->\n\n<!-- plots: ladder -->\n<!-- end -->\n"
+    )
+    monkeypatch.setattr(report, "DOCUMENTS", (readme, tmp_path / "docs" / "results.md"))
+    monkeypatch.setattr(report, "PLOTS", pictures)
+    monkeypatch.setattr(report, "read_results", lambda: read_results(results))
+    return tmp_path
+
+
+def test_the_report_writes_tables_and_pictures_and_then_agrees(documents, capsys):
+    assert report.main(["--check"]) == 1
+    assert report.main([]) == 0
+    text = (documents / "README.md").read_text()
+    (picture,) = (documents / "docs" / "plots").iterdir()
+    assert f"](docs/plots/{picture.name})" in text
+    assert "2.50 x eager" in text
+    assert report.main(["--check"]) == 0
+    # What nobody shows any more goes.
+    (picture.parent / "old.svg").write_text("old")
+    assert report.main(["--check"]) == 1
+    assert report.main([]) == 0
+    assert [path.name for path in picture.parent.iterdir()] == [picture.name]
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("where", "old", "new"),
+    [
+        ("README.md", "250 images/s", "251 images/s"),
+        ("README.md", "# x", "# x\n\nIt makes 9,000 images/s."),
+        ("results/*.csv", ",250.0", ",251.0"),
+        ("docs/plots/*.svg", "rows ", "rows 0"),
+    ],
+)
+def test_a_planted_number_turns_the_check_red(documents, capsys, where, old, new):
+    assert report.main([]) == 0
+    (path,) = documents.glob(where)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    assert report.main(["--check"]) == 1
+    capsys.readouterr()
+
+
+def test_a_certificate_says_where_and_how_a_number_was_born():
+    certificate = make_certificate("fp32", ["python", "-m", "x", "a b"])
+    assert certificate["command"] == "python -m x 'a b'"
+    assert certificate["machine"]["cores"] >= 1
+    assert certificate.keys() >= {"versions", "commit", "date", "clocks"}
 
 
 def test_every_result_has_its_certificate():

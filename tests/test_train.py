@@ -345,10 +345,9 @@ def test_a_layout_that_corrupts_memory_is_not_used(capsys):
     assert "the 4 channels of layer2.0.downsample.0" in capsys.readouterr().err
 
 
-def test_without_dali_fast_names_what_takes_its_place(monkeypatch, capsys):
-    monkeypatch.setattr("fastres.data.loaders.dali_missing", lambda: "DALI is not installed")
-    assert train(*TINY, "--fast", "--dry-run") == 0
-    assert "DALI is not installed; the resident loader takes its place" in capsys.readouterr().out
+def test_fast_on_a_cpu_takes_the_resident_loader(capsys):
+    assert train(*TINY, "--fast", "--device", "cpu", "--dry-run") == 0
+    assert "resident  (the fastest beside a training step on a CPU)" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

@@ -46,17 +46,28 @@ def to_raw_scale(values: tuple[float, float, float]) -> Tensor:
 
 
 def _crop(images: Tensor, crop: Tensor, padding: int) -> Tensor:
-    """Cut one window out of each zero-padded image, in a single gather.
+    """Cut one window out of each zero-padded image, in a single gather of rows.
 
-    `windows[n, y, x]` is the crop of image n at (y, x): a view in which all crops of an image
-    overlap, so that choosing one is an index and not a loop.
+    `runs[i]` is the row of a window that starts at pixel i of the padded batch: a view in which
+    neighbouring runs overlap, so that a window is an index and every row is copied whole.
     """
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))
-    n, y, x, c = padded.stride()
-    positions = 2 * padding + 1
-    size = (len(images), positions, positions, IMAGE_SIZE, IMAGE_SIZE, images.shape[3])
-    windows = padded.as_strided(size, (n, y, x, y, x, c))
-    return windows[torch.arange(len(images), device=images.device), crop[:, 0], crop[:, 1]]
+    height, width, channels = padded.shape[1:]
+    run = IMAGE_SIZE * channels
+    num_runs = max(0, len(images) * height * width - IMAGE_SIZE + 1)
+    runs = padded.as_strided((num_runs, run), (channels, 1))
+    image = torch.arange(len(images), device=images.device)
+    row = torch.arange(IMAGE_SIZE, device=images.device)
+    first = (image * height + crop[:, 0]) * width + crop[:, 1]
+    starts = first[:, None] + row * width
+    return runs.index_select(0, starts.flatten()).view(len(images), IMAGE_SIZE, *images.shape[2:])
+
+
+def _flip(images: Tensor, flip: Tensor) -> Tensor:
+    """Mirror the images where `flip` says so, choosing eight bytes at a time."""
+    as_they_are, mirrored = (t.flatten(1).view(torch.int64) for t in (images, images.flip(2)))
+    chosen = torch.where(flip[:, None], mirrored, as_they_are)
+    return chosen.view(torch.uint8).view(images.shape)
 
 
 def _paint(images: Tensor, boxes: Tensor, colour: Tensor) -> Tensor:
@@ -79,11 +90,12 @@ def augment(images: Tensor, plan: TensorPlan, rows: slice, colour: Tensor) -> Te
     Returns:
         (B, 32, 32, 3) uint8.
     """
-    out = images[plan.index[rows]]
+    # Not `images[...]`, which copies byte by byte what this copies image by image.
+    out = images.index_select(0, plan.index[rows])
     if plan.padding:
         out = _crop(out, plan.crop[rows], plan.padding)
     if plan.has_flip:
-        out = torch.where(plan.flip[rows, None, None, None], out.flip(2), out)
+        out = _flip(out, plan.flip[rows])
     if plan.has_cutout:
         out = _paint(out, plan.cutout[rows], colour)
     return out
@@ -99,4 +111,8 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     Returns:
         (B, 3, 32, 32) float32 with channels-last strides.
     """
-    return images.float().sub_(mean).mul_(1.0 / std).permute(0, 3, 1, 2)
+    # By rows of pixels: torch vectorises an operation over its last dimension, and three channels
+    # would leave most of every vector empty.
+    rows = images.flatten(2).float()
+    rows.sub_(mean.repeat(IMAGE_SIZE)).mul_((1.0 / std).repeat(IMAGE_SIZE))
+    return rows.view(images.shape).permute(0, 3, 1, 2)

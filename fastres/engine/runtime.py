@@ -239,6 +239,7 @@ def _choose_loader(config: Config, runtime: Runtime) -> None:
         runtime.note("loader", config.loader, "as asked")
     elif config.fast:
         runtime.loader, reason = choose_loader(runtime.device)
-        runtime.note("loader", runtime.loader, reason, fallback=runtime.loader != "dali")
+        fallback = runtime.device.type == "cuda" and runtime.loader != "dali"
+        runtime.note("loader", runtime.loader, reason, fallback=fallback)
     else:
         runtime.note("loader", "torch", "the reference")

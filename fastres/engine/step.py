@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -17,6 +16,7 @@ from fastres.config import Config
 from fastres.engine.checkpoint import load_weights, take_section
 from fastres.engine.optim import Optimizer, lr_factor
 from fastres.engine.runtime import Runtime
+from fastres.model.layers import SmoothCrossEntropy
 
 __all__ = ["Totals", "TrainStep", "WeightAverage"]
 
@@ -113,6 +113,8 @@ class TrainStep:
             runtime.device.type, enabled=runtime.dtype == torch.float16
         )
         self._forward = torch.compile(model) if runtime.compiled else model
+        loss = SmoothCrossEntropy if runtime.route == "fused" else nn.CrossEntropyLoss
+        self._loss = loss(label_smoothing=config.label_smoothing)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, Tensor] | None = None
 
@@ -140,7 +142,7 @@ class TrainStep:
         """Forward, backward and update: everything that the graph captures."""
         with self.runtime.autocast():
             logits = self._forward(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+            loss = self._loss(logits, labels)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer.rule)
         self.scaler.update()

@@ -216,11 +216,15 @@ class Trainer:
 
     def _scores(self) -> dict[str, Score]:
         """Evaluate on every held-out split, with the averaged weights where there are any."""
+        started = time.perf_counter()
         with self.step.evaluated_weights():
-            return {
+            scores = {
                 split: evaluate(self.model, loader, self.runtime)
                 for split, loader in self.eval_loaders.items()
             }
+        images = sum(score.images for score in scores.values())
+        self.evaluation_rate = images / (time.perf_counter() - started)
+        return scores
 
     def _finish(self) -> dict[str, Any]:
         """Write weights, curves and summary."""
@@ -269,6 +273,7 @@ class Trainer:
             "first_step_seconds": progress.first_step_seconds,
             "peak_memory_mib": round(machine.peak_memory_mib(), 1),
             "images_per_second": round(images / progress.train_seconds, 1),
+            "evaluation_images_per_second": round(self.evaluation_rate, 1),
             **provenance(),
         }
 

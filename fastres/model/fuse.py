@@ -8,6 +8,7 @@ module whose own call is seen from outside, because it has a hook, is never abso
 
 import copy
 import functools
+import importlib
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -24,22 +25,25 @@ from fastres.model.layers import (
     FusedSequential,
     Pair,
     conv_bn,
+    is_seen,
+    pool_classify,
 )
 from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, ResNet9
 
 __all__ = ["fuse"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TORCHVISION = "torchvision.models.resnet"
 
 
-class FusedTorchvisionResNet(nn.Module):
-    """The fused stem of torchvision's ResNet; mixed in before the class of the net."""
+class TorchvisionStem(nn.Module):
+    """The fused stem and head of torchvision's ResNet; mixed in before the class of the net."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         net = cast(Any, self)
         x = net.maxpool(conv_bn(x, Pair(net.conv1, net.bn1)))
         x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
+        if _is_global_mean(net.avgpool):
+            return pool_classify(x, net.fc)
         return net.fc(torch.flatten(net.avgpool(x), 1))
 
 
@@ -121,14 +125,33 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     if kind in known:
         return known[kind]
     # Told by name, so that torchvision is imported by those alone who use it.
-    if kind.__module__ != _TORCHVISION:
-        return None
-    if kind.__name__ in ("BasicBlock", "Bottleneck"):
-        depth = 2 if kind.__name__ == "BasicBlock" else 3
-        return type(f"Fused{kind.__name__}", (FusedBlock, kind), {"depth": depth})
-    if kind.__name__ == "ResNet":
-        return type("FusedResNet", (FusedTorchvisionResNet, kind), {})
-    return None
+    return _torchvision_classes().get(kind) if kind.__module__ == _TORCHVISION else None
+
+
+@functools.cache
+def _torchvision_classes() -> dict[type[nn.Module], type[nn.Module]]:
+    """The fused subclass of every recognised class of torchvision; imports it."""
+    originals = importlib.import_module(_TORCHVISION)
+    mixins: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+        "BasicBlock": (FusedBlock, {"depth": 2}),
+        "Bottleneck": (FusedBlock, {"depth": 3}),
+        "ResNet": (TorchvisionStem, {}),
+    }
+    classes = {}
+    for name, (mixin, attributes) in mixins.items():
+        kind = getattr(originals, name)
+        members = {**attributes, "__module__": __name__}
+        classes[kind] = type(f"FusedTorchvision{name}", (mixin, kind), members)
+    return classes
+
+
+def __getattr__(name: str) -> Any:
+    """Find the fused classes of torchvision by name, as unpickling a fused net does."""
+    if name.startswith("FusedTorchvision"):
+        for fused_class in _torchvision_classes().values():
+            if fused_class.__name__ == name:
+                return fused_class
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _absorbed_parts(module: nn.Module) -> list[str]:
@@ -141,7 +164,7 @@ def _absorbed_parts(module: nn.Module) -> list[str]:
         parts = [part for pair in _pairs_of(module) for part in pair]
         is_projected = module.fused_downsample and isinstance(module.downsample, nn.Sequential)
         return [*parts, "downsample"] if is_projected else parts
-    if isinstance(module, FusedResNet | FusedResNet9 | FusedTorchvisionResNet):
+    if isinstance(module, FusedResNet | FusedResNet9 | TorchvisionStem):
         return ["conv1", "bn1"]
     return []
 
@@ -164,23 +187,18 @@ def _faults(module: nn.Module) -> dict[str, str]:
         }
     pairs = _pairs_of(module)
     activation = getattr(module, "relu", None)
-    if activation is not None and (type(activation) is not nn.ReLU or _is_seen(activation)):
+    if activation is not None and (type(activation) is not nn.ReLU or is_seen(activation)):
         return dict.fromkeys((conv for conv, _ in pairs), "its activation is no plain ReLU")
     checks = {conv: _why_not_pair(getattr(module, conv), getattr(module, bn)) for conv, bn in pairs}
     first = next((f"{fault} in {conv}" for conv, fault in checks.items() if fault), None)
     return {} if first is None else {conv: checks[conv] or first for conv in checks}
 
 
-def _is_seen(module: nn.Module) -> bool:
-    """Whether somebody outside would notice that the module's own forward is not called."""
-    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
-
-
 def _why_not_pair(conv: nn.Module, bn: nn.Module) -> str | None:
     """Why a convolution and the module behind it cannot be one op, or None."""
     if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
         return f"{type(conv).__name__} before {type(bn).__name__}"
-    if _is_seen(conv) or _is_seen(bn):
+    if is_seen(conv) or is_seen(bn):
         return "a hook on convolution or batch norm"
     sizes = (conv.stride, conv.padding)
     is_square = all(isinstance(size, tuple) and len(set(size)) == 1 for size in sizes)
@@ -197,9 +215,15 @@ def _why_not_pair(conv: nn.Module, bn: nn.Module) -> str | None:
     return next((fault for fault, is_present in faults.items() if is_present), None)
 
 
+def _is_global_mean(pool: nn.Module) -> bool:
+    """Whether a pool is AdaptiveAvgPool2d(1) and nobody sees its output."""
+    is_plain = type(pool) is nn.AdaptiveAvgPool2d and not is_seen(pool)
+    return is_plain and pool.output_size in (1, (1, 1))
+
+
 def _is_projection(downsample: Any) -> bool:
     """Whether a shortcut is a convolution and a batch norm that the block can absorb."""
-    if type(downsample) is not nn.Sequential or len(downsample) != 2 or _is_seen(downsample):
+    if type(downsample) is not nn.Sequential or len(downsample) != 2 or is_seen(downsample):
         return False
     return _why_not_pair(downsample[0], downsample[1]) is None
 
@@ -211,5 +235,5 @@ def _runs(modules: nn.Sequential) -> dict[int, int]:
     for i in range(len(parts) - 1):
         if _why_not_pair(parts[i], parts[i + 1]) is None:
             last = parts[i + 2] if i + 2 < len(parts) else None
-            runs[i] = 3 if type(last) is nn.ReLU and not _is_seen(last) else 2
+            runs[i] = 3 if type(last) is nn.ReLU and not is_seen(last) else 2
     return runs

@@ -6,13 +6,14 @@ cannot fuse it falls back to `super().forward`: the reference itself.
 
     training     one op a block, statistics of the batch; the running ones are moved here
     evaluation   one op a convolution with its batch norm folded, where no gradient is wanted
-    otherwise    the reference: evaluation with gradients, or batch norms frozen one by one
+    otherwise    the reference: evaluation with gradients, batch norms frozen one by one, no images
 
 Under autocast activations and filters are cast to its dtype; the parameters and statistics of batch
 norm are used in float32.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from fastres.kernels import fused
 from fastres.kernels.fused import BatchStats
+from fastres.kernels.fused_head import is_worth_an_op, pool_linear, smooth_cross_entropy
 from fastres.kernels.reference import ConvBN, bn_fold_ref, stat_dtype
 from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, ResNet9
 
@@ -34,8 +36,13 @@ __all__ = [
     "FusedResNet9",
     "FusedSequential",
     "Pair",
+    "SmoothCrossEntropy",
     "conv_bn",
+    "is_seen",
+    "pool_classify",
 ]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Pair(NamedTuple):
@@ -48,9 +55,10 @@ class Pair(NamedTuple):
 def _cast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a convolution of x computes, as autocast would choose it."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    # Torch refuses to say whether autocast is on for devices that have none, such as meta.
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -92,18 +100,19 @@ def _move_running_statistics(pairs: Sequence[Pair], batches: Sequence[BatchStats
         bn.running_var.lerp_(batch.unbiased_var.to(bn.running_var.dtype), step)
 
 
-def _all_train(pairs: Iterable[Pair]) -> bool:
-    return all(pair.bn.training for pair in pairs)
+def _can_train(x: Tensor, pairs: Iterable[Pair]) -> bool:
+    """Whether all batch norms use the statistics of a batch that is not empty."""
+    return x.shape[0] > 0 and all(pair.bn.training for pair in pairs)
 
 
-def _can_fold(x: Tensor, pairs: Iterable[Pair]) -> bool:
+def _can_fold(x: Tensor, pairs: Iterable[Pair], residual: Tensor | None = None) -> bool:
     """Whether all batch norms use running statistics and nobody wants a gradient."""
-    if any(pair.bn.training for pair in pairs):
+    if x.shape[0] == 0 or any(pair.bn.training for pair in pairs):
         return False
     if not torch.is_grad_enabled():
         return True
     learns = any(p.requires_grad for pair in pairs for m in pair for p in m.parameters())
-    return not (x.requires_grad or learns)
+    return not (learns or x.requires_grad or (residual is not None and residual.requires_grad))
 
 
 def conv_bn(x: Tensor, pair: Pair, *, relu: bool = True, residual: Tensor | None = None) -> Tensor:
@@ -117,7 +126,7 @@ def conv_bn(x: Tensor, pair: Pair, *, relu: bool = True, residual: Tensor | None
 
     Returns: (N, K, P, Q), channels_last when fused.
     """
-    if _all_train([pair]):
+    if _can_train(x, [pair]):
         pixels, layer = _pixels(x), _layer(pair, x)
         if residual is None:
             out, stats = fused.conv_bn_relu(pixels, layer, relu=relu)
@@ -125,7 +134,7 @@ def conv_bn(x: Tensor, pair: Pair, *, relu: bool = True, residual: Tensor | None
             out, stats = fused.conv_bn_add_relu(pixels, layer, residual.to(pixels.dtype))
         _move_running_statistics([pair], stats)
         return out
-    if _can_fold(x, [pair]):
+    if _can_fold(x, [pair], residual):
         pixels = _pixels(x)
         given = None if residual is None else _pixels(residual)
         return fused.conv_bn_folded(
@@ -171,10 +180,11 @@ class FusedSequential(nn.Sequential):
     """A Sequential in which every run of conv, bn (, relu) of `fused_runs` is one op.
 
     Attributes:
-        fused_runs: {index of a convolution: length of its run, 2 or 3}.
+        fused_runs: {index of a convolution: length of its run, 2 or 3}. A slice has none: it is a
+            new Sequential, and its modules run one by one.
     """
 
-    fused_runs: dict[int, int]
+    fused_runs: Mapping[int, int] = MappingProxyType({})
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the modules in order."""
@@ -217,7 +227,7 @@ class FusedBlock(nn.Module):
         """Map x as the block does."""
         pairs, projection = self._pairs()
         everything = [*pairs, projection] if projection is not None else pairs
-        if _all_train(everything):
+        if _can_train(x, everything):
             return self._train(x, pairs, projection)
         if _can_fold(x, everything):
             return self._evaluate(x, pairs, projection)
@@ -268,15 +278,58 @@ class FusedBottleneck(FusedBlock, Bottleneck):
     depth = 3
 
 
+def is_seen(module: nn.Module) -> bool:
+    """Whether somebody outside would notice that the module's own forward is not called."""
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def pool_classify(x: Tensor, fc: nn.Module) -> Tensor:
+    """`fc(mean over pixels of x)`, in one op where fc is a plain nn.Linear and kernels run on x.
+
+    Args:
+        x: (N, C, H, W).
+        fc: the classifier; the op uses its parameters as they are, in float32 under autocast.
+            Where somebody sees its output through a hook it is called itself.
+
+    Returns: (N, classes) in the dtype that autocast gives a linear layer.
+    """
+    if type(fc) is nn.Linear and not is_seen(fc) and x.shape[0] > 0 and is_worth_an_op(x):
+        pixels = x.contiguous(memory_format=torch.channels_last)
+        return pool_linear(pixels, fc.weight, fc.bias).to(_cast_dtype(x))
+    return fc(x.mean(dim=(2, 3)))
+
+
+class SmoothCrossEntropy(nn.Module):
+    """`nn.CrossEntropyLoss(label_smoothing=...)`, in one op where kernels run on the logits.
+
+    In float32 whatever the dtype of the logits. The op cannot wait to see labels that are no class
+    and makes the loss NaN for them; elsewhere torch raises.
+
+    Args:
+        label_smoothing: share of the target spread evenly over all classes, 0 to 1.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0):
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Map logits (N, classes) and labels (N,) int64 to the mean loss ()."""
+        if is_worth_an_op(logits):
+            return smooth_cross_entropy(logits, labels, self.label_smoothing)
+        wide = logits.to(stat_dtype(logits.dtype))
+        return F.cross_entropy(wide, labels, label_smoothing=self.label_smoothing)
+
+
 class FusedResNet(ResNet):
-    """`ResNet` with a fused stem; its blocks are fused on their own."""
+    """`ResNet` with a fused stem and head; its blocks are fused on their own."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""
         x = conv_bn(x, Pair(self.conv1, self.bn1))
         for stage in self.stages:
             x = getattr(self, stage)(x)
-        return self.fc(x.mean(dim=(2, 3)))
+        return pool_classify(x, self.fc)
 
 
 class FusedResNet9(ResNet9):

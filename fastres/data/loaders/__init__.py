@@ -21,7 +21,15 @@ from fastres.data.plan import NO_AUGMENTATION, Augmentation
 from fastres.data.source import load_dataset, split_validation
 from fastres.errors import UsageError
 
-__all__ = ["LOADERS", "Batches", "Loader", "build_loader", "dali_missing", "make_loader"]
+__all__ = [
+    "LOADERS",
+    "Batches",
+    "Loader",
+    "build_loader",
+    "choose_loader",
+    "dali_missing",
+    "make_loader",
+]
 
 LOADERS = ("dali", "resident", "torch")
 
@@ -66,7 +74,13 @@ def build_loader(
 
 
 def choose_loader(device: torch.device) -> tuple[str, str]:
-    """Return the loader that `auto` means on `device`, and why."""
+    """Return the loader that `auto` means on `device`, and why.
+
+    Beside a training step on a CPU the resident loader leaves the step the most of the cores; the
+    rows stand in benchmarks/results.
+    """
+    if device.type == "cpu":
+        return "resident", "the fastest beside a training step on a CPU"
     missing = dali_missing()
     if missing:
         return "resident", f"{missing}; the resident loader takes its place"
@@ -97,7 +111,8 @@ def make_loader(
         data_dir: where the data is; see `load_dataset`.
         split: "train", "val" (images held out of the training set) or "test".
         batch_size: images a batch.
-        loader: "dali", "resident" or "torch"; "auto" takes DALI where it is installed.
+        loader: "dali", "resident" or "torch"; "auto" takes DALI on a GPU where it is installed,
+            else the resident one.
         device: where the batches are wanted.
         seed: of order, crops, flips, boxes and of the validation split.
         epoch: the epoch that the first pass serves; each later pass serves the next one.
@@ -129,7 +144,7 @@ def make_loader(
     name: str = loader
     if loader == "auto":
         name, reason = choose_loader(target)
-        if name != "dali":
+        if target.type == "cuda" and name != "dali":
             warnings.warn(reason, stacklevel=2)
     return build_loader(name, batches, target, epoch=epoch, workers=workers)
 

@@ -1,6 +1,7 @@
 """The loader that keeps the whole set as uint8 on the device and augments it there."""
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,27 +12,72 @@ from fastres.data.pixels import TensorPlan, augment, normalize, shared_tensor, t
 __all__ = ["ResidentLoader"]
 
 
-class ResidentLoader(Loader):
-    """Every batch is a few tensor operations on the device; nothing crosses the bus.
+def _find_kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """The Triton kernel that makes a batch, or None where there is no GPU or no Triton."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from fastres.kernels.augment import augment_normalize
 
-    CIFAR-10 takes 154 MB of device memory as uint8.
+    return augment_normalize
+
+
+class ResidentLoader(Loader):
+    """Every batch is made on the device: by one kernel on a GPU, else by a few tensor operations.
+
+    Nothing crosses the bus but the plan, once an epoch, and nothing waits for the device. CIFAR-10
+    takes 154 MB of device memory as uint8.
+
+    Args:
+        batches: what to serve.
+        device: where the set is kept and the batches are made.
+        epoch: the first epoch served.
+        dtype: of the images; what is not float32 is rounded from it once.
     """
 
     name = "resident"
 
-    def __init__(self, batches: Batches, device: torch.device, epoch: int = 0):
+    def __init__(
+        self,
+        batches: Batches,
+        device: torch.device,
+        epoch: int = 0,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__(batches, device, epoch)
-        self.detail = f"the whole set as uint8 on {device}, augmented there"
+        self.dtype = dtype
         self.images = shared_tensor(batches.images.images).to(device)
         self.labels = shared_tensor(batches.images.labels).to(device)
         self.mean = to_raw_scale(batches.mean).to(device)
         self.std = to_raw_scale(batches.std).to(device)
+        self.scale = 1.0 / self.std
         self.colour = torch.tensor(batches.cutout_colour(), dtype=torch.uint8, device=device)
+        self._kernel = _find_kernel(device)
+        how = "by tensor operations" if self._kernel is None else "by one Triton kernel a batch"
+        self.detail = f"the whole set as uint8 on {device}, augmented there {how}"
 
     def serve(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Serve `epoch` from its batch `start_batch` on."""
         plan = TensorPlan(self.batches.plan(epoch), self.device)
+        labels = self.labels[plan.index]
         for batch in range(start_batch, len(self)):
             rows = self.batches.rows(batch)
+            yield self._make(plan, rows), labels[rows]
+
+    def _make(self, plan: TensorPlan, rows: slice) -> Tensor:
+        """Return the images that `rows` of the plan name, (B, 3, 32, 32) channels-last."""
+        if self._kernel is None:
             raw = augment(self.images, plan, rows, self.colour)
-            yield normalize(raw, self.mean, self.std), self.labels[plan.index[rows]]
+            return normalize(raw, self.mean, self.std).to(self.dtype)
+        return self._kernel(
+            self.images,
+            plan.index[rows],
+            self.mean,
+            self.scale,
+            crop=plan.crop[rows] if plan.padding else None,
+            padding=plan.padding,
+            flip=plan.flip[rows] if plan.has_flip else None,
+            cutout=plan.cutout[rows] if plan.has_cutout else None,
+            colour=self.colour if plan.has_cutout else None,
+            dtype=self.dtype,
+        )

@@ -1,0 +1,156 @@
+"""The frame of all suites: options, the budget, and how measured times reach pytest-benchmark.
+
+pytest benchmarks/                        everything that this machine can do
+pytest benchmarks/ --quick                the same in a minute, on small cases
+pytest benchmarks/ -k cpu                 the CPU ladder
+pytest benchmarks/ --benchmark-json F     keep the times; `benchmarks.collect` makes rows of F
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.lab import Lab, Measured, Prepared, Started
+from benchmarks.ladder import Unavailable, here
+from benchmarks.rows import make_certificate
+from benchmarks.timing import REPLAY
+
+_LIMIT_S = {"cpu": 330.0, "cuda": 560.0, "quick": 40.0}
+# The most valuable first; last the suite of many small groups, which loses least by lack of time.
+_ORDER = ("bench_model", "bench_loaders", "bench_train", "bench_ops")
+# Prepared before the others of a group: the ratio that matters most is not what lacks the time.
+_FIRST = ("peer_fp32", "eager", "fast")
+_RESULTS = pytest.StashKey[dict]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the suites."""
+    group = parser.getgroup("fastres", "fastres benchmarks")
+    group.addoption("--quick", action="store_true", help="small cases alone, within a minute")
+    group.addoption("--budget", type=float, help="seconds for all that is selected")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marks; show medians where pytest-benchmark has a dozen columns."""
+    # Again, because benchmarks.compare runs these suites in trees whose pyproject lacks the marks.
+    config.addinivalue_line("markers", "share(seconds): what a group wants of the budget")
+    config.addinivalue_line("markers", "full: left out by --quick")
+    config.option.benchmark_columns = ["median", "iqr", "rounds"]
+    config.option.benchmark_sort = "name"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order suites, leave the large cases out under --quick, have tests replay measured times."""
+    items.sort(key=lambda item: _ORDER.index(item.path.stem) if item.path.stem in _ORDER else -1)
+    if config.getoption("--quick"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=REPLAY.now, group=_group(item)))
+
+
+def _group(item: pytest.Item) -> str:
+    """Name what an item's provider is measured beside: the test and its other parameters."""
+    assert isinstance(item, pytest.Function)
+    name, case = item.originalname.removeprefix("bench_"), item.callspec.id.rpartition("-")[0]
+    return f"{name} {case}".rstrip()
+
+
+def _provider(item: pytest.Item) -> str:
+    assert isinstance(item, pytest.Function)
+    return str(item.callspec.params["provider"])
+
+
+@pytest.fixture(scope="session")
+def lab(request: pytest.FixtureRequest) -> Lab:
+    """Share the budget out among the groups that were selected."""
+    config = request.config
+    groups: dict[str, tuple[float, list[str]]] = {}
+    for item in request.session.items:
+        marker = item.get_closest_marker("share")
+        wanted = marker.args[0] if marker else 1.0
+        groups.setdefault(_group(item), (wanted, []))[1].append(_provider(item))
+    for _, providers in groups.values():
+        providers.sort(key=lambda name: name not in _FIRST)
+    kind = "quick" if config.getoption("--quick") else here().type
+    asked = config.getoption("--budget")
+    made = Lab(asked or _LIMIT_S[kind], groups, stretch=asked is not None)
+    config.stash[_RESULTS] = made.results
+    return made
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest, benchmark: Any, lab: Lab) -> Callable[..., None]:
+    """Have the test's group measured and hand its provider's times to pytest-benchmark.
+
+    The fixture is called with `prepare`, which makes a provider ready or raises Unavailable, with
+    the name of the baseline, and with what to start before, see `Lab.measure`.
+    """
+
+    def run(prepare: Callable[[str], Prepared], baseline: str, *started: Started) -> None:
+        provider = _provider(request.node)
+        group = lab.measure(_group(request.node), prepare, *started)
+        result = group[provider]
+        if isinstance(result, Unavailable):
+            pytest.skip(str(result))
+        if isinstance(result, Exception):
+            benchmark.skipped = True
+            raise result
+        benchmark.extra_info |= result.info | {"provider": provider, "baseline": baseline}
+        base = group.get(baseline)
+        if isinstance(base, Measured):
+            benchmark.extra_info["baseline_seconds"] = base.median
+        REPLAY.load(result.seconds)
+        benchmark.pedantic(REPLAY.advance, rounds=len(result.seconds))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def quick(request: pytest.FixtureRequest) -> bool:
+    """Whether --quick was given."""
+    return request.config.getoption("--quick")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> str | None:
+    """The folder with images: $FASTRES_DATA, or None for the synthetic set."""
+    return os.environ.get("FASTRES_DATA")
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Add the birth certificate of the numbers."""
+    certificate = make_certificate("mixed", ["pytest", *sys.argv[1:]])
+    output_json["certificate"] = certificate | {"threads": torch.get_num_threads()}
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print medians side by side, in images/s where images are what a call works on."""
+    results = config.stash.get(_RESULTS, {})
+    if results:
+        terminalreporter.section("side by side")
+        for line in _lines(results):
+            terminalreporter.write_line(line)
+
+
+def _lines(results: dict[str, dict[str, Measured | Exception]]) -> Iterator[str]:
+    for group, members in results.items():
+        measured = {name: m for name, m in members.items() if isinstance(m, Measured)}
+        if not measured:
+            continue
+        yield group
+        first = next(iter(measured.values())).median
+        for name, result in measured.items():
+            images, flops = result.info.get("images"), result.info.get("flops")
+            text = f"  {name:<16} {result.median * 1e3:12.3f} ms {first / result.median:8.2f} x"
+            if images:
+                text += f" {images / result.median:12,.0f} images/s"
+            if flops:
+                text += f" {flops / result.median / 1e9:10,.1f} GFLOP/s"
+            yield text

@@ -1,0 +1,172 @@
+"""The ladder from today's eager step to the fastest one, one change a rung.
+
+    eager          float32, NCHW: the reference
+    channels_last  + NHWC
+    amp            + bfloat16 activations and filters
+    compile        + torch.compile
+    fused          amp with fused blocks instead of torch.compile
+    graph          fused + the step as one CUDA graph
+    fast           what `--fast` chooses on this machine
+
+What is timed is what trains: every rung is a Config, resolved by the engine, in its TrainStep.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastres
+from fastres.config import Config
+from fastres.engine import machine
+from fastres.engine.runtime import Runtime, resolve_runtime
+from fastres.engine.step import TrainStep
+from fastres.errors import UsageError
+
+__all__ = [
+    "RUNGS",
+    "Rung",
+    "Unavailable",
+    "build",
+    "fixed_batch",
+    "here",
+    "low_precision",
+    "make_config",
+    "place",
+    "why_not",
+]
+
+RUNGS = ("eager", "channels_last", "amp", "compile", "fused", "graph", "fast")
+# Long enough that no measurement reaches its end, where the schedule is over.
+_TOTAL_STEPS = 10**6
+
+
+class Unavailable(Exception):
+    """A provider that this machine, or this run, cannot have; the message says why."""
+
+
+def here() -> torch.device:
+    """The device that measurements run on: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def low_precision(device: torch.device) -> str:
+    """The 16-bit type of this machine as the option `amp` spells it.
+
+    Raises:
+        Unavailable: on a CPU without bfloat16 instructions, where it would be emulated.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    if machine.bf16_instructions() is None:
+        raise Unavailable("this processor has no bfloat16 instructions")
+    return "bf16"
+
+
+def why_not(rung: str, device: torch.device) -> str | None:
+    """Say why a rung cannot be had on `device`, or return None."""
+    if rung == "graph" and device.type != "cuda":
+        return "CUDA graphs need an NVIDIA GPU"
+    if rung == "compile" and machine.cxx_compiler() is None:
+        return "torch.compile needs a C++ compiler"
+    return None
+
+
+def make_config(rung: str, device: torch.device, **options: Any) -> Config:
+    """Return the options that a rung stands for, `options` among them.
+
+    Raises:
+        Unavailable: see `why_not` and `low_precision`.
+    """
+    reason = why_not(rung, device)
+    if reason:
+        raise Unavailable(reason)
+    if rung == "fast":
+        changes: dict[str, Any] = {"fast": True}
+    else:
+        changes = {"channels_last": "off" if rung == "eager" else "on"}
+        if rung not in ("eager", "channels_last"):
+            changes["amp"] = low_precision(device)
+        routes = {"compile": "compile", "fused": "fused", "graph": "fused"}
+        changes["route"] = routes.get(rung, "eager")
+        changes["graph"] = "on" if rung == "graph" else "off"
+    defaults = Config(device=device.type, schedule="constant", warmup=0.0)  # type: ignore[arg-type]
+    return defaults.replace(**changes, **options)
+
+
+@dataclass
+class Rung:
+    """A network with its training step, ready to be timed.
+
+    Attributes:
+        model: the network, placed.
+        step: its TrainStep.
+        runtime: what the configuration came to.
+        batch: images and labels of the fixed batch.
+        loss: of the first step, on that batch.
+    """
+
+    model: nn.Module
+    step: TrainStep
+    runtime: Runtime
+    batch: tuple[Tensor, Tensor]
+    loss: float = math.nan
+    _done: int = field(default=1)
+
+    def train(self) -> None:
+        """Train one step on the fixed batch."""
+        self.step(self._done, *self.batch)
+        self._done += 1
+
+    def train_on(self, images: Tensor, labels: Tensor) -> None:
+        """Train one step on a batch of a loader."""
+        self.step(self._done, images, labels)
+        self._done += 1
+
+
+def fixed_batch(batch_size: int, num_classes: int = 10) -> tuple[Tensor, Tensor]:
+    """Images and labels that every provider starts with, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn((batch_size, 3, 32, 32), generator=generator)
+    return images, torch.arange(batch_size) % num_classes
+
+
+def place(config: Config, num_classes: int = 10) -> tuple[nn.Module, Runtime]:
+    """Build the network of `config` as the trainer does: resolved, fused, placed.
+
+    Raises:
+        Unavailable: when this machine cannot have it.
+    """
+    model = fastres.create_model(config.model, num_classes, seed=0)
+    try:
+        runtime = resolve_runtime(config, model)
+    except UsageError as error:
+        raise Unavailable(str(error)) from None
+    if runtime.route == "fused":
+        model = fastres.fuse(model, verbose=False)
+    runtime.place(model)
+    return model, runtime
+
+
+def build(
+    rung: str, model_name: str, batch_size: int, device: torch.device, num_classes: int = 10
+) -> Rung:
+    """Build a rung and train its first step, which compiles and captures whatever there is.
+
+    Raises:
+        Unavailable: when this machine cannot have it.
+    """
+    config = make_config(rung, device, model=model_name, batch_size=batch_size)
+    model, runtime = place(config, num_classes)
+    model.train()
+    step = TrainStep(model, config, runtime, _TOTAL_STEPS)
+    images, labels = fixed_batch(batch_size, num_classes)
+    images = images.to(device, memory_format=runtime.memory_format)
+    labels = labels.to(device)
+    step.prepare(images, labels)
+    built = Rung(model, step, runtime, (images, labels))
+    step(0, images, labels)
+    built.loss = step.totals.read()[0]
+    return built

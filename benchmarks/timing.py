@@ -1,0 +1,188 @@
+"""Clocks: rounds of several providers in turn, and how one round is timed on CPU and GPU.
+
+A shared machine is faster in one minute than in the next. Providers that are to be compared take
+turns therefore: a round of each, over and over, in an order that rotates. pytest-benchmark runs
+one test to its end instead, so a group is measured first and its tests replay the recorded times:
+`REPLAY` stands for the clock and the function that pytest-benchmark times.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+__all__ = [
+    "GRAPH_REPLAYS",
+    "REPLAY",
+    "Replay",
+    "Sample",
+    "graph_sample",
+    "interleave",
+    "peak_bytes",
+    "wall_sample",
+]
+
+Sample = Callable[[], float]
+"""Runs one round and returns how many seconds one call in it took."""
+
+GRAPH_REPLAYS = 10
+# A GPU drained after every short step would show the latency of launches instead of their rate.
+_SHORTEST_SAMPLE_S = {"cpu": 2e-3, "cuda": 5e-2}
+_MOST_CALLS = 200
+
+
+class Replay:
+    """A clock that runs through recorded times, for `benchmark.pedantic`.
+
+    Mark the test `benchmark(timer=REPLAY.now)`, `load` the seconds and pass `REPLAY.advance` with
+    as many rounds: the durations that pytest-benchmark sees are the recorded ones.
+    """
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._seconds: list[float] = []
+
+    def load(self, seconds: Sequence[float]) -> None:
+        """Put the durations of the coming rounds in."""
+        self._now, self._seconds = 0.0, list(reversed(seconds))
+
+    def now(self) -> float:
+        """Return the time of this clock in seconds."""
+        return self._now
+
+    def advance(self) -> None:
+        """Let the next recorded duration pass."""
+        self._now += self._seconds.pop()
+
+
+REPLAY = Replay()
+
+
+def interleave(
+    samples: Mapping[str, Sample],
+    seconds: float,
+    *,
+    min_rounds: int = 3,
+    max_rounds: int = 25,
+    round_s: float | None = None,
+) -> dict[str, list[float]]:
+    """Time providers in turns and return their times in seconds, one a round.
+
+    As many rounds as `seconds` has room for, between the two limits. `round_s` is the length of a
+    round where providers are warm; without it a first round warms up, shows its length and does
+    not count.
+    """
+    names = list(samples)
+    started = time.perf_counter()
+    if round_s is None:
+        for sample in samples.values():
+            sample()
+        round_s = time.perf_counter() - started
+    room = (started + seconds - time.perf_counter()) / max(round_s, 1e-9)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(min(max_rounds, max(min_rounds, int(room)))):
+        if i >= min_rounds and time.perf_counter() - started > seconds:
+            break
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(samples[name]())
+    return times
+
+
+def wall_sample(call: Callable[[], object], device: torch.device) -> Sample:
+    """Time calls by the wall clock, the device drained before and after.
+
+    Calls shorter than 2 ms (on a GPU 50 ms) are repeated within a round, and their mean counts.
+    """
+    num_calls = 0
+
+    def timed(count: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        for _ in range(count):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - started) / count
+
+    def sample() -> float:
+        nonlocal num_calls
+        if not num_calls:
+            timed(1)
+            shortest = _SHORTEST_SAMPLE_S[device.type]
+            num_calls = min(_MOST_CALLS, math.ceil(shortest / max(timed(1), 1e-7)))
+        return timed(num_calls)
+
+    return sample
+
+
+def graph_sample(
+    call: Callable[[], object], device: torch.device, *, cold: bool, before: Callable | None = None
+) -> Sample:
+    """Time kernels alone: the call as a CUDA graph, replayed between two events.
+
+    Args:
+        call: what is captured; it must not wait for the device.
+        device: a CUDA device.
+        cold: overwrite the L2 cache before every replay; otherwise operands may lie in it.
+        before: called once on the stream of the capture. The autograd engine runs a backward
+            pass on the stream of its forward, which must be the one that captures.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        if before is not None:
+            before()
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    num_flushed = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    flush = torch.empty(num_flushed if cold else 0, dtype=torch.int8, device=device)
+
+    def sample() -> float:
+        marks = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(GRAPH_REPLAYS)
+        ]
+        for start, end in marks:
+            if cold:
+                flush.zero_()
+            start.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize(device)
+        return sum(start.elapsed_time(end) for start, end in marks) / 1e3 / GRAPH_REPLAYS
+
+    return sample
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Return by how much one call raises what torch's allocator has handed out.
+
+    On a CPU the allocations are followed by the profiler: scratch memory inside oneDNN or OpenMP
+    does not go through torch's allocator and is not counted.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    assert profile.profiler is not None
+    held = peak = 0
+    # `profile.events()` sums allocations up by operation; only the raw events are in order.
+    events = profile.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
