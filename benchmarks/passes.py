@@ -12,10 +12,10 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +85,10 @@ class _Recorder(TorchDispatchMode):
         name = func.__name__.partition(".")[0]
         if func.namespace != "fastres" or not name.endswith(("_fwd", "_bwd")):
             return func(*args, **(kwargs or {}))
-        with self._steps(), recording() as launches:
+        on_triton = patch.object(fused, "choose_backend", lambda x: chain_triton)
+        with on_triton, recording() as launches:
             if name.endswith("_fwd") and len(args) == 7:
-                result = fused._forward_impl(*args)
+                result: Any = fused._forward_impl(*args)
                 block = BlockPasses(name.removesuffix("_fwd"), 0)
                 self.blocks.append(block)
                 self._open.append(block)
@@ -101,16 +102,6 @@ class _Recorder(TorchDispatchMode):
         sizes = [num_bytes(t) for launch in launches for t in activations(launch).values()]
         block.unit = max(block.unit, *sizes)
         return result
-
-    @staticmethod
-    @contextmanager
-    def _steps() -> Iterator[None]:
-        choose = fused.choose_backend
-        fused.choose_backend = lambda x: chain_triton  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            fused.choose_backend = choose
 
 
 def count_net(

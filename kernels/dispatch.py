@@ -16,7 +16,7 @@ from fastres.kernels import chain_cpu, chain_plain
 from fastres.kernels.chain import Chain, Shortcut
 from fastres.kernels.reference import ConvBN
 
-__all__ = ["choose_backend", "make_chain", "pixels", "runs_on_triton"]
+__all__ = ["choose_backend", "is_interpreted", "make_chain", "pixels", "runs_on_triton"]
 
 
 @functools.cache
@@ -28,14 +28,14 @@ def _triton_backend() -> ModuleType | None:
 
 
 @functools.cache
-def _is_interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether Triton would interpret its kernels; asked first, as importing it takes a second."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def runs_on_triton(x: Tensor) -> bool:
     """Whether Triton kernels compute on x; see fused.py."""
-    if x.dtype == torch.float64 or (x.device.type == "cpu" and not _is_interpreted()):
+    if x.dtype == torch.float64 or (x.device.type == "cpu" and not is_interpreted()):
         return False
     steps = _triton_backend()
     return steps is not None and steps.runs_on(x.device)

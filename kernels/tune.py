@@ -148,11 +148,13 @@ def _measure(options: argparse.Namespace) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     out = options.out or TABLE_PATH
     started = time.monotonic()
+    # Not every release of torch names the attribute in its type stubs.
+    properties: Any = torch.cuda.get_device_properties(device)
     tuner = Tuner(
         device,
         GraphTimer(device, cold=options.l2 == "cold"),
         deadline=None if options.budget is None else started + options.budget,
-        shared_bytes=torch.cuda.get_device_properties(device).shared_memory_per_block_optin,
+        shared_bytes=properties.shared_memory_per_block_optin,
         limit=options.candidates,
     )
     works = _works(options)

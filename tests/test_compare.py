@@ -52,6 +52,8 @@ def project(tmp_path, monkeypatch):
     (folder / "benchmarks" / "bench_it.py").write_text(SUITE)
     monkeypatch.setattr(compare, "ROOT", folder)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    # pytest-benchmark measures nothing in a process that believes to be one of xdist's workers.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.setattr("tempfile.tempdir", None)
     return folder
 

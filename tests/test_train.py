@@ -18,6 +18,7 @@ from fastres import evaluate as evaluate_command
 from fastres import train as train_command
 from fastres.engine import checkpoint
 from fastres.engine.step import TrainStep
+from fastres.kernels import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
@@ -320,9 +321,12 @@ def test_a_resumed_run_keeps_its_mathematics(run, capsys):
 
 
 def test_without_a_compiler_fast_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("fastres.model.backend.is_interpreted", lambda: False)
+    cpu._load.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert train(*TINY, "--fast", "--dry-run") == 0
+    assert train(*TINY, "--fast", "--amp", "bf16", "--device", "cpu", "--dry-run") == 0
     assert "no C++ compiler" in capsys.readouterr().out
+    cpu._load.cache_clear()
     for switch in (["--route", "compile"], ["--route", "fused", "--compile", "on"]):
         assert train(*TINY, *switch, "--dry-run") == 2
         assert "needs a C++ compiler" in capsys.readouterr().err

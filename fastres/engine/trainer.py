@@ -48,6 +48,7 @@ class Progress:
     compile_seconds: float = 0.0
     epoch_seconds: float = 0.0
     first_step_seconds: float | None = None
+    evaluation_rate: float = 0.0
     best_val_accuracy: float = -1.0
     rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -223,7 +224,7 @@ class Trainer:
                 for split, loader in self.eval_loaders.items()
             }
         images = sum(score.images for score in scores.values())
-        self.evaluation_rate = images / (time.perf_counter() - started)
+        self.progress.evaluation_rate = images / (time.perf_counter() - started)
         return scores
 
     def _finish(self) -> dict[str, Any]:
@@ -273,7 +274,7 @@ class Trainer:
             "first_step_seconds": progress.first_step_seconds,
             "peak_memory_mib": round(machine.peak_memory_mib(), 1),
             "images_per_second": round(images / progress.train_seconds, 1),
-            "evaluation_images_per_second": round(self.evaluation_rate, 1),
+            "evaluation_images_per_second": round(progress.evaluation_rate, 1),
             **provenance(),
         }
 

@@ -1,21 +1,22 @@
 """Which kernels the fused modules would run on this machine, said in words."""
 
-import functools
 import importlib.util
 
 import torch
 
 from fastres.kernels import cpu
+from fastres.kernels.dispatch import is_interpreted
 
 __all__ = ["cpu_kernels_missing", "fused_kernels"]
 
 
-@functools.cache
 def cpu_kernels_missing() -> str | None:
     """Say why the fused CPU kernels would not be the fast route here, or return None.
 
     The first call on a machine compiles them, which takes some seconds.
     """
+    if is_interpreted():
+        return "TRITON_INTERPRET is set, and Triton's interpreter would take their place"
     if cpu.unavailable() is not None:
         return cpu.unavailable()
     return None if cpu.has_direct_conv() else "the processor has no AVX-512 bf16 instructions"
@@ -26,6 +27,8 @@ def fused_kernels(device: torch.device) -> str:
     if device.type == "cuda":
         has_triton = importlib.util.find_spec("triton") is not None
         return "Triton kernels" if has_triton else "plain torch: no Triton here"
+    if is_interpreted():
+        return "Triton kernels in the interpreter, because TRITON_INTERPRET is set"
     if cpu.unavailable() is not None:
         return f"plain torch: {cpu.unavailable()}"
     if cpu_kernels_missing() is not None:
