@@ -1,7 +1,8 @@
 """The steps of a chain in the CPU kernels, each convolution on the faster of two routes.
 
-`direct`: bf16 3x3 convolutions of few channels (cpu_conv.cpp), with batch norm, ReLU, shortcut and
-sums in their prologue and epilogue, an image at a time in the cache: the scheme of the GPU kernels.
+`direct`: bf16 convolutions of few channels, 3x3 and 1x1 (cpu_conv.cpp), with batch norm, ReLU,
+shortcut and sums in their prologue and epilogue, an image at a time in the cache: the scheme of the
+GPU kernels.
 `onednn`: torch's convolution, with the batch-norm kernels around it (cpu_norm.cpp), each one pass.
 
 bf16 and fp32. Deterministic for one number of threads.
@@ -49,12 +50,12 @@ def _is_direct(x: Tensor, layer: ConvBN) -> bool:
     k, c, *filter_size = layer.w.shape
     height, width = x.shape[2:]
     fits = layer.stride == 1 or (layer.stride == 2 and height % 2 == width % 2 == 0)
+    is_3x3 = filter_size == [3, 3] and layer.padding == 1
     return (
         x.dtype == torch.bfloat16
-        and filter_size == [3, 3]
-        and layer.padding == 1
+        and (is_3x3 or _is_1x1(layer))
         and fits
-        and (c in _DEPTHS or c == 3)
+        and (c in _DEPTHS or (c == 3 and is_3x3))
         and k in _DEPTHS
         and width // layer.stride >= 8
         and cpu.has_direct_conv()
@@ -65,6 +66,13 @@ def _image_shape(t: Tensor) -> tuple[int, int, int]:
     """Images, pixels of an image, channels."""
     n, c, h, w = t.shape
     return n, h * w, c
+
+
+def _sizes(x: Tensor, layer: ConvBN) -> tuple[int, ...]:
+    """Images, height, width, input channels, output channels, stride and filter side."""
+    n, c, h, w = x.shape
+    k, _, side, _ = layer.w.shape
+    return n, h, w, c, k, layer.stride, side
 
 
 def _vectors(*sizes: int) -> Tensor:
@@ -87,7 +95,7 @@ def _apply(
     return out
 
 
-def _is_product(layer: ConvBN) -> bool:
+def _is_1x1(layer: ConvBN) -> bool:
     """Whether the convolution is a matrix product of pixels: 1x1 without padding."""
     return layer.w.shape[2:] == (1, 1) and layer.padding == 0
 
@@ -100,7 +108,7 @@ def _rows(x: Tensor, layer: ConvBN) -> Tensor:
 
 def _convolve(x: Tensor, layer: ConvBN) -> Tensor:
     """Torch's convolution of x; a strided 1x1 as a matrix product, which is safe and faster."""
-    if not _is_product(layer):
+    if layer.stride == 1 or not _is_1x1(layer):
         return to_nhwc(F.conv2d(x, layer.w, stride=layer.stride, padding=layer.padding))
     n, _, h, w = x.shape
     k, c = layer.w.shape[:2]
@@ -113,7 +121,7 @@ def _convolve_backward(
     dy: Tensor, x: Tensor, layer: ConvBN, need_dx: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients dx (None where unwanted) and dw of `_convolve`."""
-    if not _is_product(layer):
+    if layer.stride == 1 or not _is_1x1(layer):
         geometry = [[layer.stride] * 2, [layer.padding] * 2, [1, 1], False, [0, 0], 1]
         dx, dw, _ = torch.ops.aten.convolution_backward(
             dy, x, layer.w, None, *geometry, [need_dx, True, False]
@@ -137,9 +145,8 @@ def conv_bn(x: Tensor, layer: ConvBN, fold: Tensor | None) -> LayerState:
     results = (layer.weight, layer.bias, layer.eps, mean, unbiased_var, rstd, scale_shift)
     if _is_direct(x, layer):
         y = _empty_output(x, layer)
-        n, c, h, w = x.shape
         _check_values(y)
-        cpu.call("conv_fprop", x, fold, to_nhwc(layer.w), y, *results, n, h, w, c, k, layer.stride)
+        cpu.call("conv_fprop", x, fold, to_nhwc(layer.w), y, *results, *_sizes(x, layer))
     else:
         y = _convolve(x if fold is None else _apply(x, fold, None, None, True), layer)
         _check_values(y)
@@ -221,11 +228,10 @@ def _direct_backward(
     shortcut: Tensor | None,
     need_dx: bool,
 ) -> BackwardStep:
-    n, c, h, w = x.shape
     filters = to_nhwc(layer.w)
     dw = torch.empty_like(filters)
     dx = torch.empty_like(x) if need_dx else None
-    sums = None if before is None else torch.empty((2, c), dtype=torch.float64)
+    sums = None if before is None else torch.empty((2, x.shape[1]), dtype=torch.float64)
     cpu.call(
         "conv_backward",
         *dy,
@@ -237,7 +243,7 @@ def _direct_backward(
         dx,
         dw,
         sums,
-        *(n, h, w, c, filters.shape[0], layer.stride),
+        *_sizes(x, layer),
     )
     return BackwardStep(dx, dw, None if sums is None else Sums(sums))
 
@@ -273,7 +279,6 @@ def conv_folded(
         return _apply(_convolve(x, layer), scale_shift, residual, None, relu)
     out = _empty_output(x, layer)
     given = None if residual is None else to_nhwc(residual)
-    n, c, h, w = x.shape
-    sizes = (n, h, w, c, out.shape[1], layer.stride)
-    cpu.call("conv_folded", x, to_nhwc(layer.w), scale_shift, given, out, *sizes, int(relu))
+    operands = (x, to_nhwc(layer.w), scale_shift, given, out)
+    cpu.call("conv_folded", *operands, *_sizes(x, layer), int(relu))
     return out

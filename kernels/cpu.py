@@ -34,9 +34,9 @@ _SIGNATURES = {
     "bn_reduce": "ppppppppppiii",
     "bn_form_dy": "ppppiii",
     "fold_grad": "pppppiippp",
-    "conv_fprop": "ppppppdppppiiiiii",
-    "conv_folded": "pppppiiiiiii",
-    "conv_backward": "pppppppppppiiiiii",
+    "conv_fprop": "ppppppdppppiiiiiii",
+    "conv_folded": "pppppiiiiiiii",
+    "conv_backward": "pppppppppppiiiiiii",
 }
 _TYPED = ("bn_stats", "bn_apply", "bn_reduce", "bn_form_dy")
 _TYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}

@@ -1,11 +1,12 @@
-// 3x3 convolutions of bf16 tensors on CPUs with bfloat16 instructions: padding 1, stride 1 or 2.
+// 3x3 and 1x1 convolutions of bf16 tensors on CPUs with bfloat16 instructions: stride 1 or 2,
+// padding 1 for 3x3 and 0 for 1x1.
 //
 //   fprop     y = conv(x'), x' = x or relu(a * x + b) formed while loading; and the batch norm of y
 //   folded    out = relu(a * conv(x) + b + residual), for inference
 //   backward  dx and dw from dy = c0 * g + c1 * y + c2, formed while loading; x' as above; dx gets
 //             the shortcut's gradient added, or the mask and the sums of the batch norm before x
 //
-// Letters: x (N, H, W, C), w (K, 3, 3, C), y (N, P, Q, K). A thread takes one image through all
+// Letters: x (N, H, W, C), w (K, R, R, C), y (N, P, Q, K). A thread takes one image through all
 // steps while it lies in the second-level cache, so that only x, y, g and dx cross memory. The
 // products use vdpbf16ps: a vector of 16 sums, each growing by two products. Forward and dx keep 16
 // output channels in a vector and pair input channels; dw pairs neighbouring pixels. C must be 16,
@@ -27,8 +28,8 @@ template <class Done>
 void forward(const bf16* x, const float* fold, const bf16* w, bf16* y, Epilogue epilogue,
              const Shape& s, const Done& done) {
   const int64_t depth = depth_of(s.in), row = s.width * s.in, size = s.out_pixels() * s.out;
-  const auto packed = pack<false>(w, s.in, s.out);
-  const auto run = (s.stride == 1 ? dense : strided)(depth, s.out_width(), s.out);
+  const auto packed = pack<false>(w, s.taps, s.in, s.out);
+  const auto run = (s.stride == 1 ? dense : strided)(s.taps, depth, s.out_width(), s.out);
   const Prologue prologue(fold, s.width, s.in);
 #pragma omp parallel
   {
@@ -37,14 +38,14 @@ void forward(const bf16* x, const float* fold, const bf16* w, bf16* y, Epilogue 
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < s.images; ++n) {
       const bf16* image = x + n * s.height * row;
-      fill_padded(padded.get(), s.height, s.width, depth,
+      fill_padded(padded.get(), s.height, s.width, depth, s.border(),
                   [&](int64_t h, bf16* to) { prologue(image + h * row, values.get(), to); });
       Epilogue own = epilogue;
       if (own.residual) own.residual += n * size;
       const bool last = n + 1 == s.images;
       const Upcoming next{{last ? nullptr : image + s.height * row}, s.stride * row};
       run({padded.get(), packed.get(), y + n * size, s.out_height(), s.out_width(), s.out,
-           (s.width + 2) * depth},
+           s.x_row()},
           own, next);
       done(n);
     }
@@ -61,10 +62,14 @@ void pair_pixels(const bf16* padded, uint32_t* pairs, int64_t size, int64_t dist
 // dy in pairs of pixels (P, ceil(Q / 2), K) from its padded rows; an odd row ends in a zero.
 void pair_dy(const bf16* padded, uint32_t* pairs, const Shape& s) {
   for (int64_t p = 0; p < s.out_height(); ++p) {
-    const bf16* row = padded + ((p + 1) * (s.out_width() + 2) + 1) * s.out;
-    for (int64_t q = 0; q < s.out_width(); q += 2, pairs += s.out)
-      for (int64_t k = 0; k < s.out; ++k)
-        pairs[k] = row[q * s.out + k] | static_cast<uint32_t>(row[(q + 1) * s.out + k]) << 16;
+    const bf16* row = padded + (p + s.border()) * s.dy_row() + s.border() * s.out;
+    for (int64_t q = 0; q < s.out_width(); q += 2, pairs += s.out) {
+      const bool has_next = s.border() || q + 1 < s.out_width();
+      for (int64_t k = 0; k < s.out; ++k) {
+        const uint32_t next = has_next ? row[(q + 1) * s.out + k] : 0;
+        pairs[k] = row[q * s.out + k] | next << 16;
+      }
+    }
   }
 }
 
@@ -72,16 +77,16 @@ void pair_dy(const bf16* padded, uint32_t* pairs, const Shape& s) {
 struct Patch {
   const uint32_t *x, *dy;
   int64_t x_image, x_row, dy_image, dy_row;
-  int64_t images, rows, pairs, depth, channels, stride;
+  int64_t images, rows, pairs, depth, channels, stride, taps;
 };
 
-// dw of one filter row: 3 taps, kChannels input channels, 16 output channels, summed over a patch.
-// kPairs: pairs of pixels in a row, where the compiler shall know them; else 0.
-template <int kChannels, int kPairs>
+// dw of one filter row: kTaps taps, kChannels input channels, 16 output channels, summed over a
+// patch. kPairs: pairs of pixels in a row, where the compiler shall know them; else 0.
+template <int kTaps, int kChannels, int kPairs>
 void wgrad_tile(const Patch& patch, const uint32_t* x, const uint32_t* dy, float* dw) {
   const int64_t depth = patch.depth, channels = patch.channels, step = 2 * patch.stride * depth;
-  __m512 sum[3][kChannels];
-  for (int t = 0; t < 3; ++t)
+  __m512 sum[kTaps][kChannels];
+  for (int t = 0; t < kTaps; ++t)
     for (int c = 0; c < kChannels; ++c) sum[t][c] = _mm512_loadu_ps(dw + (t * depth + c) * kLanes);
   for (int64_t i = 0; i < patch.images; ++i)
     for (int64_t h = 0; h < patch.rows; ++h) {
@@ -92,28 +97,29 @@ void wgrad_tile(const Patch& patch, const uint32_t* x, const uint32_t* dy, float
       for (int64_t q = 0; q < pairs; ++q, source += step, gradient += channels) {
         const __m512i pair = _mm512_loadu_si512(gradient);
 #pragma GCC unroll 3
-        for (int t = 0; t < 3; ++t)
+        for (int t = 0; t < kTaps; ++t)
 #pragma GCC unroll 8
           for (int c = 0; c < kChannels; ++c)
             sum[t][c] = multiply_add(sum[t][c], pair, source + t * depth + c);
       }
     }
-  for (int t = 0; t < 3; ++t)
+  for (int t = 0; t < kTaps; ++t)
     for (int c = 0; c < kChannels; ++c) _mm512_storeu_ps(dw + (t * depth + c) * kLanes, sum[t][c]);
 }
 
-// All tiles of dw (K / 16, 3, 3, depth, 16) over one patch.
+// All tiles of dw (K / 16, taps, taps, depth, 16) over one patch.
 void wgrad_patch(const Patch& patch, float* dw) {
-  const int64_t depth = patch.depth, step = depth == 4 ? 4 : 8;
-  const auto tile = depth == 4          ? wgrad_tile<4, 0>
-                    : patch.pairs == 4  ? wgrad_tile<8, 4>
-                    : patch.pairs == 8  ? wgrad_tile<8, 8>
-                    : patch.pairs == 16 ? wgrad_tile<8, 16>
-                                        : wgrad_tile<8, 0>;
+  const int64_t depth = patch.depth, taps = patch.taps, step = depth == 4 ? 4 : 8;
+  const auto tile = taps == 1           ? wgrad_tile<1, 8, 0>
+                    : depth == 4        ? wgrad_tile<3, 4, 0>
+                    : patch.pairs == 4  ? wgrad_tile<3, 8, 4>
+                    : patch.pairs == 8  ? wgrad_tile<3, 8, 8>
+                    : patch.pairs == 16 ? wgrad_tile<3, 8, 16>
+                                        : wgrad_tile<3, 8, 0>;
   for (int64_t k = 0; k < patch.channels; k += kLanes)
-    for (int64_t r = 0; r < 3; ++r)
+    for (int64_t r = 0; r < taps; ++r)
       for (int64_t c = 0; c < depth; c += step) {
-        float* part = dw + ((k / kLanes * 9 + r * 3) * depth + c) * kLanes;
+        float* part = dw + ((k / kLanes * taps + r) * taps * depth + c) * kLanes;
         const uint32_t* source = patch.x + r * patch.x_row + c;
         tile(patch, source, patch.dy + k, part);
       }
@@ -123,11 +129,10 @@ void wgrad_patch(const Patch& patch, float* dw) {
 // ones a few rows at a time, so that these stay in the first-level cache for all tiles.
 void wgrad(const uint32_t* x, const uint32_t* dy, float* dw, int64_t group, const Shape& s) {
   constexpr int64_t kCache = 16 << 10;
-  const int64_t depth = depth_of(s.in), pairs = (s.out_width() + 1) / 2;
-  const int64_t x_row = (s.width + 2) * depth, dy_row = pairs * s.out;
-  Patch patch{x,      dy,      s.padded_x(),   x_row, s.out_height() * dy_row,
-              dy_row, group,   s.out_height(), pairs, depth,
-              s.out,  s.stride};
+  const int64_t pairs = (s.out_width() + 1) / 2, x_row = s.x_row(), dy_row = pairs * s.out;
+  Patch patch{x,      dy,       s.padded_x(),   x_row, s.out_height() * dy_row,
+              dy_row, group,    s.out_height(), pairs, depth_of(s.in),
+              s.out,  s.stride, s.taps};
   const int64_t fitting = (kCache / (x_row * 4) - 2) / s.stride;
   if (patch.x_image * 4 <= 3 * kCache || fitting < 2) return wgrad_patch(patch, dw);
   patch.images = 1;
@@ -140,17 +145,20 @@ void wgrad(const uint32_t* x, const uint32_t* dy, float* dw, int64_t group, cons
     }
 }
 
-// Add up the threads' dw and store it as (K, 3, 3, C).
+// Add up the threads' dw and store it as (K, taps, taps, C).
 void store_dw(const std::vector<Buffer<float>>& parts, bf16* dw, const Shape& s) {
-  const int64_t depth = depth_of(s.in);
-  for (int64_t k = 0; k < s.out; ++k)
-    for (int64_t tap = 0; tap < 9; ++tap)
+  const int64_t depth = depth_of(s.in), size = s.taps * s.taps;
+#pragma omp parallel for schedule(static)
+  for (int64_t k = 0; k < s.out; ++k) {
+    bf16* to = dw + k * size * s.in;
+    for (int64_t tap = 0; tap < size; ++tap)
       for (int64_t c = 0; c < s.in; ++c) {
         float sum = 0;
         for (const auto& part : parts)
-          sum += part[((k / kLanes * 9 + tap) * depth + c) * kLanes + k % kLanes];
-        put(dw++, sum);
+          sum += part[((k / kLanes * size + tap) * depth + c) * kLanes + k % kLanes];
+        put(to++, sum);
       }
+  }
 }
 
 // Both gradients of a convolution, image by image; what its threads share.
@@ -169,18 +177,18 @@ struct Backward {
              GradSums* sums) const {
     const int64_t x_row = s.width * s.in, y_row = s.out_width() * s.out, depth = depth_of(s.in);
     const int64_t x_image = n * s.height * x_row, y_image = n * s.out_height() * y_row;
-    fill_padded(padded, s.out_height(), s.out_width(), s.out, [&](int64_t p, bf16* row) {
-      form_dy(g + y_image + p * y_row, y + y_image + p * y_row, values, row);
-    });
+    fill_padded(padded, s.out_height(), s.out_width(), s.out, s.border(),
+                [&](int64_t p, bf16* row) {
+                  form_dy(g + y_image + p * y_row, y + y_image + p * y_row, values, row);
+                });
     pair_dy(padded, y_pairs, s);
     if (dx) {
       const Epilogue epilogue{nullptr, 0, shortcut ? shortcut + x_image : nullptr, false};
-      run({padded, turned.get(), dx + x_image, s.height, s.width, s.in,
-           (s.out_width() + 2) * s.out},
-          epilogue, after(n));
+      run({padded, turned.get(), dx + x_image, s.height, s.width, s.in, s.dy_row()}, epilogue,
+          after(n));
       if (has_fold) sums->add_masked_by_y(dx + x_image, x + x_image, dx + x_image);
     }
-    fill_padded(padded, s.height, s.width, depth,
+    fill_padded(padded, s.height, s.width, depth, s.border(),
                 [&](int64_t h, bf16* row) { prologue(x + x_image + h * x_row, values, row); });
     pair_pixels(padded, x_pairs, s.padded_x(), s.stride * depth);
   }
@@ -204,8 +212,9 @@ extern "C" int64_t has_direct_conv() { return 1; }
 extern "C" void conv_fprop(const bf16* x, const float* fold, const bf16* w, bf16* y,
                            const float* gamma, const float* beta, double eps, float* mean,
                            float* unbiased_var, float* rstd, float* scale_shift, int64_t images,
-                           int64_t height, int64_t width, int64_t in, int64_t out, int64_t stride) {
-  const Shape s{images, height, width, in, out, stride};
+                           int64_t height, int64_t width, int64_t in, int64_t out, int64_t stride,
+                           int64_t taps) {
+  const Shape s{images, height, width, in, out, stride, taps};
   const Blocks blocks(s.out_pixels(), out);
   std::vector<RunningStats> parts(omp_get_max_threads(), RunningStats(blocks));
   forward(x, fold, w, y, {}, s,
@@ -216,8 +225,8 @@ extern "C" void conv_fprop(const bf16* x, const float* fold, const bf16* w, bf16
 extern "C" void conv_folded(const bf16* x, const bf16* w, const float* scale_shift,
                             const bf16* residual, bf16* out, int64_t images, int64_t height,
                             int64_t width, int64_t in, int64_t channels, int64_t stride,
-                            int64_t with_relu) {
-  const Shape s{images, height, width, in, channels, stride};
+                            int64_t taps, int64_t with_relu) {
+  const Shape s{images, height, width, in, channels, stride, taps};
   const Epilogue epilogue{scale_shift, channels, residual, with_relu != 0};
   forward(x, nullptr, w, out, epilogue, s, [](int64_t) {});
 }
@@ -226,40 +235,41 @@ extern "C" void conv_backward(const bf16* g, const bf16* y, const float* coeffic
                               const bf16* x, const float* fold, const float* mean, const bf16* w,
                               const bf16* shortcut, bf16* dx, bf16* dw, double* sums,
                               int64_t images, int64_t height, int64_t width, int64_t in,
-                              int64_t out, int64_t stride) {
-  const Shape s{images, height, width, in, out, stride};
+                              int64_t out, int64_t stride, int64_t taps) {
+  const Shape s{images, height, width, in, out, stride, taps};
   const int64_t x_size = s.padded_x(), y_size = s.out_height() * ((s.out_width() + 1) / 2) * out;
-  const int64_t dw_size = out * 9 * depth_of(in);
-  const Backward backward{g,
-                          y,
-                          x,
-                          shortcut,
-                          dx,
-                          fold != nullptr,
-                          s,
-                          FormDy(coefficients, s.out_width() * out, out),
-                          Prologue(fold, width, in),
-                          dx ? pack<true>(w, out, in) : nullptr,
-                          dx ? (stride == 1 ? dense : phases)(out, s.out_width(), in) : nullptr};
+  const Backward backward{
+      g,
+      y,
+      x,
+      shortcut,
+      dx,
+      fold != nullptr,
+      s,
+      FormDy(coefficients, s.out_width() * out, out),
+      Prologue(fold, width, in),
+      dx ? pack<true>(w, taps, out, in) : nullptr,
+      dx ? (stride == 1 ? dense : phases)(taps, out, s.out_width(), in) : nullptr};
   // A thread's dw is loaded and stored once a group: images that fill half a second-level cache.
-  const int64_t group = std::clamp<int64_t>((1 << 19) / (x_size * 4), 1, 8);
+  const int64_t most = std::clamp<int64_t>((1 << 19) / (x_size * 4), 1, 8);
   std::vector<GradSums> grad_sums(omp_get_max_threads(),
                                   GradSums(Blocks(s.pixels(), in), mean, fold));
   std::vector<Buffer<float>> parts(omp_get_max_threads());
   for (auto& part : parts) {
-    part = buffer<float>(dw_size);
-    std::fill(part.get(), part.get() + dw_size, 0.0f);
+    part = buffer<float>(s.dw_size());
+    std::fill(part.get(), part.get() + s.dw_size(), 0.0f);
   }
 #pragma omp parallel
   {
     const int thread = omp_get_thread_num();
     const auto padded = buffer<bf16>(std::max(x_size, s.padded_dy()));
     const auto values = buffer<float>(width * std::max(in, out));
-    const auto x_pairs = buffer<uint32_t>(group * x_size);
-    const auto y_pairs = buffer<uint32_t>(group * y_size);
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < images; first += group) {
-      const int64_t size = std::min(group, images - first);
+    const auto x_pairs = buffer<uint32_t>(most * x_size);
+    const auto y_pairs = buffer<uint32_t>(most * y_size);
+    // Images are dealt out before they are grouped: whole groups would leave threads waiting.
+    const int64_t threads = omp_get_num_threads(), last = images * (thread + 1) / threads;
+    for (int64_t first = images * thread / threads, size; first < last; first += size) {
+      size = std::min(most, last - first);
       for (int64_t i = 0; i < size; ++i)
         backward.image(first + i, padded.get(), values.get(), x_pairs.get() + i * x_size,
                        y_pairs.get() + i * y_size, &grad_sums[thread]);

@@ -123,12 +123,12 @@ struct Plane {
   int64_t height, width, channels, row;
 };
 
-// Convolve one padded image. In an NHWC row the taps and channels s, c are contiguous: one loop
-// over 3 * kC numbers. The last tile of a row overlaps the one before where the width is no
-// multiple.
-template <int kC, int kPixels, int kVectors, int kStride>
+// Convolve one padded image with filters of kTaps x kTaps. In an NHWC row the taps and channels s,
+// c are contiguous: one loop over kTaps * kC numbers. The last tile of a row overlaps the one
+// before where the width is no multiple.
+template <int kTaps, int kC, int kPixels, int kVectors, int kStride>
 void convolve(const Plane& plane, const Epilogue& epilogue, const Upcoming& upcoming) {
-  constexpr int64_t kFilter = 9 * kC * kLanes;
+  constexpr int64_t kRow = kTaps * kC, kFilter = kTaps * kRow * kLanes;
   for (int64_t k = 0; k < plane.channels; k += kVectors * kLanes)
     for (int64_t h = 0; h < plane.height; ++h) {
       if (k == 0) upcoming.ask(h);
@@ -137,57 +137,78 @@ void convolve(const Plane& plane, const Epilogue& epilogue, const Upcoming& upco
         const bf16 *x = plane.padded + h * kStride * plane.row + q * kStride * kC,
                    *w = plane.w + k / kLanes * kFilter;
         Tile<kPixels, kVectors> tile;
-        for (int r = 0; r < 3; ++r)
-          tile.template add<3 * kC, kStride * kC>(x + r * plane.row, w + r * 3 * kC * kLanes,
-                                                  kFilter);
+        for (int r = 0; r < kTaps; ++r)
+          tile.template add<kRow, kStride * kC>(x + r * plane.row, w + r * kRow * kLanes, kFilter);
         tile.store(plane.out, (h * plane.width + q) * plane.channels + k, plane.channels, k,
                    epilogue);
       }
     }
 }
 
-// dx of a convolution with stride 2, one padded dy at a time. A pixel meets only the taps r, s that
-// have its parity, so pixels are dealt into four phases, each a dense convolution with 1, 2 or 4
-// taps: turned tap 1 alone for even rows, taps 2 and 0 of rows p + 1 and p for odd ones.
-template <int kC, int kPixels, int kVectors, int>
-void convolve_phases(const Plane& plane, const Epilogue& epilogue, const Upcoming& upcoming) {
-  constexpr int64_t kFilter = 9 * kC * kLanes;
-  constexpr int64_t kTaps[2][2] = {{1, 1}, {2, 0}};
-  const int64_t step = 2 * plane.channels;
-  for (int64_t k = 0; k < plane.channels; k += kVectors * kLanes)
-    for (int64_t h = 0; h < plane.height; ++h) {
-      if (k == 0) upcoming.ask(h);
-      for (int64_t odd = 0; odd < 2; ++odd)
-        for (int64_t next = 0; next < plane.width / 2; next += kPixels) {
-          const int64_t q = std::min(next, plane.width / 2 - kPixels), is_odd = h % 2;
-          const bf16 *dy = plane.padded + (h / 2 + 1) * plane.row + (q + 1) * kC,
-                     *w = plane.w + k / kLanes * kFilter;
-          Tile<kPixels, kVectors> tile;
-          for (int64_t i = 0; i <= is_odd; ++i)
-            for (int64_t j = 0; j <= odd; ++j)
-              tile.template add<kC, kC>(dy + (is_odd - i) * plane.row + (odd - j) * kC,
-                                        w + (kTaps[is_odd][i] * 3 + kTaps[odd][j]) * kC * kLanes,
-                                        kFilter);
-          tile.store(plane.out, (h * plane.width + 2 * q + odd) * plane.channels + k, step, k,
-                     epilogue);
+// One row of one phase of dx, for stride 2. A pixel meets only the taps r, s that have its parity,
+// so pixels are dealt into four phases, each a dense convolution. Of 3x3 filters they have 1, 2 or
+// 4 taps: turned tap 1 alone for even rows, taps 2 and 0 of rows p + 1 and p for odd ones. Of 1x1
+// filters only even pixels have one. A phase is a type, so that its taps unroll and the sums stay
+// in registers between them.
+template <int kTaps, int kC, int kPixels, int kVectors, bool kOddRow, bool kOddColumn>
+void convolve_phase(const Plane& plane, const Epilogue& epilogue, int64_t h, int64_t k) {
+  constexpr int64_t kFilter = kTaps * kTaps * kC * kLanes, kBorder = kTaps / 2;
+  constexpr int64_t kFirst[2] = {kTaps / 2, 2};
+  constexpr bool kHasTaps = kTaps == 3 || !(kOddRow || kOddColumn);
+  const int64_t half = plane.width / 2;
+  for (int64_t next = 0; next < half; next += kPixels) {
+    const int64_t q = std::min(next, half - kPixels);
+    const bf16 *dy = plane.padded + (h / 2 + kBorder) * plane.row + (q + kBorder) * kC,
+               *w = plane.w + k / kLanes * kFilter;
+    Tile<kPixels, kVectors> tile;
+    if constexpr (kHasTaps)
+#pragma GCC unroll 2
+      for (int i = 0; i <= kOddRow; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j <= kOddColumn; ++j) {
+          const int64_t tap = (kFirst[kOddRow] - 2 * i) * kTaps + kFirst[kOddColumn] - 2 * j;
+          tile.template add<kC, kC>(dy + (kOddRow - i) * plane.row + (kOddColumn - j) * kC,
+                                    w + tap * kC * kLanes, kFilter);
         }
+    tile.store(plane.out, (h * plane.width + 2 * q + kOddColumn) * plane.channels + k,
+               2 * plane.channels, k, epilogue);
+  }
+}
+
+// dx of a convolution with stride 2, one padded dy at a time.
+template <int kTaps, int kC, int kPixels, int kVectors, int>
+void convolve_phases(const Plane& plane, const Epilogue& epilogue, const Upcoming& upcoming) {
+  for (int64_t k = 0; k < plane.channels; k += kVectors * kLanes)
+    for (int64_t h = 0; h < plane.height; h += 2) {
+      if (k == 0) {
+        upcoming.ask(h);
+        upcoming.ask(h + 1);
+      }
+      convolve_phase<kTaps, kC, kPixels, kVectors, false, false>(plane, epilogue, h, k);
+      convolve_phase<kTaps, kC, kPixels, kVectors, false, true>(plane, epilogue, h, k);
+      convolve_phase<kTaps, kC, kPixels, kVectors, true, false>(plane, epilogue, h + 1, k);
+      convolve_phase<kTaps, kC, kPixels, kVectors, true, true>(plane, epilogue, h + 1, k);
     }
 }
 
 using Convolve = void (*)(const Plane&, const Epilogue&, const Upcoming&);
 
 // The convolution of `depth` channels whose tiles suit rows of `width` tile pixels.
-#define FASTRES_CHOOSE(NAME, FUNCTION, STRIDE)                                     \
-  template <int kC>                                                                \
-  Convolve NAME##_of(int64_t width, int64_t channels) {                            \
-    if (channels % (2 * kLanes) == 0) return FUNCTION<kC, 8, 2, STRIDE>;           \
-    return width >= 16 ? FUNCTION<kC, 16, 1, STRIDE> : FUNCTION<kC, 8, 1, STRIDE>; \
-  }                                                                                \
-  inline Convolve NAME(int64_t depth, int64_t width, int64_t channels) {           \
-    return depth == 4    ? NAME##_of<4>(width, channels)                           \
-           : depth == 16 ? NAME##_of<16>(width, channels)                          \
-           : depth == 32 ? NAME##_of<32>(width, channels)                          \
-                         : NAME##_of<64>(width, channels);                         \
+#define FASTRES_CHOOSE(NAME, FUNCTION, STRIDE)                                                   \
+  template <int kTaps, int kC>                                                                   \
+  Convolve NAME##_of(int64_t width, int64_t channels) {                                          \
+    if (channels % (2 * kLanes) == 0) return FUNCTION<kTaps, kC, 8, 2, STRIDE>;                  \
+    return width >= 16 ? FUNCTION<kTaps, kC, 16, 1, STRIDE> : FUNCTION<kTaps, kC, 8, 1, STRIDE>; \
+  }                                                                                              \
+  template <int kTaps>                                                                           \
+  Convolve NAME##_of(int64_t depth, int64_t width, int64_t channels) {                           \
+    return depth == 4    ? NAME##_of<kTaps, 4>(width, channels)                                  \
+           : depth == 16 ? NAME##_of<kTaps, 16>(width, channels)                                 \
+           : depth == 32 ? NAME##_of<kTaps, 32>(width, channels)                                 \
+                         : NAME##_of<kTaps, 64>(width, channels);                                \
+  }                                                                                              \
+  inline Convolve NAME(int64_t taps, int64_t depth, int64_t width, int64_t channels) {           \
+    return (taps == 1 ? NAME##_of<1> : NAME##_of<3>)(depth, width, channels);                    \
   }
 FASTRES_CHOOSE(dense, convolve, 1)
 FASTRES_CHOOSE(strided, convolve, 2)
@@ -197,21 +218,21 @@ FASTRES_CHOOSE(phases, convolve_phases, 2)
 // The 3 channels of an image are stored as 4, so that they pair.
 inline int64_t depth_of(int64_t channels) { return channels == 3 ? 4 : channels; }
 
-// Filters as tiles read them: (out / 16, 3, 3, in / 2, 16, 2). kTurned: for dx, where output and
-// input channels change places and taps run backwards.
+// Filters as tiles read them: (out / 16, taps, taps, in / 2, 16, 2). kTurned: for dx, where output
+// and input channels change places and taps run backwards.
 template <bool kTurned>
-Buffer<bf16> pack(const bf16* w, int64_t in, int64_t out) {
-  const int64_t depth = depth_of(in);
-  auto packed = buffer<bf16>(out * 9 * depth);
+Buffer<bf16> pack(const bf16* w, int64_t taps, int64_t in, int64_t out) {
+  const int64_t depth = depth_of(in), size = taps * taps;
+  auto packed = buffer<bf16>(out * size * depth);
   bf16* to = packed.get();
   for (int64_t k0 = 0; k0 < out; k0 += kLanes)
-    for (int64_t tap = 0; tap < 9; ++tap)
+    for (int64_t tap = 0; tap < size; ++tap)
       for (int64_t c = 0; c < depth; c += 2)
         for (int64_t k = k0; k < k0 + kLanes; ++k)
           for (int64_t i = c; i < c + 2; ++i)
             *to++ = i >= in   ? 0
-                    : kTurned ? w[(i * 9 + 8 - tap) * out + k]
-                              : w[(k * 9 + tap) * in + i];
+                    : kTurned ? w[(i * size + size - 1 - tap) * out + k]
+                              : w[(k * size + tap) * in + i];
   return packed;
 }
 
@@ -248,31 +269,38 @@ class Prologue {
   std::vector<float> scale_, shift_;
 };
 
-// Copy an image into the middle of (H + 2, W + 2, depth) zeros, rows made by `make(h, row)`. The
-// padding is 0 after the prologue: relu(b) is not 0.
+// Copy an image into the middle of (H + 2, W + 2, depth) zeros, rows made by `make(h, row)`;
+// without a border for 1x1 filters. The padding is 0 after the prologue: relu(b) is not 0.
 template <class Make>
-void fill_padded(bf16* padded, int64_t height, int64_t width, int64_t depth, const Make& make) {
-  const int64_t row = (width + 2) * depth;
-  std::memset(padded, 0, row * sizeof(bf16));
+void fill_padded(bf16* padded, int64_t height, int64_t width, int64_t depth, int64_t border,
+                 const Make& make) {
+  const int64_t edge = border * depth, row = width * depth + 2 * edge;
+  const auto clear = [](bf16* to, int64_t size) { std::memset(to, 0, size * sizeof(bf16)); };
+  clear(padded, border * row);
   for (int64_t h = 0; h < height; ++h) {
-    bf16* to = padded + (h + 1) * row;
-    std::memset(to, 0, depth * sizeof(bf16));
-    make(h, to + depth);
-    std::memset(to + row - depth, 0, depth * sizeof(bf16));
+    bf16* to = padded + (h + border) * row;
+    clear(to, edge);
+    make(h, to + edge);
+    clear(to + row - edge, edge);
   }
-  std::memset(padded + (height + 1) * row, 0, row * sizeof(bf16));
+  clear(padded + (height + border) * row, border * row);
 }
 
-// Stride 1, or stride 2 of an image of even height and width.
+// Filters of taps x taps, 3 or 1, padded to keep the size; stride 1, or 2 of an image of even
+// height and width.
 struct Shape {
-  int64_t images, height, width, in, out, stride;
+  int64_t images, height, width, in, out, stride, taps;
 
+  int64_t border() const { return taps / 2; }
   int64_t pixels() const { return height * width; }
   int64_t out_height() const { return height / stride; }
   int64_t out_width() const { return width / stride; }
   int64_t out_pixels() const { return out_height() * out_width(); }
-  int64_t padded_x() const { return (height + 2) * (width + 2) * depth_of(in); }
-  int64_t padded_dy() const { return (out_height() + 2) * (out_width() + 2) * out; }
+  int64_t x_row() const { return (width + 2 * border()) * depth_of(in); }
+  int64_t dy_row() const { return (out_width() + 2 * border()) * out; }
+  int64_t padded_x() const { return (height + 2 * border()) * x_row(); }
+  int64_t padded_dy() const { return (out_height() + 2 * border()) * dy_row(); }
+  int64_t dw_size() const { return out * taps * taps * depth_of(in); }
 };
 
 }  // namespace fastres

@@ -37,7 +37,12 @@ SHAPES = {
     "strided, odd": (2, 16, 9, 8, 32, 3, 2),
     "projection": (2, 16, 9, 8, 32, 1, 2),
     "projection, few channels": (2, 5, 8, 7, 9, 1, 2),
+    "projection, whole tiles": (3, 16, 6, 32, 32, 1, 2),
+    "projection, tail": (2, 32, 4, 22, 64, 1, 2),
+    "projection, to 16": (2, 64, 2, 16, 16, 1, 2),
     "1x1": (2, 32, 5, 9, 64, 1, 1),
+    "1x1, to 16": (3, 64, 3, 17, 16, 1, 1),
+    "1x1, many channels": (2, 48, 5, 9, 96, 1, 2),
 }
 
 
