@@ -18,6 +18,7 @@ from fastres.errors import UsageError
 from fastres.recipes import from_recipe
 
 if TYPE_CHECKING:
+    from fastres.engine.distributed import Processes
     from fastres.engine.record import RunFolder
     from fastres.engine.screen import Screen
 
@@ -127,22 +128,29 @@ def _train(config: Config, options: TrainOptions) -> int:
         keep_freed_memory()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    from fastres.engine.distributed import join_processes
+
+    with join_processes(config.device) as processes:
+        return _train_with(processes, config, options)
+
+
+def _train_with(processes: "Processes", config: Config, options: TrainOptions) -> int:
     from fastres.engine.record import RunFolder, default_folder
     from fastres.engine.screen import Screen, layer_table
     from fastres.engine.trainer import Stopped, Trainer
 
-    screen = Screen(quiet_stdout=options.json)
+    screen = Screen(quiet_stdout=options.json, silent=not processes.is_main)
     folder = RunFolder(Path(options.out) if options.out else default_folder(config))
-    if not (options.dry_run or options.resume):
+    if processes.is_main and not (options.dry_run or options.resume):
         folder.check_free(overwrite=options.overwrite)
-    trainer = Trainer(config, folder, screen)
+    trainer = Trainer(config, folder, screen, processes)
     if options.dry_run:
         screen.console.print(layer_table(trainer.summary))
     trainer.show_header()
     if options.dry_run:
         return 0
     trainer.prepare()
-    if not options.resume:
+    if processes.is_main and not options.resume:
         folder.create()
         folder.write_json("config.json", config.to_json())
     try:
@@ -150,7 +158,7 @@ def _train(config: Config, options: TrainOptions) -> int:
     except Stopped as stopped:
         screen.line(f"{stopped}; go on with: python -m fastres.train --resume --out {folder.path}")
         return stopped.exit_code
-    _report(summary, folder, screen, as_json=options.json)
+    _report(summary, folder, screen, as_json=options.json and processes.is_main)
     return 0
 
 

@@ -10,6 +10,7 @@ from fastres.config import Config
 from fastres.data.dataset import ImageSet
 from fastres.data.loaders import Batches, Loader, build_loader
 from fastres.data.plan import NO_AUGMENTATION
+from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.runtime import Runtime
 from fastres.engine.step import Totals
 
@@ -47,7 +48,12 @@ def evaluation_loader(
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: Loader, runtime: Runtime, *, flip_tta: bool = False
+    model: nn.Module,
+    loader: Loader,
+    runtime: Runtime,
+    *,
+    flip_tta: bool = False,
+    processes: Processes = ALONE,
 ) -> Score:
     """Evaluate `model` on everything that `loader` serves, in evaluation mode.
 
@@ -56,6 +62,7 @@ def evaluate(
         loader: of a "val" or "test" split.
         runtime: precision and layout.
         flip_tta: average the class probabilities of each image and of its mirror image.
+        processes: whose loaders serve the rest of the set.
     """
     was_training = model.training
     model.eval()
@@ -67,7 +74,7 @@ def evaluate(
             log_probs = pair.logsumexp(dim=0) - pair.new_tensor(2.0).log()
         totals.add(F.nll_loss(log_probs, labels), log_probs, labels)
     model.train(was_training)
-    loss, accuracy, count = totals.read()
+    loss, accuracy, count = totals.read(processes)
     return Score(loss, accuracy, count)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from fastres.config import Config
 from fastres.data.loaders import choose_loader
 from fastres.engine import machine
+from fastres.engine.distributed import ALONE, Processes
 from fastres.errors import UsageError
 from fastres.model.backend import cpu_kernels_missing, fused_kernels
 
@@ -82,18 +83,22 @@ class Runtime:
         self.choices.append(Choice(piece, value, reason, fallback))
 
 
-def resolve_runtime(config: Config, model: nn.Module) -> Runtime:
-    """Decide what `config` means for `model` on this machine.
+def resolve_runtime(config: Config, model: nn.Module, processes: Processes = ALONE) -> Runtime:
+    """Decide what `config` means for `model` on this machine, which `processes` share.
 
     Raises:
         UsageError: where an option that was set to something else than auto cannot be had here.
     """
     runtime = Runtime(device=_choose_device(config))
     if runtime.device.type == "cpu":
-        torch.set_num_threads(config.threads or machine.usable_cores())
+        share = max(1, machine.usable_cores() // processes.local_size)
+        torch.set_num_threads(config.threads or share)
         runtime.note("device", "cpu", f"{torch.get_num_threads()} threads, {_why_cpu(config)}")
     else:
         runtime.note("device", "cuda", torch.cuda.get_device_name(runtime.device))
+    if processes.size > 1:
+        share = config.batch_size // processes.size
+        runtime.note("processes", str(processes.size), f"{share} images of a batch each")
     _choose_precision(config, runtime)
     _choose_layout(config, runtime, model)
     _choose_route(config, runtime)

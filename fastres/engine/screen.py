@@ -43,10 +43,11 @@ class Screen:
 
     Args:
         quiet_stdout: keep stdout for the summary and write everything else to stderr.
+        silent: write nothing, because another process does.
     """
 
-    def __init__(self, *, quiet_stdout: bool = False):
-        self.console = Console(stderr=quiet_stdout, highlight=False, soft_wrap=True)
+    def __init__(self, *, quiet_stdout: bool = False, silent: bool = False):
+        self.console = Console(stderr=quiet_stdout, quiet=silent, highlight=False, soft_wrap=True)
         self._columns: list[str] = []
 
     def line(self, text: str, style: str | None = None) -> None:
@@ -95,7 +96,7 @@ class Screen:
             what: shown before the bar.
             images: how many one item stands for.
         """
-        if not self.console.is_terminal:
+        if self.console.quiet or not self.console.is_terminal:
             yield from items
             return
         columns = (

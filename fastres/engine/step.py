@@ -14,6 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastres.config import Config
 from fastres.engine.checkpoint import load_weights, take_section
+from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.optim import Optimizer, lr_factor
 from fastres.engine.runtime import Runtime
 from fastres.model.layers import SmoothCrossEntropy
@@ -39,9 +40,12 @@ class Totals:
         count = torch.full_like(right, len(labels))
         self.values += torch.stack([loss.double() * len(labels), right.double(), count.double()])
 
-    def read(self) -> tuple[float, float, int]:
-        """Wait for the device and return mean loss, accuracy in percent and number of images."""
-        loss, right, count = self.values.tolist()
+    def read(self, processes: Processes = ALONE) -> tuple[float, float, int]:
+        """Wait for the device and return mean loss, accuracy in percent and number of images.
+
+        Those of all processes together.
+        """
+        loss, right, count = processes.total(self.values).tolist()
         return loss / max(count, 1), 100 * right / max(count, 1), int(count)
 
 
@@ -94,6 +98,7 @@ class TrainStep:
         config: optimizer, schedule and loss.
         runtime: route, precision, layout and graph.
         total_steps: length of the run, for the schedule.
+        processes: who trains the same network on other parts of each batch.
 
     Attributes:
         optimizer: its state.
@@ -101,8 +106,16 @@ class TrainStep:
         average: moving average of the weights, or None.
     """
 
-    def __init__(self, model: nn.Module, config: Config, runtime: Runtime, total_steps: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        runtime: Runtime,
+        total_steps: int,
+        processes: Processes = ALONE,
+    ):
         self.model = model
+        self.processes = processes
         self.config = config
         self.runtime = runtime
         self.total_steps = total_steps
@@ -123,7 +136,7 @@ class TrainStep:
 
         Args:
             step: 0-based number of the step in the whole run.
-            images: (B, 3, 32, 32) float32, normalised.
+            images: (B, 3, 32, 32) float32, normalised; this process's part of the batch.
             labels: (B,) int64.
         """
         # The rate of the middle of the step: neither the first nor the last one is wasted at zero.
@@ -144,6 +157,7 @@ class TrainStep:
             logits = self._forward(images)
             loss = self._loss(logits, labels)
         self.scaler.scale(loss).backward()
+        self.processes.average(self.model)
         self.scaler.step(self.optimizer.rule)
         self.scaler.update()
         self.optimizer.rule.zero_grad(set_to_none=True)
@@ -178,12 +192,15 @@ class TrainStep:
         return self.average.applied() if self.average is not None else nullcontext()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return everything that a resumed run needs as named tensors, not copied."""
+        """Return everything that a resumed run needs as named tensors, not copied.
+
+        All processes call it together, and each gets the state of all.
+        """
         sections = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.average if self.average is not None else {},
-            "totals": {"values": self.totals.values},
+            "totals": {"values": self.processes.total(self.totals.values)},
             "scaler": {
                 name: torch.tensor(value) for name, value in self.scaler.state_dict().items()
             },
@@ -201,7 +218,9 @@ class TrainStep:
         average = take_section(tensors, "average")
         if self.average is not None:
             self.average.load(average)
-        self.totals.values.copy_(take_section(tensors, "totals")["values"])
+        self.totals.values.zero_()
+        if self.processes.is_main:
+            self.totals.values.copy_(take_section(tensors, "totals")["values"])
         scaler = {k: v.item() for k, v in take_section(tensors, "scaler").items()}
         if scaler:
             self.scaler.load_state_dict(scaler)

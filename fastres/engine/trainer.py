@@ -17,6 +17,7 @@ from fastres.data.plan import Augmentation
 from fastres.data.source import load_dataset, split_validation
 from fastres.engine import checkpoint, machine
 from fastres.engine.curves import draw_curves
+from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.evaluation import Score, evaluate, evaluation_loader
 from fastres.engine.record import RunFolder, provenance
 from fastres.engine.runtime import resolve_runtime
@@ -60,15 +61,21 @@ class Trainer:
         config: validated options.
         folder: the run folder, made by the caller.
         screen: where to report.
+        processes: who trains the same network; the first of them writes the files.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, screen: Screen):
+    def __init__(
+        self, config: Config, folder: RunFolder, screen: Screen, processes: Processes = ALONE
+    ):
         self.config, self.folder, self.screen = config, folder, screen
+        self.processes = processes
         # A warning names an operation without a deterministic form. One is harmless here: max
         # pooling adds gradients in any order, and the windows of resnet9 do not overlap.
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not config.deterministic
-        self.data = load_dataset(config.dataset, config.data_dir)
+        # What one process downloads and decodes, the others find.
+        with processes.main_first():
+            self.data = load_dataset(config.dataset, config.data_dir)
         self._split()
         self.model = create_model(
             config.model,
@@ -79,7 +86,7 @@ class Trainer:
         )
         if config.whiten:
             whiten_stem(self.model, self.train_images.images, self.data.mean, self.data.std)
-        self.runtime = resolve_runtime(config, self.model)
+        self.runtime = resolve_runtime(config, self.model, processes)
         self.summary: ModelSummary = summarize(self.model)
         if self.runtime.route == "fused":
             self.model = fuse(self.model, verbose=False)
@@ -116,8 +123,9 @@ class Trainer:
         self.screen.line("")
         with self._catching_signals():
             while self.progress.step < self.total_steps:
-                if self._signal is not None:
-                    raise Stopped(self._signal)
+                number = self.processes.any(self._signal)
+                if number is not None:
+                    raise Stopped(number)
                 self._train_epoch()
         summary = self._finish()
         for loader in (self.train_loader, *self.eval_loaders.values()):
@@ -141,16 +149,17 @@ class Trainer:
             augmentation=augmentation,
             training=True,
         )
+        batches = self.processes.share(batches)
         self.steps_per_epoch = len(batches)
         self.total_steps = max(1, math.ceil(config.epochs * self.steps_per_epoch))
         runtime.place(self.model)
         self.model.train()
-        self.step = TrainStep(self.model, config, runtime, self.total_steps)
-        shape = (config.batch_size, 3, 32, 32)
+        self.step = TrainStep(self.model, config, runtime, self.total_steps, self.processes)
+        shape = (batches.size, 3, 32, 32)
         started = time.perf_counter()
         self.step.prepare(
             torch.randn(shape, device=runtime.device),
-            torch.zeros(config.batch_size, dtype=torch.int64, device=runtime.device),
+            torch.zeros(batches.size, dtype=torch.int64, device=runtime.device),
         )
         self._wait()
         self.progress.compile_seconds = time.perf_counter() - started
@@ -159,7 +168,9 @@ class Trainer:
         )
         sets = {"val": self.val_images, "test": self.data.test}
         self.eval_loaders = {
-            split: evaluation_loader(images, self.data.mean, self.data.std, config, runtime)
+            split: evaluation_loader(
+                self.processes.share_of_set(images), self.data.mean, self.data.std, config, runtime
+            )
             for split, images in sets.items()
             if images is not None
         }
@@ -179,13 +190,14 @@ class Trainer:
             if progress.first_step_seconds is None:
                 self._wait()
                 progress.first_step_seconds = machine.process_seconds()
-            if self._signal is not None and progress.step < epoch * self.steps_per_epoch + last:
+            number = self.processes.any(self._signal)
+            if number is not None and progress.step < epoch * self.steps_per_epoch + last:
                 progress.epoch_seconds = time.perf_counter() - started
                 self._save()
-                raise Stopped(self._signal)
+                raise Stopped(number)
         self._wait()
         seconds = time.perf_counter() - started
-        loss, accuracy, count = self.step.totals.read()
+        loss, accuracy, count = self.step.totals.read(self.processes)
         if not math.isfinite(loss):
             raise FailureError(
                 f"the loss is {loss} in epoch {epoch + 1}: the run has diverged; lower --lr. "
@@ -209,7 +221,8 @@ class Trainer:
         row |= {"images_per_second": rate, "train_seconds": progress.train_seconds}
         progress.rows.append(row)
         self.screen.row(row)
-        self.folder.write_metrics(progress.rows)
+        if self.processes.is_main:
+            self.folder.write_metrics(progress.rows)
         if "val" in scores and scores["val"].accuracy > progress.best_val_accuracy:
             progress.best_val_accuracy = scores["val"].accuracy
             self._save_weights(self.folder.file("best"))
@@ -220,7 +233,7 @@ class Trainer:
         started = time.perf_counter()
         with self.step.evaluated_weights():
             scores = {
-                split: evaluate(self.model, loader, self.runtime)
+                split: evaluate(self.model, loader, self.runtime, processes=self.processes)
                 for split, loader in self.eval_loaders.items()
             }
         images = sum(score.images for score in scores.values())
@@ -231,6 +244,8 @@ class Trainer:
         """Write weights, curves and summary."""
         self._save_weights(self.folder.file("model"))
         summary = self._summarize()
+        if not self.processes.is_main:
+            return summary
         title = f"{summary['model']} on {summary['dataset']}, {summary['epochs']:g} epochs"
         picture = draw_curves(
             self.progress.rows, title, label_smoothing=self.config.label_smoothing
@@ -263,6 +278,7 @@ class Trainer:
             "precision": runtime.precision,
             "channels_last": runtime.channels_last,
             "graph": runtime.graph,
+            "processes": self.processes.size,
             "batch_size": config.batch_size,
             "epochs": config.epochs,
             "test_accuracy": chosen["test_accuracy"],
@@ -291,11 +307,14 @@ class Trainer:
 
     def _save_weights(self, path: Any) -> None:
         with self.step.evaluated_weights():
-            checkpoint.write(path, self.model.state_dict(), self._identity())
+            if self.processes.is_main:
+                checkpoint.write(path, self.model.state_dict(), self._identity())
 
     def _save(self) -> None:
         meta = self._identity() | {"progress": vars(self.progress)}
-        checkpoint.write(self.last, self.step.state_dict(), meta)
+        state = self.step.state_dict()
+        if self.processes.is_main:
+            checkpoint.write(self.last, state, meta)
 
     def _restore(self) -> None:
         tensors, meta = checkpoint.read(self.last)

@@ -26,6 +26,7 @@ class Batches:
         augmentation: what varies the images.
         training: shuffle, and drop the last partial batch so that every step has one shape;
             otherwise serve every image exactly once, in order.
+        part, parts: serve this part alone of every batch, of so many equal ones.
     """
 
     images: ImageSet
@@ -35,6 +36,8 @@ class Batches:
     seed: int
     augmentation: Augmentation
     training: bool
+    part: int = 0
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -60,9 +63,15 @@ class Batches:
         )
         return plan[: len(self) * self.batch_size]
 
+    @property
+    def size(self) -> int:
+        """Return the most images that are served at once."""
+        return self.batch_size // self.parts
+
     def rows(self, batch: int) -> slice:
-        """Return the rows of the plan that make up `batch`."""
-        return slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+        """Return the rows of the plan that make up `batch`, or this part of it."""
+        first = batch * self.batch_size + self.part * self.size
+        return slice(first, first + self.size)
 
     def cutout_colour(self) -> tuple[int, int, int]:
         """Return the mean colour of the training set in raw pixel values."""

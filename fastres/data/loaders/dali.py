@@ -80,7 +80,7 @@ def _build(batches: Batches, source: _Source, device: torch.device, threads: int
     """Describe the pipeline: slice with black padding, paint, mirror and normalise."""
     on_gpu = device.type == "cuda"
     pipeline = Pipeline(
-        batch_size=batches.batch_size,
+        batch_size=batches.size,
         num_threads=threads,
         device_id=(device.index or 0) if on_gpu else None,
         prefetch_queue_depth=2,

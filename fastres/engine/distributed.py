@@ -1,0 +1,142 @@
+"""Several processes that train one network: `torchrun --nproc-per-node 2 -m fastres.train --fast`.
+
+Every process takes its share of each batch, and after every step all of them hold the same weights
+and running statistics, bit for bit. So any of them can save for all, and a run may be resumed by
+another number of processes. Batch norm sees the share of a process, as with torch's
+DistributedDataParallel; the pixels of a batch are those of a run by one process.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from fastres.data.dataset import ImageSet
+from fastres.data.loaders import Batches
+from fastres.errors import UsageError
+
+__all__ = ["ALONE", "Processes", "join_processes"]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: number of this process, from 0; number 0 speaks and writes for all.
+        size: how many there are.
+        local_rank, local_size: the same among those on this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Return whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    def share(self, batches: Batches) -> Batches:
+        """Return this process's part of every training batch.
+
+        Raises:
+            UsageError: when a batch cannot be dealt out evenly.
+        """
+        if batches.batch_size % self.size:
+            raise UsageError(
+                f"a batch of {batches.batch_size} images cannot be dealt out to {self.size} "
+                "processes evenly; choose a multiple with --batch-size"
+            )
+        return replace(batches, part=self.rank, parts=self.size)
+
+    def share_of_set(self, images: ImageSet) -> ImageSet:
+        """Return this process's part of a set: every image belongs to exactly one process."""
+        if self.size == 1:
+            return images
+        first, last = (len(images) * rank // self.size for rank in (self.rank, self.rank + 1))
+        return ImageSet(images.images[first:last], images.labels[first:last])
+
+    def average(self, model: nn.Module) -> None:
+        """Give all processes the mean of their gradients and of their running statistics."""
+        if self.size == 1:
+            return
+        params = [p for p in model.parameters() if p.grad is not None]
+        statistics = [b for b in model.buffers() if b.is_floating_point()]
+        grads = [p.grad for p in params if p.grad is not None]
+        averages = iter(self._averages([*grads, *statistics]))
+        for param, value in zip(params, averages, strict=False):
+            param.grad = value
+        with torch.no_grad():
+            for buffer, value in zip(statistics, averages, strict=True):
+                buffer.copy_(value)
+
+    def _averages(self, tensors: Sequence[Tensor]) -> Iterable[Tensor]:
+        """Return the mean over the processes of every tensor, exchanged as one."""
+        flat = _flatten_dense_tensors(list(tensors))
+        dist.all_reduce(flat)
+        return _unflatten_dense_tensors(flat.div_(self.size), list(tensors))
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum over the processes of `values`."""
+        if self.size == 1:
+            return values
+        summed = values.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    def any(self, number: int | None) -> int | None:
+        """Return the largest number that a process has, or None where nobody has one."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number or 0)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest) or None
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let process 0 of this machine go through the context before the others."""
+        if self.size > 1 and self.local_rank:
+            dist.barrier()
+        yield
+        if self.size > 1 and not self.local_rank:
+            dist.barrier()
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def join_processes(device: str) -> Iterator[Processes]:
+    """Join the others that torchrun started, for the time of the context; alone without it.
+
+    Args:
+        device: "auto", "cpu" or "cuda", as in the options. On GPUs every process takes its own.
+
+    Raises:
+        UsageError: when there are fewer GPUs than processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_torchelastic_launched():
+        yield ALONE
+        return
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    processes = Processes(*(int(os.environ[name]) for name in names))
+    on_cuda = device != "cpu" and torch.cuda.is_available()
+    if on_cuda:
+        if torch.cuda.device_count() < processes.local_size:
+            raise UsageError(
+                f"{processes.local_size} processes need a GPU each and there are "
+                f"{torch.cuda.device_count()}; start fewer, or give --device cpu"
+            )
+        torch.cuda.set_device(processes.local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+    try:
+        yield processes
+    finally:
+        dist.destroy_process_group()
