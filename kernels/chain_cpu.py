@@ -30,7 +30,8 @@ __all__ = [
 ]
 
 _DTYPES = (torch.bfloat16, torch.float32)
-_DEPTHS = (16, 32, 64)
+# Channels that the direct convolutions are written for, by stride; see cpu_conv.cpp.
+_DEPTHS = {1: (16, 32, 64), 2: (16, 32, 64, 128, 256)}
 
 
 class Sums(NamedTuple):
@@ -46,17 +47,17 @@ def runs_on(x: Tensor) -> bool:
 
 
 def _is_direct(x: Tensor, layer: ConvBN) -> bool:
-    """Whether the direct kernels know this convolution; their limits stand in cpu_conv.cpp."""
+    """Whether the direct kernels know this convolution."""
     k, c, *filter_size = layer.w.shape
     height, width = x.shape[2:]
-    fits = layer.stride == 1 or (layer.stride == 2 and height % 2 == width % 2 == 0)
     is_3x3 = filter_size == [3, 3] and layer.padding == 1
+    depths = _DEPTHS.get(layer.stride, ())
     return (
         x.dtype == torch.bfloat16
-        and (is_3x3 or _is_1x1(layer))
-        and fits
-        and (c in _DEPTHS or (c == 3 and is_3x3))
-        and k in _DEPTHS
+        and (is_3x3 or (_is_1x1(layer) and layer.stride == 2))
+        and (c in depths or (c == 3 and is_3x3))
+        and k in depths
+        and height % layer.stride == width % layer.stride == 0
         and width // layer.stride >= 8
         and cpu.has_direct_conv()
     )

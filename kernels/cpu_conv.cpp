@@ -1,5 +1,5 @@
-// 3x3 and 1x1 convolutions of bf16 tensors on CPUs with bfloat16 instructions: stride 1 or 2,
-// padding 1 for 3x3 and 0 for 1x1.
+// Convolutions of bf16 tensors on CPUs with bfloat16 instructions: 3x3 with padding 1 and stride 1
+// or 2, and 1x1 with stride 2.
 //
 //   fprop     y = conv(x'), x' = x or relu(a * x + b) formed while loading; and the batch norm of y
 //   folded    out = relu(a * conv(x) + b + residual), for inference
@@ -9,8 +9,9 @@
 // Letters: x (N, H, W, C), w (K, R, R, C), y (N, P, Q, K). A thread takes one image through all
 // steps while it lies in the second-level cache, so that only x, y, g and dx cross memory. The
 // products use vdpbf16ps: a vector of 16 sums, each growing by two products. Forward and dx keep 16
-// output channels in a vector and pair input channels; dw pairs neighbouring pixels. C must be 16,
-// 32, 64 or the 3 of an image, K 16, 32 or 64, Q at least 8; with stride 2, H and W even.
+// output channels in a vector and pair input channels; dw pairs neighbouring pixels. C and K must
+// be 16, 32 or 64, with stride 2 also 128 or 256, or C the 3 of an image; Q at least 8; with stride
+// 2, H and W even.
 //
 // Numerics: operands rounded to bf16, sums in fp32, as oneDNN computes. dw is added up image by
 // image and then thread by thread: equal bit for bit for the same number of threads.
@@ -147,17 +148,21 @@ void wgrad(const uint32_t* x, const uint32_t* dy, float* dw, int64_t group, cons
 
 // Add up the threads' dw and store it as (K, taps, taps, C).
 void store_dw(const std::vector<Buffer<float>>& parts, bf16* dw, const Shape& s) {
-  const int64_t depth = depth_of(s.in), size = s.taps * s.taps;
-#pragma omp parallel for schedule(static)
-  for (int64_t k = 0; k < s.out; ++k) {
-    bf16* to = dw + k * size * s.in;
-    for (int64_t tap = 0; tap < size; ++tap)
-      for (int64_t c = 0; c < s.in; ++c) {
-        float sum = 0;
-        for (const auto& part : parts)
-          sum += part[((k / kLanes * size + tap) * depth + c) * kLanes + k % kLanes];
-        put(to++, sum);
+  const int64_t depth = depth_of(s.in), taps = s.taps * s.taps, size = depth * kLanes;
+#pragma omp parallel
+  {
+    std::vector<float> sum(size);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < s.out / kLanes * taps; ++i) {
+      std::fill(sum.begin(), sum.end(), 0.0f);
+      for (const auto& part : parts)
+        for (int64_t j = 0; j < size; ++j) sum[j] += part[i * size + j];
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t k = i / taps * kLanes + lane;
+        bf16* to = dw + (k * taps + i % taps) * s.in;
+        for (int64_t c = 0; c < s.in; ++c) put(to + c, sum[c * kLanes + lane]);
       }
+    }
   }
 }
 

@@ -193,22 +193,31 @@ void convolve_phases(const Plane& plane, const Epilogue& epilogue, const Upcomin
 
 using Convolve = void (*)(const Plane&, const Epilogue&, const Upcoming&);
 
-// The convolution of `depth` channels whose tiles suit rows of `width` tile pixels.
-#define FASTRES_CHOOSE(NAME, FUNCTION, STRIDE)                                                   \
-  template <int kTaps, int kC>                                                                   \
-  Convolve NAME##_of(int64_t width, int64_t channels) {                                          \
-    if (channels % (2 * kLanes) == 0) return FUNCTION<kTaps, kC, 8, 2, STRIDE>;                  \
-    return width >= 16 ? FUNCTION<kTaps, kC, 16, 1, STRIDE> : FUNCTION<kTaps, kC, 8, 1, STRIDE>; \
-  }                                                                                              \
-  template <int kTaps>                                                                           \
-  Convolve NAME##_of(int64_t depth, int64_t width, int64_t channels) {                           \
-    return depth == 4    ? NAME##_of<kTaps, 4>(width, channels)                                  \
-           : depth == 16 ? NAME##_of<kTaps, 16>(width, channels)                                 \
-           : depth == 32 ? NAME##_of<kTaps, 32>(width, channels)                                 \
-                         : NAME##_of<kTaps, 64>(width, channels);                                \
-  }                                                                                              \
-  inline Convolve NAME(int64_t taps, int64_t depth, int64_t width, int64_t channels) {           \
-    return (taps == 1 ? NAME##_of<1> : NAME##_of<3>)(depth, width, channels);                    \
+// The convolution of `depth` channels whose tiles suit rows of `width` tile pixels. What no caller
+// needs is not compiled: 1x1 filters and many channels come with stride 2 alone.
+#define FASTRES_CHOOSE(NAME, FUNCTION, STRIDE)                                         \
+  template <int kTaps, int kC>                                                         \
+  Convolve NAME##_of(int64_t width, int64_t channels) {                                \
+    if (channels % (2 * kLanes) == 0) return FUNCTION<kTaps, kC, 8, 2, STRIDE>;        \
+    if constexpr (kTaps == 3)                                                          \
+      if (width >= 16) return FUNCTION<kTaps, kC, 16, 1, STRIDE>;                      \
+    return FUNCTION<kTaps, kC, 8, 1, STRIDE>;                                          \
+  }                                                                                    \
+  inline Convolve NAME(int64_t taps, int64_t depth, int64_t width, int64_t channels) { \
+    if constexpr (STRIDE == 2) {                                                       \
+      if (taps == 1)                                                                   \
+        return depth == 16    ? NAME##_of<1, 16>(width, channels)                      \
+               : depth == 32  ? NAME##_of<1, 32>(width, channels)                      \
+               : depth == 64  ? NAME##_of<1, 64>(width, channels)                      \
+               : depth == 128 ? NAME##_of<1, 128>(width, channels)                     \
+                              : NAME##_of<1, 256>(width, channels);                    \
+      if (depth == 128) return NAME##_of<3, 128>(width, channels);                     \
+      if (depth == 256) return NAME##_of<3, 256>(width, channels);                     \
+    }                                                                                  \
+    return depth == 4    ? NAME##_of<3, 4>(width, channels)                            \
+           : depth == 16 ? NAME##_of<3, 16>(width, channels)                           \
+           : depth == 32 ? NAME##_of<3, 32>(width, channels)                           \
+                         : NAME##_of<3, 64>(width, channels);                          \
   }
 FASTRES_CHOOSE(dense, convolve, 1)
 FASTRES_CHOOSE(strided, convolve, 2)
