@@ -10,11 +10,12 @@ torch, `chain_triton` in Triton kernels with cuDNN convolutions where the launch
 A backend hands back sums and folded gradients of its own kind, which only it looks into.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from fastres.kernels.reference import ConvBN, ConvBNGrads
+from fastres.kernels.reference import ConvBN, ConvBNGrads, stat_dtype
 
 __all__ = [
     "Backend",
@@ -24,6 +25,8 @@ __all__ = [
     "LayerState",
     "Shortcut",
     "backward",
+    "check_layer",
+    "check_shortcut",
     "forward",
 ]
 
@@ -110,6 +113,39 @@ class Backend(Protocol):
         """
 
 
+def check_layer(x: Tensor, layer: ConvBN) -> None:
+    """Refuse a layer that kernels would misread beside x: they take pointers and ask no more.
+
+    Raises: ValueError: when a shape, a dtype or a device is not as `ConvBN` wants it.
+    """
+    wide, size = stat_dtype(x.dtype), tuple(layer.w.shape)
+    if x.dim() != 4 or len(size) != 4 or x.shape[1] != size[1]:
+        raise ValueError(
+            f"x (N, C, H, W) and w (K, C, R, S) must have the same C, got {tuple(x.shape)}, {size}"
+        )
+    wanted = {"w": (size, x.dtype), "weight": (size[:1], wide), "bias": (size[:1], wide)}
+    for name, (shape, dtype) in wanted.items():
+        t: Tensor = getattr(layer, name)
+        if (tuple(t.shape), t.dtype, t.device) != (shape, dtype, x.device):
+            raise ValueError(
+                f"{name} must be {shape} {dtype} on {x.device} beside x in {x.dtype}, "
+                f"got {tuple(t.shape)} {t.dtype} on {t.device}"
+            )
+
+
+def check_shortcut(shortcut: Tensor | None, x: Tensor, size: Sequence[int]) -> None:
+    """Refuse a shortcut that cannot be added to an output of `size` beside x.
+
+    Raises: ValueError: when its shape, dtype or device is another.
+    """
+    wanted = (tuple(size), x.dtype, x.device)
+    if shortcut is not None and (tuple(shortcut.shape), shortcut.dtype, shortcut.device) != wanted:
+        raise ValueError(
+            f"the shortcut must have shape {wanted[0]} and dtype {x.dtype} on {x.device}, "
+            f"got {tuple(shortcut.shape)} and {shortcut.dtype} on {shortcut.device}"
+        )
+
+
 def forward(
     chain: Chain, x: Tensor, residual: Tensor | None, backend: Backend
 ) -> tuple[Tensor, list[LayerState]]:
@@ -117,11 +153,12 @@ def forward(
 
     Returns: out; the state of every layer, that of the projection last.
 
-    Raises: ValueError: when the shortcut differs from out in shape or dtype.
+    Raises: ValueError: when a layer does not fit its input, or the shortcut out.
     """
     states: list[LayerState] = []
     for layer in chain.layers:
         before = states[-1] if states else None
+        check_layer(x if before is None else before.y, layer)
         if before is None:
             states.append(backend.conv_bn(x, layer, None))
         else:
@@ -129,14 +166,10 @@ def forward(
     last = states[-1]
     shortcut, fold = (x if chain.shortcut == "input" else residual), None
     if chain.projection is not None:
+        check_layer(x, chain.projection)
         states.append(backend.conv_bn(x, chain.projection, None))
         shortcut, fold = states[-1].y, states[-1].scale_shift
-    size, dtype = last.y.shape, last.y.dtype
-    if shortcut is not None and (shortcut.shape, shortcut.dtype) != (size, dtype):
-        raise ValueError(
-            f"the shortcut must have shape {tuple(size)} and dtype {dtype}, "
-            f"got {tuple(shortcut.shape)} and {shortcut.dtype}"
-        )
+    check_shortcut(shortcut, x, last.y.shape)
     return backend.apply(last, shortcut, fold, chain.relu), states
 
 

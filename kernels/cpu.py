@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def _cache_folder() -> Path:
 def _openmp_runtime() -> list[str]:
     """The OpenMP library that torch has loaded: two of them would fight for the cores."""
     loaded = {
-        line.split()[-1]
+        line.split(maxsplit=5)[5]
         for line in Path("/proc/self/maps").read_text().splitlines()
         if "libgomp" in line
     }
@@ -66,17 +67,19 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith("flags")), "")
 
 
-def _build(compiler: str) -> Path:
+def _build(compiler: list[str]) -> Path:
     """Return the path of the library, compiled unless the cache has it.
 
     Raises: OSError, subprocess.SubprocessError: when it cannot be compiled or stored.
     """
     sources = [_FOLDER / name for name in _SOURCES]
-    command = [compiler, *_FLAGS, "-shared", "-fPIC", "-Wl,--as-needed", *map(str, sources)]
-    command += _openmp_runtime()
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    runtime = _openmp_runtime()
+    command = [*compiler, *_FLAGS, "-shared", "-fPIC", "-Wl,--as-needed", *map(str, sources)]
+    command += runtime
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
     key = hashlib.sha256(version)
-    for text in (*_FLAGS, _processor()):
+    # The library asks for its OpenMP runtime by name, and another torch may bring another name.
+    for text in (*_FLAGS, _processor(), *map(os.path.basename, runtime)):
         key.update(text.encode())
     for path in (*sources, *(_FOLDER / name for name in _HEADERS)):
         key.update(path.read_bytes())
@@ -100,16 +103,18 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, "FASTRES_CPU_KERNELS=0"
     if sys.platform != "linux":
         return None, f"they are built on Linux, not on {sys.platform}"
-    compiler = os.environ.get("CXX") or "g++"
-    if shutil.which(compiler) is None:
-        return None, f"no C++ compiler ({compiler}) here"
+    # CXX may hold options and a launcher, such as `ccache g++`.
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(compiler[0]) is None:
+        return None, f"no C++ compiler ({compiler[0]}) here"
     try:
         loaded = ctypes.CDLL(str(_build(compiler)))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").splitlines()
         why = next((line for line in lines if "error" in line), lines[-1] if lines else str(error))
-        return None, f"{compiler} failed: {why.strip()}"
-    except (OSError, subprocess.SubprocessError) as error:
+        return None, f"{compiler[0]} failed: {why.strip()}"
+    # Path.home() raises a RuntimeError for a user without a home folder.
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return None, f"they cannot be built: {error}"
     for name, letters in _SIGNATURES.items():
         names = [f"{name}_{t}" for t in _TYPE_NAMES.values()] if name in _TYPED else [name]

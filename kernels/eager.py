@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastres.kernels import chain_cpu
 from fastres.kernels.chain import LayerState, backward, forward
-from fastres.kernels.dispatch import choose_backend, make_chain, pixels
+from fastres.kernels.dispatch import choose_backend, make_chain, no_autocast, pixels
 
 __all__ = ["can_run_eager", "run_eager"]
 
@@ -22,7 +23,10 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 def can_run_eager(x: Tensor) -> bool:
     """Whether x is an ordinary tensor that the CPU kernels compute on, and nobody traces it."""
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
+    is_traced = (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    )
+    if is_traced or type(x) not in _PLAIN_TENSORS:
         return False
     return choose_backend(x) is chain_cpu
 
@@ -42,7 +46,8 @@ class _EagerChain(torch.autograd.Function):
         geometry, eps, shortcut, relu = arguments
         chain = make_chain(params, geometry, shortcut, relu, eps)
         given = None if residual is None else pixels(residual)
-        out, states = forward(chain, pixels(x), given, chain_cpu)
+        with no_autocast(x):
+            out, states = forward(chain, pixels(x), given, chain_cpu)
         stats = [vector for state in states for vector in (state.mean, state.unbiased_var)]
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
@@ -66,7 +71,10 @@ class _EagerChain(torch.autograd.Function):
         states = [LayerState(*saved[i : i + size]) for i in range(0, len(saved), size)]
         chain = make_chain(params, *ctx.arguments)
         need_dx = ctx.needs_input_grad[1]
-        grads = backward(chain, pixels(dout), pixels(x), out, states, chain_cpu, need_dx=need_dx)
+        with no_autocast(x):
+            grads = backward(
+                chain, pixels(dout), pixels(x), out, states, chain_cpu, need_dx=need_dx
+            )
         of_params = [tensor for layer in grads.layers for tensor in layer]
         return None, grads.dx if need_dx else None, grads.dresidual, *of_params
 

@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastres.kernels.chain import LayerState, Shortcut, backward, forward
+from fastres.kernels.chain import (
+    LayerState,
+    Shortcut,
+    backward,
+    check_layer,
+    check_shortcut,
+    forward,
+)
 from fastres.kernels.dispatch import choose_backend, make_chain, no_autocast, pixels
 from fastres.kernels.eager import can_run_eager, run_eager
 from fastres.kernels.reference import ConvBN, stat_dtype
@@ -88,9 +95,10 @@ def _backward_impl(
 ) -> list[Tensor]:
     chain = make_chain(params, geometry, shortcut, relu)
     states = [LayerState(*saved[i : i + _NUM_STATE]) for i in range(0, len(saved), _NUM_STATE)]
-    grads = backward(
-        chain, pixels(dout), pixels(x), out, states, choose_backend(x), need_dx=need_dx
-    )
+    with no_autocast(x):
+        grads = backward(
+            chain, pixels(dout), pixels(x), out, states, choose_backend(x), need_dx=need_dx
+        )
     inputs = [t for t in (grads.dx, grads.dresidual) if t is not None]
     return [*inputs, *(tensor for layer in grads.layers for tensor in layer)]
 
@@ -101,10 +109,15 @@ def _empty_nhwc(like: Tensor, *size: int) -> Tensor:
     )
 
 
+def _output_size(x: Tensor, w: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
+    """The size (N, K, P, Q) of conv(x, w)."""
+    p, q = ((x.shape[d] + 2 * padding - w.shape[d]) // stride + 1 for d in (2, 3))
+    return x.shape[0], w.shape[0], p, q
+
+
 def _conv_output(x: Tensor, w: Tensor, stride: int, padding: int) -> Tensor:
     """An uninitialised conv(x, w)."""
-    p, q = ((x.shape[d] + 2 * padding - w.shape[d]) // stride + 1 for d in (2, 3))
-    return _empty_nhwc(x, x.shape[0], w.shape[0], p, q)
+    return _empty_nhwc(x, *_output_size(x, w, stride, padding))
 
 
 def _forward_fake(
@@ -163,7 +176,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]])
 def _differentiate(backward_op: Callable[..., list[Tensor]]) -> Callable[..., tuple]:
     """The autograd formula of a training op: its second half, gradients dealt to the inputs."""
 
-    def formula(ctx: Any, dout: Tensor, _: list[None]) -> tuple:
+    def formula(ctx: Any, dout: Tensor | None, _: list[None]) -> tuple:
+        if dout is None:
+            return None, None, [None] * ctx.num_params, None, None, None, None
         x, out, *rest = ctx.saved_tensors
         params, saved = rest[: ctx.num_params], rest[ctx.num_params :]
         _, shortcut, _ = ctx.arguments
@@ -292,10 +307,18 @@ def _folded_impl(
     relu: bool,
 ) -> Tensor:
     filters = w.contiguous(memory_format=torch.channels_last)
+    if scale_shift.shape != (2, w.shape[0]):
+        raise ValueError(
+            f"scale_shift must have shape {(2, w.shape[0])}, got {tuple(scale_shift.shape)}"
+        )
     layer = ConvBN(filters, scale_shift[0], scale_shift[1], stride, padding)
+    check_layer(x, layer)
     given = None if residual is None else pixels(residual)
+    check_shortcut(given, x, _output_size(x, w, stride, padding))
     with no_autocast(x):
-        return choose_backend(x).conv_folded(pixels(x), layer, scale_shift, given, relu)
+        return choose_backend(x).conv_folded(
+            pixels(x), layer, scale_shift.contiguous(), given, relu
+        )
 
 
 def _folded_fake(

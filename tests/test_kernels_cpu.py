@@ -1,4 +1,4 @@
-"""The CPU kernels: every step against the fp64 reference, their build, and the modules on top."""
+"""The CPU kernels: every step against the fp64 reference, and the modules on top."""
 
 import itertools
 
@@ -359,45 +359,3 @@ def test_evaluation_folds_the_batch_norm():
         with torch.no_grad(), torch.autocast("cpu", dtype=BF16, enabled=way != "truth"):
             outputs[way] = net(batch)
     assert_like_eager("logits", outputs["fused"], outputs["eager"], outputs["truth"], BF16)
-
-
-class TestBuild:
-    """What happens where the kernels cannot be had."""
-
-    @pytest.fixture(autouse=True)
-    def _forget(self):
-        cpu._load.cache_clear()
-        yield
-        cpu._load.cache_clear()
-
-    def test_without_a_compiler(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("CXX", "no-such-compiler")
-        assert cpu.library() is None
-        assert cpu.unavailable() == "no C++ compiler (no-such-compiler) here"
-        t = Case(SHAPES["16 to 16"], BF16)
-        assert dispatch.chain_cpu.runs_on(t.x) is False
-
-    def test_with_a_compiler_that_fails(self, monkeypatch, tmp_path):
-        fake = tmp_path / "c++"
-        script = '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "x: error: no" >&2\nexit 1\n'
-        fake.write_text(script)
-        fake.chmod(0o755)
-        monkeypatch.setenv("CXX", str(fake))
-        monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
-        assert cpu.library() is None
-        assert "failed: x: error: no" in cpu.unavailable()
-        assert list((tmp_path / "kernels").iterdir()) == []
-
-    def test_switched_off(self, monkeypatch):
-        monkeypatch.setenv("FASTRES_CPU_KERNELS", "0")
-        assert cpu.unavailable() == "FASTRES_CPU_KERNELS=0"
-
-    def test_a_second_process_finds_the_library(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
-        assert cpu.library() is not None
-        made = [(path.name, path.stat().st_mtime_ns) for path in (tmp_path / "kernels").iterdir()]
-        cpu._load.cache_clear()
-        assert cpu.library() is not None
-        again = [(path.name, path.stat().st_mtime_ns) for path in (tmp_path / "kernels").iterdir()]
-        assert made == again
-        assert len(made) == 1

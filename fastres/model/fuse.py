@@ -25,6 +25,7 @@ from fastres.model.layers import (
     FusedSequential,
     Pair,
     conv_bn,
+    is_plain_relu,
     is_seen,
     pool_classify,
 )
@@ -40,7 +41,9 @@ class TorchvisionStem(nn.Module):
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         net = cast(Any, self)
-        x = net.maxpool(conv_bn(x, Pair(net.conv1, net.bn1)))
+        has_relu = is_plain_relu(net.relu)
+        x = conv_bn(x, Pair(net.conv1, net.bn1), relu=has_relu)
+        x = net.maxpool(x if has_relu else net.relu(x))
         x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
         if _is_global_mean(net.avgpool):
             return pool_classify(x, net.fc)
@@ -186,8 +189,7 @@ def _faults(module: nn.Module) -> dict[str, str]:
             if fault is not None and isinstance(parts[int(name)], nn.Conv2d)
         }
     pairs = _pairs_of(module)
-    activation = getattr(module, "relu", None)
-    if activation is not None and (type(activation) is not nn.ReLU or is_seen(activation)):
+    if hasattr(module, "relu") and not is_plain_relu(module.relu):
         return dict.fromkeys((conv for conv, _ in pairs), "its activation is no plain ReLU")
     checks = {conv: _why_not_pair(getattr(module, conv), getattr(module, bn)) for conv, bn in pairs}
     first = next((f"{fault} in {conv}" for conv, fault in checks.items() if fault), None)
@@ -235,5 +237,5 @@ def _runs(modules: nn.Sequential) -> dict[int, int]:
     for i in range(len(parts) - 1):
         if _why_not_pair(parts[i], parts[i + 1]) is None:
             last = parts[i + 2] if i + 2 < len(parts) else None
-            runs[i] = 3 if type(last) is nn.ReLU and not is_seen(last) else 2
+            runs[i] = 3 if is_plain_relu(last) else 2
     return runs

@@ -52,13 +52,28 @@ class Pair(NamedTuple):
     bn: nn.BatchNorm2d
 
 
-def _cast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a convolution of x computes, as autocast would choose it."""
+def is_seen(module: nn.Module) -> bool:
+    """Whether somebody outside would notice that the module's own forward is not called."""
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def is_plain_relu(module: Any) -> bool:
+    """Whether a module is a ReLU that an op may take over."""
+    return type(module) is nn.ReLU and not is_seen(module)
+
+
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast casts the operands of a convolution of x."""
     device = x.device.type
     # Torch refuses to say whether autocast is on for devices that have none, such as meta.
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return False
+    return x.is_floating_point() and torch.is_autocast_enabled(device)
+
+
+def _cast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a convolution of x computes, as autocast would choose it."""
+    return torch.get_autocast_dtype(x.device.type) if _is_cast(x) else x.dtype
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -88,6 +103,8 @@ def _fold(pair: Pair, x: Tensor) -> Tensor:
 def _move_running_statistics(pairs: Sequence[Pair], batches: Sequence[BatchStats]) -> None:
     """Move the running statistics towards those of the batch, as nn.BatchNorm2d does."""
     for (_, bn), batch in zip(pairs, batches, strict=True):
+        if not bn.track_running_stats:
+            continue
         assert bn.running_mean is not None
         assert bn.running_var is not None
         assert bn.num_batches_tracked is not None
@@ -100,14 +117,30 @@ def _move_running_statistics(pairs: Sequence[Pair], batches: Sequence[BatchStats
         bn.running_var.lerp_(batch.unbiased_var.to(bn.running_var.dtype), step)
 
 
+def _is_plain(x: Tensor, pair: Pair) -> bool:
+    """Whether the op computes on x what calling the two modules would.
+
+    A fused net can be changed: hooked, pruned, given another norm, or images of another dtype. Then
+    the modules themselves are called, and raise what they raise.
+    """
+    conv, bn = pair
+    return (
+        type(conv) is nn.Conv2d
+        and type(bn) is nn.BatchNorm2d
+        and conv.bias is None
+        and (x.dtype == conv.weight.dtype or _is_cast(x))
+        and not (is_seen(conv) or is_seen(bn))
+    )
+
+
 def _can_train(x: Tensor, pairs: Iterable[Pair]) -> bool:
     """Whether all batch norms use the statistics of a batch that is not empty."""
-    return x.shape[0] > 0 and all(pair.bn.training for pair in pairs)
+    return x.shape[0] > 0 and all(pair.bn.training and _is_plain(x, pair) for pair in pairs)
 
 
-def _can_fold(x: Tensor, pairs: Iterable[Pair], residual: Tensor | None = None) -> bool:
+def _can_fold(x: Tensor, pairs: Sequence[Pair], residual: Tensor | None = None) -> bool:
     """Whether all batch norms use running statistics and nobody wants a gradient."""
-    if x.shape[0] == 0 or any(pair.bn.training for pair in pairs):
+    if x.shape[0] == 0 or any(pair.bn.training or not _is_plain(x, pair) for pair in pairs):
         return False
     if not torch.is_grad_enabled():
         return True
@@ -121,12 +154,12 @@ def conv_bn(x: Tensor, pair: Pair, *, relu: bool = True, residual: Tensor | None
     Args:
         x: (N, C, H, W).
         pair: the convolution, without bias, groups and dilation, and its batch norm.
-        relu: whether the ReLU is applied; with a residual it always is while training.
+        relu: whether the ReLU is applied; no op adds a residual without it while training.
         residual: (N, K, P, Q), or None.
 
     Returns: (N, K, P, Q), channels_last when fused.
     """
-    if _can_train(x, [pair]):
+    if _can_train(x, [pair]) and (relu or residual is None):
         pixels, layer = _pixels(x), _layer(pair, x)
         if residual is None:
             out, stats = fused.conv_bn_relu(pixels, layer, relu=relu)
@@ -191,13 +224,14 @@ class FusedSequential(nn.Sequential):
         modules = list(self)
         i = 0
         while i < len(modules):
-            length = self.fused_runs.get(i, 1)
-            if length == 1:
-                x = modules[i](x)
+            run = modules[i : i + self.fused_runs.get(i, 1)]
+            if len(run) == 1:
+                x = run[0](x)
             else:
-                pair = Pair(cast(nn.Conv2d, modules[i]), cast(nn.BatchNorm2d, modules[i + 1]))
-                x = conv_bn(x, pair, relu=length == 3)
-            i += length
+                x = conv_bn(x, Pair(*cast(Any, run[:2])), relu=is_plain_relu(run[-1]))
+                if len(run) == 3 and not is_plain_relu(run[-1]):
+                    x = run[-1](x)
+            i += len(run)
         return x
 
 
@@ -218,15 +252,18 @@ class FusedBlock(nn.Module):
             Pair(getattr(self, f"conv{i}"), getattr(self, f"bn{i}"))
             for i in range(1, self.depth + 1)
         ]
-        downsample = self.downsample
-        if self.fused_downsample and isinstance(downsample, nn.Sequential):
-            return pairs, Pair(*cast(tuple[nn.Conv2d, nn.BatchNorm2d], tuple(downsample)))
+        downsample: Any = self.downsample
+        is_pair = isinstance(downsample, nn.Sequential) and len(downsample) == 2
+        if self.fused_downsample and is_pair and not is_seen(downsample):
+            return pairs, Pair(*downsample)
         return pairs, None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x as the block does."""
         pairs, projection = self._pairs()
         everything = [*pairs, projection] if projection is not None else pairs
+        if hasattr(self, "relu") and not is_plain_relu(self.relu):
+            return super().forward(x)
         if _can_train(x, everything):
             return self._train(x, pairs, projection)
         if _can_fold(x, everything):
@@ -276,11 +313,6 @@ class FusedBottleneck(FusedBlock, Bottleneck):
     """`Bottleneck`, fused."""
 
     depth = 3
-
-
-def is_seen(module: nn.Module) -> bool:
-    """Whether somebody outside would notice that the module's own forward is not called."""
-    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def pool_classify(x: Tensor, fc: nn.Module) -> Tensor:

@@ -1,0 +1,78 @@
+"""Who records what a fused net does on the CPU kernels records the ops, and not one run of them."""
+
+import copy
+
+import pytest
+import torch
+from interpreter import HAS_GPU
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fastres.kernels import chain_cpu, cpu, dispatch, fused
+from fastres.kernels.reference import ConvBN
+from fastres.model.fuse import fuse
+from fastres.model.resnet import create_model
+
+
+@pytest.fixture(autouse=True)
+def _cpu_kernels(monkeypatch):
+    if HAS_GPU or cpu.library() is None:
+        pytest.skip(f"no CPU kernels: {cpu.unavailable() or 'the tests run on a GPU'}")
+    monkeypatch.setattr(dispatch, "_triton_backend", lambda: None)
+    assert dispatch.choose_backend(images(0)) is chain_cpu
+
+
+def images(seed: int, n: int = 3) -> torch.Tensor:
+    return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def record_jit(net):
+    return torch.jit.trace(net, images(0), check_trace=False)
+
+
+def record_fx(net):
+    return make_fx(net)(images(0))
+
+
+def record_export(net):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    return torch.export.export(net, (images(0),), dynamic_shapes=({0: batch},)).module()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("record", [record_jit, record_fx, record_export])
+@torch.no_grad()
+def test_a_recorded_net_answers_other_images(record):
+    faster = fuse(create_model("resnet8", seed=0), verbose=False).eval().requires_grad_(False)
+    recorded = record(faster)
+    torch.testing.assert_close(recorded(images(1)), faster(images(1)), rtol=0, atol=0)
+
+
+def test_an_exported_net_takes_any_batch():
+    faster = fuse(create_model("resnet8", seed=0), verbose=False).eval().requires_grad_(False)
+    with torch.no_grad():
+        recorded = record_export(faster)
+        torch.testing.assert_close(recorded(images(1, 7)), faster(images(1, 7)), rtol=0, atol=0)
+
+
+def test_autocast_around_an_op_changes_nothing_in_it():
+    """Forward and backward: a matrix product inside would be rounded to bf16."""
+    generator = torch.Generator().manual_seed(2)
+    w = torch.randn(8, 3, 1, 1, generator=generator)
+    layer = ConvBN(w, torch.ones(8), torch.zeros(8), 2, 0)
+    grads = []
+    for enabled in (False, True):
+        own = layer._replace(w=w.clone().requires_grad_())
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, _ = fused.conv_bn_relu(images(0), own)
+            out.square().sum().backward()
+        grads.append((out, own.w.grad))
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0)
+
+
+def test_compiled_is_eager():
+    faster = fuse(create_model("resnet8", width=0.5, seed=0), verbose=False)
+    compiled = torch.compile(copy.deepcopy(faster), backend="aot_eager", fullgraph=True)
+    for net in (faster, compiled):
+        net(images(0)).square().sum().backward()
+    for a, b in zip(faster.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
