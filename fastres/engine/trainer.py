@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastres.config import Config
+from fastres.config import Config, changed_options
 from fastres.data.loaders import Batches, Loader, build_loader
 from fastres.data.plan import Augmentation
 from fastres.data.source import load_dataset, split_validation
@@ -303,6 +303,11 @@ class Trainer:
             raise FailureError(
                 f"{self.last} was trained on other data ({meta.get('dataset')}) than "
                 f"{self.data.source} holds; pass its --data-dir"
+            )
+        if changed := changed_options(meta["config"], self.config):
+            raise FailureError(
+                f"{self.last} is of a run with other options than its config.json names: "
+                f"{', '.join(changed)}"
             )
         self.step.load_state_dict(tensors, self.last)
         self.progress = Progress(**meta["progress"])
