@@ -1,5 +1,6 @@
 """What the commands share: options from a dataclass, one sentence for an error, exit codes."""
 
+import io
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -45,6 +46,10 @@ def guarded(command: Callable[[], int], *, debug: bool) -> int:
 
     With `debug` its traceback is printed too. An interrupt returns 130.
     """
+    # A path may hold what the terminal's encoding lacks; printing it is no reason to fail.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command()
     except FastresError as error:

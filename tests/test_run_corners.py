@@ -1,7 +1,11 @@
 """Runs at the edge: odd options, folders that others use, data and directories that change."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from data_fixtures import image_folder
@@ -11,6 +15,7 @@ from fastres.config import Config, validate
 from fastres.engine.record import RunFolder
 from fastres.engine.trainer import Trainer
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     *("--model", "resnet8", "--width", "0.25", "--shortcut", "A", "--no-whiten"),
     *("--batch-size", "10", "--epochs", "0.5", "--threads", "1"),
@@ -69,6 +74,19 @@ def test_what_the_system_refuses_is_one_sentence(tmp_path, capsys):
     assert capsys.readouterr().err.endswith(f"{300 * 'a'}: File name too long\n")
     assert cli.guarded((tmp_path / "none").iterdir().__next__, debug=False) == 1
     assert capsys.readouterr().err == f"error: {tmp_path / 'none'}: No such file or directory\n"
+
+
+def test_a_path_that_the_terminal_cannot_show(tmp_path):
+    folder = image_folder(tmp_path / "bilder-ü")
+    result = subprocess.run(
+        [sys.executable, "-m", "fastres.train", "--dry-run", "--data-dir", folder, *TINY],
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "bilder-\\xfc" in result.stdout
 
 
 def test_evaluation_names_its_own_options(run, capsys):
