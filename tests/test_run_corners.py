@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,23 @@ def test_a_run_is_found_again_from_another_directory(tmp_path, monkeypatch, caps
     assert "trained on other data" not in printed.err
     assert evaluate.main(["../run", "--data-dir", "../other"]) == 0
     assert "trained on other data than this: folder-mine" in capsys.readouterr().out
+
+
+def test_ctrl_c_reaches_the_workers_too_and_one_process_answers(tmp_path):
+    command = [sys.executable, "-m", "fastres.train", *SYNTHETIC, "--loader", "torch"]
+    child = subprocess.Popen(
+        [*command, "--workers", "2", "--epochs", "500", "--out", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    for line in child.stdout:
+        if line.split()[:1] == ["1.00"]:
+            os.killpg(child.pid, signal.SIGINT)
+    assert child.wait() == 130
+    assert child.stderr.read() == "stopping after this step; once more to stop at once\n"
 
 
 def test_two_runs_do_not_share_a_folder(run, tmp_path, capsys):

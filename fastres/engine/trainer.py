@@ -322,7 +322,12 @@ class Trainer:
     def _catching_signals(self) -> Iterator[None]:
         """Turn the first Ctrl-C or SIGTERM into a save after the step; a second one kills."""
 
+        trainer_process = os.getpid()
+
         def remember(number: int, _frame: object) -> None:
+            # Ctrl-C reaches the loader's workers too, which inherit this; they end with the loader.
+            if os.getpid() != trainer_process:
+                return
             self._signal = number
             signal.signal(number, signal.SIG_DFL)
             # The handler may interrupt the console in the middle of a line, so it writes past it.
