@@ -321,7 +321,6 @@ class Trainer:
     @contextmanager
     def _catching_signals(self) -> Iterator[None]:
         """Turn the first Ctrl-C or SIGTERM into a save after the step; a second one kills."""
-
         trainer_process = os.getpid()
 
         def remember(number: int, _frame: object) -> None:
