@@ -1,5 +1,6 @@
 """What the commands share: options from a dataclass, one sentence for an error, exit codes."""
 
+import io
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -45,6 +46,10 @@ def guarded(command: Callable[[], int], *, debug: bool) -> int:
 
     With `debug` its traceback is printed too. An interrupt returns 130.
     """
+    # A path may hold what the terminal's encoding lacks; printing it is no reason to fail.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command()
     except FastresError as error:
@@ -52,6 +57,13 @@ def guarded(command: Callable[[], int], *, debug: bool) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        # The operating system's refusals are the user's to mend: a full disk, a folder of others.
+        if debug:
+            traceback.print_exc()
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -7,16 +7,34 @@ command line. What results is written to the run folder as config.json and reads
 import dataclasses
 import json
 import math
+import os
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from fastres.errors import UsageError
 
-__all__ = ["Config", "Switch", "from_json", "validate"]
+__all__ = ["Config", "Switch", "changed_options", "from_json", "validate"]
 
 Switch = Literal["auto", "on", "off"]
+
+# What a resumed run may change: where and how it computes, not what.
+_MACHINE_OPTIONS = {
+    "fast",
+    "data_dir",
+    "device",
+    "threads",
+    "loader",
+    "workers",
+    "channels_last",
+    "amp",
+    "route",
+    "compile",
+    "graph",
+    "eval_batch_size",
+}
 
 
 @dataclass(frozen=True)
@@ -123,7 +141,16 @@ def _matches(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def from_json(text: str, source: str | Path) -> Config:
+def changed_options(before: Mapping[str, Any], after: Config) -> list[str]:
+    """Name the options in which two runs differ that decide what is computed, not where or how."""
+    return [
+        name
+        for name, value in before.items()
+        if name not in _MACHINE_OPTIONS and getattr(after, name, value) != value
+    ]
+
+
+def from_json(text: bytes, source: str | Path) -> Config:
     """Read options that `Config.to_json` wrote; options it does not name keep their defaults.
 
     Raises:
@@ -131,7 +158,7 @@ def from_json(text: str, source: str | Path) -> Config:
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{source} is not a JSON file: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{source} must hold a JSON object of options")
@@ -145,15 +172,19 @@ def from_json(text: str, source: str | Path) -> Config:
     return Config(**values)
 
 
-def validate(config: Config) -> Config:
-    """Return `config` if every number is in its range.
+def validate(config: Config, renamed: Mapping[str, str] | None = None) -> Config:
+    """Return `config`, its data folder as an absolute path, if every number is in its range.
+
+    Args:
+        config: the options.
+        renamed: fields that the command at hand calls by another name.
 
     Raises:
         UsageError: naming the first option that is not, its value and its range.
     """
     unbounded = math.inf
     ranges: dict[str, tuple[float, float]] = {
-        "epochs": (0, 1e6),
+        "epochs": (0, 10**6),
         "batch_size": (1, 2**20),
         "eval_batch_size": (1, 2**20),
         "lr": (0, unbounded),
@@ -171,9 +202,11 @@ def validate(config: Config) -> Config:
     }
     for name, (low, high) in ranges.items():
         value = getattr(config, name)
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            option = "--" + name.replace("_", "-")
-            raise UsageError(f"{option} must be between {low:g} and {high:g}, got {value:g}")
+        if value is None or (low <= value <= high and value != math.inf):
+            continue
+        option = "--" + (renamed or {}).get(name, name).replace("_", "-")
+        wanted = f"at least {low} and finite" if high == unbounded else f"between {low} and {high}"
+        raise UsageError(f"{option} must be {wanted}, got {value}")
     if config.epochs == 0:
         raise UsageError("--epochs must be more than 0")
     if config.ema == 1:
@@ -182,4 +215,9 @@ def validate(config: Config) -> Config:
         raise UsageError(
             f"--compile {config.compile} contradicts --route {config.route}; give one of them"
         )
-    return config
+    if config.data_dir is None:
+        return config
+    if not config.data_dir:
+        raise UsageError("--data-dir is empty; name a folder or leave the option out")
+    # A run is resumed and evaluated from other working directories too.
+    return config.replace(data_dir=os.path.abspath(os.path.expanduser(config.data_dir)))

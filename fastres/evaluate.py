@@ -73,8 +73,10 @@ def _run(argv: list[str]) -> int:
     if options.fast:
         keep_freed_memory()
     folder = RunFolder(Path(options.run))
-    trained = from_json(folder.read_text("config.json"), folder.path / "config.json")
-    config = validate(_evaluation_config(trained, options))
+    trained = from_json(folder.read_bytes("config.json"), folder.path / "config.json")
+    config = validate(
+        _evaluation_config(trained, options), renamed={"eval_batch_size": "batch_size"}
+    )
     screen = Screen(quiet_stdout=options.json)
     result = _evaluate(folder, config, options, screen)
     if options.json:
@@ -91,7 +93,7 @@ def _evaluation_config(trained: Config, options: EvaluateOptions) -> Config:
     return trained.replace(
         fast=options.fast,
         dataset=options.dataset or trained.dataset,
-        data_dir=options.data_dir or trained.data_dir,
+        data_dir=trained.data_dir if options.data_dir is None else options.data_dir,
         eval_batch_size=options.batch_size,
         device=options.device,
         loader=options.loader,
@@ -131,6 +133,11 @@ def _evaluate(
         model = fuse(model, verbose=False)
     runtime.place(model)
     screen.data(data, num_train=0, num_val=0)
+    if data.fingerprint != meta["dataset_fingerprint"]:
+        screen.line(
+            f"           ! the run was trained on other data than this: {meta['dataset']}",
+            style="bold yellow",
+        )
     screen.runtime(runtime, training=False)
     # The images are normalised as in training, even where this data has other statistics.
     loader = evaluation_loader(data.test, tuple(meta["mean"]), tuple(meta["std"]), config, runtime)

@@ -8,12 +8,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastres.cli import guarded, parse, value_of
-from fastres.config import Config, from_json, validate
+from fastres.config import Config, changed_options, from_json, validate
 from fastres.errors import UsageError
 from fastres.recipes import from_recipe
 
@@ -29,22 +30,6 @@ _DESCRIPTION = (
     "the same model, pixels and mathematics by the fastest route of this machine. For more "
     "accuracy choose --recipe standard (ResNet-20) or --recipe accurate (ResNet-18)."
 )
-
-# What a resumed run may change: where and how it computes, not what.
-_MACHINE_OPTIONS = {
-    "fast",
-    "data_dir",
-    "device",
-    "threads",
-    "loader",
-    "workers",
-    "channels_last",
-    "amp",
-    "route",
-    "compile",
-    "graph",
-    "eval_batch_size",
-}
 
 
 @dataclass(frozen=True)
@@ -89,8 +74,14 @@ def _run(argv: list[str]) -> int:
         TrainOptions(**base.to_json()),
     )
     config = validate(options.training())
-    if options.resume:
-        _refuse_changes(base, config)
+    if options.out == "":
+        raise UsageError("--out is empty; name a folder or leave the option out")
+    if options.resume and (changed := changed_options(base.to_json(), config)):
+        option = "--" + changed[0].replace("_", "-")
+        raise UsageError(
+            f"a resumed run keeps its {option} of {getattr(base, changed[0])}; start a new run to "
+            "change it"
+        )
     return _train(config, options)
 
 
@@ -102,23 +93,14 @@ def _base(argv: Sequence[str]) -> Config:
             raise UsageError("--resume needs --out, the folder of the run to continue")
         file = str(Path(out) / "config.json")
     if file is None:
-        return from_recipe(recipe or Config.recipe)
+        return from_recipe(Config.recipe if recipe is None else recipe)
     if recipe is not None:
         raise UsageError("--recipe does not go with --config or --resume, which name their own")
     try:
-        text = Path(file).read_text()
+        text = Path(file).read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read the options in {file}: {error.strerror}") from None
     return from_json(text, file)
-
-
-def _refuse_changes(base: Config, config: Config) -> None:
-    for name, value in base.to_json().items():
-        if name not in _MACHINE_OPTIONS and getattr(config, name) != value:
-            option = "--" + name.replace("_", "-")
-            raise UsageError(
-                f"a resumed run keeps its {option} of {value}; start a new run to change it"
-            )
 
 
 def _train(config: Config, options: TrainOptions) -> int:
@@ -150,11 +132,14 @@ def _train_with(processes: "Processes", config: Config, options: TrainOptions) -
     if options.dry_run:
         return 0
     trainer.prepare()
-    if processes.is_main and not options.resume:
-        folder.create()
-        folder.write_json("config.json", config.to_json())
     try:
-        summary = trainer.run(resume=options.resume)
+        with folder.claimed() if processes.is_main else nullcontext():
+            if processes.is_main and not options.resume:
+                # Again, now that nobody else can start a run in it.
+                folder.check_free(overwrite=options.overwrite)
+                folder.clear()
+                folder.write_json("config.json", config.to_json())
+            summary = trainer.run(resume=options.resume)
     except Stopped as stopped:
         screen.line(f"{stopped}; go on with: python -m fastres.train --resume --out {folder.path}")
         return stopped.exit_code

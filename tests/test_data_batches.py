@@ -51,6 +51,7 @@ def test_every_protocol(protocol: int, old_numpy: bool) -> None:
         "labels": [0, 255, 65536, -1],
         "array": np.arange(3),
         "big_endian": np.arange(3, dtype=">i4"),
+        "scalars": [np.int64(7), np.uint8(255), np.int16(-2)],
         "names": (b"a", "b", None, True, 2**40),
     }
     data = pickle.dumps(written, protocol=protocol)

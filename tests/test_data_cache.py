@@ -244,3 +244,12 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path("/xdg/fastres")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path("/home/someone/.cache/fastres")
+
+
+def test_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user that a container knows by number alone."""
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    for name in ("FASTRES_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(FailureError, match="FASTRES_CACHE"):
+        cache_folder()

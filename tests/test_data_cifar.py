@@ -2,7 +2,9 @@
 
 import gzip
 import io
+import pickle
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +65,18 @@ def test_every_form(layout: Layout, form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", range(6))
 def test_pickles_of_every_protocol(protocol: int, tmp_path: Path) -> None:
     unpack(tmp_path, cifar_members(CIFAR10_PYTHON, protocol=protocol))
+    expect_small_copy(read(tmp_path), CIFAR10_PYTHON)
+
+
+@pytest.mark.parametrize("form", [tuple, np.array, list], ids=lambda form: form.__name__)
+def test_labels_of_every_form(form: Callable, tmp_path: Path) -> None:
+    """A list of NumPy scalars too: what `list(array)` in somebody's own script leaves."""
+    members = cifar_members(CIFAR10_PYTHON)
+    for name, content in members.items():
+        batch = pickle.loads(content, encoding="bytes")
+        batch[b"labels"] = form(np.array(batch[b"labels"]))
+        members[name] = pickle.dumps(batch, protocol=2)
+    unpack(tmp_path, members)
     expect_small_copy(read(tmp_path), CIFAR10_PYTHON)
 
 

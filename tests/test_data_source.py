@@ -23,7 +23,7 @@ from data_fixtures import (
 from fastres.data import source
 from fastres.data.dataset import Dataset, ImageSet, channel_statistics
 from fastres.data.source import load_dataset, split_validation
-from fastres.errors import FailureError, UsageError
+from fastres.errors import FailureError, FastresError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +84,12 @@ def test_missing_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         load_dataset(name, tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("name", [5000 * "a", "~no-such-user/data"])
+def test_impossible_folder(name: str) -> None:
+    with pytest.raises(FastresError, match=r"does not exist|File name too long"):
+        load_dataset("auto", name)
 
 
 def test_file_instead_of_a_folder(tmp_path: Path) -> None:

@@ -175,12 +175,23 @@ def test_auto_takes_dali_on_a_gpu_and_the_resident_loader_on_a_cpu(data):
         ({"split": "dev"}, "the splits are train, val, test"),
         ({"batch_size": 101}, "larger than the 100 training images"),
         ({"batch_size": 0}, "at least 1"),
+        ({"batch_size": 32.0}, "whole number of at least 1, got 32.0"),
+        ({"batch_size": "32"}, "whole number of at least 1, got '32'"),
+        ({"device": "gpu"}, "device must be 'cpu' or 'cuda', got 'gpu'"),
+        ({"device": "meta"}, "device must be 'cpu' or 'cuda', got 'meta'"),
+        ({"device": None}, "device must be 'cpu' or 'cuda', got None"),
+        ({"device": "cuda:99"}, "finds no such NVIDIA GPU"),
         ({"loader": "torch", "workers": -1}, "must not be negative"),
     ],
 )
 def test_bad_use_is_one_sentence(data, options, message):
     with pytest.raises(UsageError, match=message):
         load(data, **{"loader": "resident"} | options)
+
+
+def test_a_dataset_is_a_name_or_a_dataset():
+    with pytest.raises(UsageError, match="unknown dataset None: choose from auto"):
+        fastres.make_loader(None)
 
 
 @needs_dali

@@ -230,7 +230,7 @@ def test_evaluation_refuses_another_models_checkpoint(run, tmp_path, capsys):
         (["--batch-size", "401"], 2, "batch size 401 is larger than the 400 training images"),
         (["--batch-size", "0"], 2, "--batch-size must be between 1"),
         (["--epochs", "0"], 2, "--epochs must be more than 0"),
-        (["--lr", "nan"], 2, "--lr must be between 0"),
+        (["--lr", "nan"], 2, "--lr must be at least 0"),
         (["--compile", "on", "--route", "eager"], 2, "contradicts"),
         (["--config", "none.json"], 2, "cannot read the options in none.json"),
         (["--config", "x.json", "--recipe", "quick"], 2, "--recipe does not go with --config"),

@@ -52,6 +52,8 @@ _NAMES = {
     "numpy._core.multiarray _reconstruct": "reconstruct",
     "numpy.core.numeric _frombuffer": "frombuffer",
     "numpy._core.numeric _frombuffer": "frombuffer",
+    "numpy.core.multiarray scalar": "scalar",
+    "numpy._core.multiarray scalar": "scalar",
     "numpy ndarray": "ndarray",
     "numpy dtype": "dtype",
     "_codecs encode": "encode",
@@ -270,7 +272,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
 
 
 def _call(meaning: str, arguments: tuple[Any, ...]) -> Any:
-    """What calling the named function would have made, for the four that batches call."""
+    """What calling the named function would have made, for the five that batches call."""
     match meaning, arguments:
         case "reconstruct", (_Name("ndarray"), _, _):
             return _Array()
@@ -278,6 +280,8 @@ def _call(meaning: str, arguments: tuple[Any, ...]) -> Any:
             return _DType(code)
         case "encode", (str(text), "latin1" | "latin-1"):
             return text.encode("latin-1")
+        case "scalar", (_DType() as dtype, raw):
+            return int(_array(raw, dtype, (1,), "C")[0])
         case "frombuffer", (raw, _DType() as dtype, shape, order):
             return _Array(_array(raw, dtype, shape, order))
     raise _RefusedError(f"it uses {meaning} in a way that no array of integers needs")

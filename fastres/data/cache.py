@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from fastres.data.dataset import Dataset, ImageSet, content_fingerprint
+from fastres.errors import FailureError
 
 __all__ = ["cache_folder", "cached"]
 
@@ -42,12 +43,19 @@ class _DamagedError(Exception):
 
 
 def cache_folder() -> Path:
-    """$FASTRES_CACHE, else $XDG_CACHE_HOME/fastres, else ~/.cache/fastres."""
+    """$FASTRES_CACHE, else $XDG_CACHE_HOME/fastres, else ~/.cache/fastres.
+
+    Raises:
+        FailureError: neither is set and this user has no home folder.
+    """
     if named := os.environ.get("FASTRES_CACHE"):
-        return Path(named).expanduser()
+        return Path(os.path.expanduser(named))
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared) / "fastres"
-    return Path("~/.cache/fastres").expanduser()
+    home = os.path.expanduser("~")
+    if home == "~":
+        raise FailureError("this user has no home folder: name a cache folder with FASTRES_CACHE")
+    return Path(home) / ".cache" / "fastres"
 
 
 def cached(signature: str, build: Callable[[], Dataset]) -> Dataset:

@@ -305,7 +305,7 @@ def _decode_pickled(kind: Kind, data: bytes, where: str) -> tuple[np.ndarray, np
                 f"{where} holds {other.title}, not {kind.title}: use --dataset {other.name}"
             )
     pixels, labels = batch.get("data"), batch.get(kind.label_key)
-    if isinstance(labels, list) and all(type(label) is int for label in labels):
+    if isinstance(labels, list | tuple) and all(type(label) is int for label in labels):
         try:
             labels = np.array(labels, dtype=np.int64)
         except OverflowError as error:

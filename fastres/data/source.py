@@ -49,12 +49,12 @@ def load_dataset(
         raise UsageError(f"unknown dataset {name!r}: choose from {', '.join(DATASET_NAMES)}")
     if name == "synthetic":
         return _synthetic()
-    root, named = _data_folder(data_dir)
     try:
+        root, named = _data_folder(data_dir)
         return _load(name, root, named, download)
     except OSError as error:
-        reason = error.strerror or error
-        raise FailureError(f"cannot read {error.filename or root}: {reason}") from error
+        where = error.filename or "the data"
+        raise FailureError(f"cannot read {where}: {error.strerror or error}") from error
 
 
 def _load(name: str, root: Path, named: bool, download: bool) -> Dataset:
@@ -76,7 +76,7 @@ def _data_folder(data_dir: str | os.PathLike[str] | None) -> tuple[Path, bool]:
     chosen = data_dir or os.environ.get("FASTRES_DATA")
     if not chosen:
         return cache_folder() / "data", False
-    root = Path(chosen).expanduser()
+    root = Path(os.path.expanduser(chosen))
     origin = "" if data_dir else " (from FASTRES_DATA)"
     if root.is_file():
         raise UsageError(f"{root}{origin} is a file: name the folder that holds it")

@@ -1,12 +1,14 @@
 """The run folder: what a run leaves behind, each file complete at every moment."""
 
 import csv
+import fcntl
 import io
 import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -102,14 +104,38 @@ class RunFolder:
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise FailureError(f"cannot write into {nearest}: it is read-only")
 
-    def create(self) -> None:
-        """Make the folder, without the files of a run that was there; all others stay.
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Make the folder if need be and keep other processes out of it.
 
         Raises:
-            FailureError: when the folder cannot be made or cleared.
+            UsageError: when another process is training in it.
+            FailureError: when the folder cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise FailureError(f"cannot use {self.path}: {error.strerror}") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UsageError(f"another process is training in {self.path}") from None
+        except OSError:
+            pass  # A network file system without locks: two runs at once are the user's to avoid.
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    def clear(self) -> None:
+        """Remove the files of a run that was there; all others stay.
+
+        Raises:
+            FailureError: when one cannot be removed.
+        """
+        try:
             for name in _FILES:
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
@@ -119,14 +145,14 @@ class RunFolder:
         """Write `value` to the file `name`."""
         replace_file(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
 
-    def read_text(self, name: str) -> str:
+    def read_bytes(self, name: str) -> bytes:
         """Return the content of the file `name`.
 
         Raises:
             UsageError: when there is no such file.
         """
         try:
-            return (self.path / name).read_text()
+            return (self.path / name).read_bytes()
         except OSError as error:
             raise UsageError(f"{self.path} is no run folder: {name}: {error.strerror}") from None
 

@@ -211,7 +211,7 @@ class TrainStep:
         """Go on from what `state_dict` returned.
 
         Raises:
-            FailureError: when it is of another model or of other options.
+            FailureError: when it is of another model.
         """
         load_weights(self.model, take_section(tensors, "model"), source)
         self.optimizer.load_state_dict(take_section(tensors, "optimizer"))

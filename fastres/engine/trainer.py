@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastres.config import Config
+from fastres.config import Config, changed_options
 from fastres.data.loaders import Batches, Loader, build_loader
 from fastres.data.plan import Augmentation
 from fastres.data.source import load_dataset, split_validation
@@ -323,6 +323,11 @@ class Trainer:
                 f"{self.last} was trained on other data ({meta.get('dataset')}) than "
                 f"{self.data.source} holds; pass its --data-dir"
             )
+        if changed := changed_options(meta["config"], self.config):
+            raise FailureError(
+                f"{self.last} is of a run with other options than its config.json names: "
+                f"{', '.join(changed)}"
+            )
         self.step.load_state_dict(tensors, self.last)
         self.progress = Progress(**meta["progress"])
         done = self.progress.step / self.steps_per_epoch
@@ -335,8 +340,12 @@ class Trainer:
     @contextmanager
     def _catching_signals(self) -> Iterator[None]:
         """Turn the first Ctrl-C or SIGTERM into a save after the step; a second one kills."""
+        trainer_process = os.getpid()
 
         def remember(number: int, _frame: object) -> None:
+            # Ctrl-C reaches the loader's workers too, which inherit this; they end with the loader.
+            if os.getpid() != trainer_process:
+                return
             self._signal = number
             signal.signal(number, signal.SIG_DFL)
             # The handler may interrupt the console in the middle of a line, so it writes past it.

@@ -125,10 +125,12 @@ def make_loader(
         An iterable of ((B, 3, 32, 32) float32 channels-last, (B,) int64) with a length in batches.
 
     Raises:
-        UsageError: for unknown names, a batch larger than the training set, sizes out of range.
+        UsageError: for unknown names, a batch larger than the training set, sizes out of range, a
+            device that is not here.
         FailureError: for data that cannot be read.
     """
-    data = load_dataset(dataset, data_dir) if isinstance(dataset, str) else dataset
+    target = _usable_device(device)
+    data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, data_dir)
     images = _choose_split(data, split, num_val, seed)
     training = split == "train"
     batches = Batches(
@@ -140,13 +142,24 @@ def make_loader(
         augmentation=(augmentation or Augmentation()) if training else NO_AUGMENTATION,
         training=training,
     )
-    target = torch.device(device)
     name: str = loader
     if loader == "auto":
         name, reason = choose_loader(target)
         if target.type == "cuda" and name != "dali":
             warnings.warn(reason, stacklevel=2)
     return build_loader(name, batches, target, epoch=epoch, workers=workers)
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UsageError(f"device must be 'cpu' or 'cuda', got {device!r}") from None
+    if target.type not in ("cpu", "cuda"):
+        raise UsageError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    if target.type == "cuda" and not (target.index or 0) < torch.cuda.device_count():
+        raise UsageError(f"device {device!r}: torch finds no such NVIDIA GPU here")
+    return target
 
 
 def _choose_split(data: Dataset, split: str, num_val: int | None, seed: int) -> ImageSet:

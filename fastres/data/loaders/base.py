@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +41,10 @@ class Batches:
     parts: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UsageError(f"batch size must be at least 1, got {self.batch_size}")
+        if not isinstance(self.batch_size, int | np.integer) or self.batch_size < 1:
+            raise UsageError(
+                f"batch size must be a whole number of at least 1, got {self.batch_size!r}"
+            )
         if self.training and self.batch_size > len(self.images):
             raise UsageError(
                 f"batch size {self.batch_size} is larger than the {len(self.images)} training "
