@@ -15,7 +15,8 @@ _PYTEST = ("pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", "-o", "addop
 # What breaks first when a kernel is wrong comes first.
 _TEST_ORDER = ("test_kernels_block", "test_fused", "test_fuse", "test_kernels", "test_step", "")
 _PARITY = ("test_kernels", "test_fuse", "test_step")
-_SUITE_START_S = 12
+# Of the time of a suite, for pytest to write its report after the last measurement.
+_SUITE_END_S = 6
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Part:
 
     def arguments(self, out: Path, seconds: float) -> list[str]:
         """Return the command with the files in `out` and the time of this run filled in."""
-        inner = max(0.5 * seconds, seconds - _SUITE_START_S)
+        inner = max(0.5 * seconds, seconds - _SUITE_END_S)
         words = [w.replace("{OUT}", str(out)) for w in self.command]
         words = [w.replace("{SECONDS}", f"{inner:.0f}") for w in words]
         if self.suite and seconds < _full_seconds(self.suite):

@@ -77,8 +77,6 @@ def _ceilings(result: "Roofline") -> "Table":
 
 
 def _convolutions(result: "Roofline") -> "Table":
-    from benchmarks.roofline import describe
-
     columns = ("shape", "layers", *(f"{op} GFLOP/s" for op in CONV_OPS), "all ms", "share of peak")
     table = _table(f"Convolutions alone: {result.case}", *columns)
     for conv in result.convs:
@@ -89,7 +87,7 @@ def _convolutions(result: "Roofline") -> "Table":
             cells.append(f"{work / median(times) / 1e9:,.0f}" if times else "none")
         seconds = conv.seconds()
         share = conv.count * len(conv.times) * work / seconds / result.arithmetic
-        row = (describe(conv.layer), str(conv.count), *cells, _ms(seconds), f"{100 * share:.0f} %")
+        row = (conv.layer.label, str(conv.count), *cells, _ms(seconds), f"{100 * share:.0f} %")
         table.add_row(*row)
     return table
 
