@@ -92,7 +92,9 @@ class _Runs:
         )
 
     def finish(self) -> dict[str, Any]:
-        """Return what the runs ended with."""
+        """Return what the runs ended with; nothing where none came to its end."""
+        if not self.summaries:
+            return {}
         last = self.summaries[-1]
         return {
             "case": f"{self.goal:g} % on {last['dataset']}, {last['train_images']} images, "
@@ -134,7 +136,9 @@ class _WholeRun:
         return self.summaries[-1]["train_seconds"]
 
     def finish(self) -> dict[str, Any]:
-        """Return what else the runs measured."""
+        """Return what else the runs measured; nothing where none came to its end."""
+        if not self.summaries:
+            return {}
         last = self.summaries[-1]
         peak_mib = max(summary["peak_memory_mib"] for summary in self.summaries)
         return {

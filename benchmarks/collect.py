@@ -181,7 +181,10 @@ def _collect_runs(what: str, folders: Sequence[Path]) -> Path:
 
 
 def _collect_benchmarks(what: str, path: Path) -> Path:
-    rows, certificate = rows_of_report(json.loads(path.read_text()))
+    report = json.loads(path.read_text())
+    if not isinstance(report, dict) or not {"benchmarks", "certificate"} <= report.keys():
+        raise ValueError(f"{path} is no report of these suites")
+    rows, certificate = rows_of_report(report)
     if not rows:
         raise ValueError(f"{path} holds no benchmark that ended well")
     return write_results(what, rows, certificate)
@@ -191,7 +194,7 @@ def _collect_proof(folder: Path) -> list[Path]:
     """Take over every file of rows, in new files under the same names."""
     found = sorted(folder.glob("*.csv"))
     if not found:
-        raise ValueError(f"{folder} holds no rows")
+        raise ValueError(f"{folder} is no folder with rows")
     written = []
     for path in found:
         # <what>_<machine>_<dtype>_<torch>_<date>; only `what` may hold the separator.
@@ -221,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             paths = _collect_proof(options.folder)
     except KeyError as error:
-        print(f"error: what should be collected lacks the entry {error}", file=sys.stderr)
+        print(f"error: a run lacks the entry {error}: other versions wrote it", file=sys.stderr)
         return 2
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -140,7 +140,7 @@ def measure(config: "Config", seconds: float) -> Roofline:
     samples["step"] = timing.wall_sample(step, device)
     for sample in samples.values():
         sample()
-    times = timing.interleave(samples, seconds, min_rounds=5, max_rounds=15)
+    times = timing.interleave(samples, seconds, min_rounds=5, max_rounds=15, limit_s=1.5 * seconds)
     for conv in convs:
         for op in ceilings.CONV_OPS:
             if f"{op} {conv.layer.name}" in times:
@@ -257,6 +257,10 @@ def _run(argv: Sequence[str]) -> int:
             loader="resident",
         )
     )
+    if options.seconds <= 0:
+        raise UsageError(f"--seconds must be more than 0, got {options.seconds:g}")
+    if options.results and not options.results.is_dir():
+        raise UsageError(f"--results must be a folder, got {options.results}")
     if options.out and options.out.suffix.lower() != ".png":
         raise UsageError(f"--out must be a .png file, got {options.out}")
     result = measure(config, options.seconds)

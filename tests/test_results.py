@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from benchmarks import collect, plots, report, tables
+from benchmarks import collect, kernel_card, plots, report, tables
 from benchmarks.rows import (
     RESULTS,
     Row,
@@ -187,12 +187,22 @@ def test_whole_runs_have_mean_and_deviation_and_what_else_they_measured():
     assert rows["resident_memory"].median == 1024
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", "no JSON"])
+def test_what_is_no_report_is_refused(tmp_path, capsys, text):
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    assert collect.main(["benchmarks", "x", str(path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert kernel_card.main(["collect", str(path)]) == 2
+    assert f"error: {path}: " in capsys.readouterr().err
+
+
 def test_the_rows_of_a_proof_are_taken_over(tmp_path, monkeypatch, capsys):
     proof, results = tmp_path / "proof", tmp_path / "results"
     proof.mkdir(), results.mkdir()
     monkeypatch.setattr(collect, "write_results", partial(write_results, folder=results))
     assert collect.main(["proof", str(proof)]) == 2
-    assert f"{proof} holds no rows" in capsys.readouterr().err
+    assert f"{proof} is no folder with rows" in capsys.readouterr().err
     path = write_results("bench_step", [speed("eager", 1)], born(), proof)
     for _ in range(2):
         assert collect.main(["proof", str(proof)]) == 0
