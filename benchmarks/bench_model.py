@@ -3,7 +3,7 @@
 `bench_ladder` is the comparison that a user would make: every provider is a process that trains on
 real batches from its own loader, as it would be started by hand, and all of them take turns. The
 peers read $FASTRES_DATA with torchvision. `pytest benchmarks/ -k cpu` repeats it on a CPU; there
-torch.compile has a ladder of its own, `-k compiled`, for the minutes that it compiles.
+torch.compile has a ladder of its own, `-m slow`, for the minutes that it compiles.
 
 `bench_step`, `bench_inference` and the curves take a fixed batch through one process, so that the
 network alone is compared; the allocator is set as `--fast` sets it, for all of them.
@@ -46,12 +46,18 @@ _THREADS = sorted({1, 2, machine.usable_cores()})
 _COMPILED = {("resnet20", 512), ("resnet18", 512), ("resnet50", 256)} if ON_GPU else set()
 
 
+def _choice(case: LadderCase) -> list[pytest.MarkDecorator]:
+    """The marks that decide when a ladder is measured."""
+    if case.quick:
+        return [pytest.mark.quick]
+    return [pytest.mark.full, *([pytest.mark.slow] if case.slow else [])]
+
+
 def _ladder_params() -> list:
     """Every provider of every ladder; --quick has a ladder of its own, the smallest."""
     params = []
     for case in CASES:
-        marks = [pytest.mark.share(case.seconds)]
-        marks.append(pytest.mark.quick if case.quick else pytest.mark.full)
+        marks = [pytest.mark.share(case.seconds), *_choice(case)]
         params += [
             pytest.param(case, provider, id=f"{case.name}-{provider}", marks=marks)
             for provider in case.providers

@@ -2,7 +2,8 @@
 
 pytest benchmarks/                        everything that this machine can do
 pytest benchmarks/ --quick                the same in a minute, on small cases
-pytest benchmarks/ -k cpu                 the CPU ladder
+pytest benchmarks/ -k cpu                 the CPU ladder, in three minutes
+pytest benchmarks/ -m slow                the CPU ladder with torch.compile
 pytest benchmarks/ --benchmark-json F     keep the times; `benchmarks.collect` makes rows of F
 """
 

@@ -23,6 +23,8 @@ __all__ = ["Lab", "Measured", "Prepared", "Started"]
 # paid once: the first import, the first compilation.
 _OVERDRAFT = 2.0
 _ONCE_S = 5.0
+# A group that would get less than this part of what it wants is left out.
+_WORTHWHILE = 0.1
 
 
 @dataclass
@@ -103,6 +105,7 @@ class Lab:
             left = max(0.0, self._deadline - time.perf_counter())
             share = left * wanted / wanted_by_all
             share = share if self._stretch else min(wanted, share)
+            share = share if share >= _WORTHWHILE * wanted else 0.0
             with started(providers if share else []):
                 self.results[key] = _measure_group(providers, prepare, share)
         return self.results[key]
@@ -144,7 +147,8 @@ def _measure_group(
             share - spent,
             min_rounds=min(3, most),
             max_rounds=most,
-            limit_s=limit - spent,
+            # Short rounds are worth their number even where preparing has taken all.
+            limit_s=max(limit - spent, _ONCE_S),
             every={name: provider.every for name, provider in ready.items()},
         )
     except Exception as error:

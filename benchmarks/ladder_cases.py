@@ -34,6 +34,7 @@ class LadderCase:
         seconds: that it wants of the budget, starting the processes included.
         providers: who takes part.
         quick: whether it belongs to --quick, and to nothing else.
+        slow: whether it is measured by `-m slow` alone.
     """
 
     name: str
@@ -44,11 +45,12 @@ class LadderCase:
     seconds: float
     providers: tuple[str, ...]
     quick: bool = False
+    slow: bool = False
 
     @property
     def words(self) -> str:
         """The case of its rows, without the data."""
-        compiled = ", torch.compile" if self.name.startswith("compiled") else ""
+        compiled = ", torch.compile" if self.slow else ""
         return f"{self.device} {self.model} batch {self.batch_size}{compiled}"
 
     def command(self, provider: str, data_dir: str | None) -> tuple[str, list[str]]:
@@ -64,8 +66,8 @@ class LadderCase:
         return "benchmarks.ladder_worker", ["--rung", provider, *words]
 
 
-# A CPU compiles ResNet-20 for a minute, so torch.compile has a ladder of its own there: the one
-# beside it is repeated in three minutes. A step of ResNet-18 takes a CPU a second, so few climb it.
+# A CPU compiles ResNet-20 for a minute: torch.compile has a ladder of its own there, and the other
+# is repeated in three minutes. A step of ResNet-18 takes a CPU a second, so few climb it.
 CASES = (
     LadderCase(
         "cpu resnet20", "cpu", "resnet20", 128, 4, 60, tuple(p for p in _ALL if p not in _COMPILED)
@@ -75,7 +77,8 @@ CASES = (
         ("peer_fp32", "channels_last", "amp", "fused", "fast"),
     ),
     LadderCase(
-        "compiled resnet20", "cpu", "resnet20", 128, 4, 75, ("peer_fp32", "amp", *_COMPILED, "fast")
+        "compiled resnet20", "cpu", "resnet20", 128, 4, 180,
+        ("peer_fp32", "amp", *_COMPILED, "fast"), slow=True,
     ),
     LadderCase("cuda resnet20", "cuda", "resnet20", 512, 40, 45, _ALL),
     LadderCase("cuda resnet18", "cuda", "resnet18", 256, 20, 45, _ALL),

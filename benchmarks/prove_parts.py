@@ -99,7 +99,7 @@ def _test_files(tests: Path) -> tuple[list[Path], tuple[str, ...]]:
 
 def _suite(suite: str, weight: float, least: float) -> Part:
     files = (f"benchmarks/bench_{suite}.py", "--benchmark-json", f"{{OUT}}/bench_{suite}.json")
-    command = (*_PYTEST, *files, "--budget", "{SECONDS}")
+    command = (*_PYTEST, "-m", "not slow", *files, "--budget", "{SECONDS}")
     return Part(suite, command, weight, least, needs=("pytest_benchmark",), suite=suite)
 
 

@@ -42,7 +42,7 @@ def small(name: str) -> op_cases.OpCase:
 def test_a_quick_suite_ends_and_becomes_rows(tmp_path):
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_ops.py", "--quick"]
-    command += ["-k", "conv_bn_folded", "--budget", "20", f"--benchmark-json={report}"]
+    command += ["-k", "conv_bn_folded", "--budget", "40", f"--benchmark-json={report}"]
     env = os.environ | {"TRITON_INTERPRET": "0"}
     # pytest-benchmark measures nothing in a process that believes to be one of xdist's workers.
     env.pop("PYTEST_XDIST_WORKER", None)
@@ -143,21 +143,25 @@ def test_a_provider_that_fails_leaves_the_others_their_times():
 
 
 def test_a_group_beyond_the_budget_is_left_out_with_its_reason():
-    lab = Lab(0.05, {"first": (1.0, ["a"]), "second": (1.0, ["a"])})
-    time.sleep(0.06)
+    # A tenth of what it wants is the least that a group begins with.
+    lab = Lab(0.15, {"first": (1.0, ["a"]), "second": (1.0, ["a"])})
     left_out = lab.measure("first", lambda name: Prepared(lambda: 1.0))["a"]
     assert isinstance(left_out, ladder.Unavailable)
     assert "no time left" in str(left_out)
 
 
 def test_a_group_over_its_share_has_its_pair_and_leaves_out_the_rest(monkeypatch):
-    monkeypatch.setattr("benchmarks.lab._ONCE_S", 0.0)
+    monkeypatch.setattr("benchmarks.lab._ONCE_S", 0.05)
+
+    def slow():
+        time.sleep(0.1)
+        return 0.1
 
     def prepare(name):
-        time.sleep(0.1)
-        return Prepared(lambda: 1.0)
+        slow()
+        return Prepared(slow)
 
-    results = Lab(0.02, {"group": (1.0, ["a", "b", "c"])}).measure("group", prepare)
+    results = Lab(0.02, {"group": (0.1, ["a", "b", "c"])}).measure("group", prepare)
     assert [type(result) for result in results.values()] == [ladder.Unavailable, Measured, Measured]
     assert len(results["a"].seconds) == 1
 
