@@ -160,7 +160,8 @@ def _draw_roof(axes: Any, result: "Roofline") -> None:
     axes.plot(*zip(*sorted(roof), strict=True), color="k", linewidth=1.2)
     for op, style in _OP_STYLES.items():
         axes.plot([], [], linestyle="none", label=op, **style)
-    axes.legend(loc="lower right", title="convolutions alone")
+    # Nothing can stand above the roof.
+    axes.legend(loc="upper left", title="convolutions alone")
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s", xlim=span)
     axes.set_title(
         f"roof: {result.bandwidth / 1e9:,.0f} GB/s, {result.arithmetic / 1e9:,.0f} GFLOP/s",
