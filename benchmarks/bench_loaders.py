@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import fastres
-from benchmarks.bench_model import FAST_STEPS, data_words, load_data
 from benchmarks.lab import Prepared
 from benchmarks.ladder import Unavailable, here
+from benchmarks.ladder_cases import data_words, load_data
 from benchmarks.rounds import Fleet
 from benchmarks.timing import wall_sample
 from fastres.data.dataset import Dataset, ImageSet
@@ -27,6 +27,8 @@ from fastres.data.loaders import Loader, dali_missing
 DEVICE = here()
 LOADERS = ("torchvision", "torch", "resident", "dali", "dali_gpu")
 BATCH_SIZE = 256
+# Batch size and steps a round of the ResNet-20 that trains behind a loader: those of its ladder.
+_FAST_STEPS = {"cpu": (128, 4), "cuda": (512, 40)}[DEVICE.type]
 # Images of an epoch; torchvision's takes longer an image, most of all from files.
 _EPOCH = {"torchvision": 10 * BATCH_SIZE, "fastres": 40 * BATCH_SIZE}
 # DALI computes in another order than torch: float32 values of about 1, a few roundings apart.
@@ -120,13 +122,13 @@ def _training_command(data_dir: str | None, loader: str) -> tuple[str, list[str]
     if loader == "dali" and DEVICE.type == "cuda":
         raise Unavailable("beside a GPU that trains DALI runs on the GPU")
     words = ["--rung", "fast", "--loader", loader.removesuffix("_gpu")]
-    words += data_words(DEVICE.type, "resnet20", *FAST_STEPS, data_dir)
+    words += data_words(DEVICE.type, "resnet20", *_FAST_STEPS, data_dir)
     return "benchmarks.ladder_worker", words
 
 
 def _prepare_training(fleet: Fleet, data: str, loader: str) -> Prepared:
     worker = fleet.worker(loader)
-    batch_size, steps = FAST_STEPS
+    batch_size, steps = _FAST_STEPS
     info = {
         "suite": "loaders",
         "case": f"while ResNet-20 trains, batch {batch_size}, {data}",
@@ -146,7 +148,7 @@ def bench_while_training(measure, data_dir, provider):
 
     What a step takes beyond that of `none` it has waited for its loader, or lost to it.
     """
-    fleet = Fleet(functools.partial(_training_command, data_dir), FAST_STEPS[1])
+    fleet = Fleet(functools.partial(_training_command, data_dir), _FAST_STEPS[1])
     measure(
         functools.partial(_prepare_training, fleet, load_data(data_dir).name), "none", fleet.started
     )

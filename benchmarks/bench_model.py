@@ -2,12 +2,14 @@
 
 `bench_ladder` is the comparison that a user would make: every provider is a process that trains on
 real batches from its own loader, as it would be started by hand, and all of them take turns. The
-peers read $FASTRES_DATA with torchvision. `pytest benchmarks/ -k cpu` repeats it on a CPU.
+peers read $FASTRES_DATA with torchvision. `pytest benchmarks/ -k cpu` repeats it on a CPU; there
+torch.compile has a ladder of its own, `-m slow`, for the minutes that it compiles.
 
 `bench_step`, `bench_inference` and the curves take a fixed batch through one process, so that the
 network alone is compared; the allocator is set as `--fast` sets it, for all of them.
 """
 
+import dataclasses
 import functools
 
 import pytest
@@ -17,33 +19,15 @@ from torch import Tensor
 import fastres
 from benchmarks import ladder, referee
 from benchmarks.lab import Prepared
-from benchmarks.ladder import Unavailable, here, low_precision, why_not
+from benchmarks.ladder import Unavailable, here
+from benchmarks.ladder_cases import CASES, OFTEN, LadderCase, load_data
 from benchmarks.rounds import Fleet
 from benchmarks.timing import peak_bytes, wall_sample
-from fastres.data.dataset import Dataset
 from fastres.engine import machine
 from fastres.model.summary import summarize
 
 DEVICE = here()
 ON_GPU = DEVICE.type == "cuda"
-PEERS = {
-    "peer_fp32": "benchmarks.peers.eager_fp32",
-    "peer_amp": "benchmarks.peers.eager_amp",
-    "peer_compiled": "benchmarks.peers.compiled",
-}
-_QUICK_LADDER = ("peer_fp32", "fast")
-# Each process takes seconds to start and a step of ResNet-18 seconds on a CPU.
-_SHORT_LADDER = ("peer_fp32", "channels_last", "amp", "fused", "fast")
-LADDER = (*PEERS, *ladder.RUNGS)
-# (device, network): batch size, steps a round, seconds of the budget.
-_LADDERS = {
-    ("cpu", "resnet20"): (128, 4, 80.0),
-    ("cpu", "resnet18"): (64, 1, 45.0),
-    ("cuda", "resnet20"): (512, 40, 45.0),
-    ("cuda", "resnet18"): (256, 20, 45.0),
-}
-# Batch size and steps a round of ResNet-20 where loaders are measured beside it.
-FAST_STEPS = _LADDERS[DEVICE.type, "resnet20"][:2]
 _STEP_BATCHES = {
     "cpu": {"resnet20": (32, 128), "resnet18": (16,), "resnet50": (4,)},
     "cuda": {"resnet20": (128, 512, 1024), "resnet18": (128, 512), "resnet50": (128, 256)},
@@ -57,56 +41,28 @@ _CURVE_DEPTHS = (20, 32, 44, 56, 110)
 _DEPTH_BATCH = 512 if ON_GPU else 16
 _CURVE_RUNGS = ["eager", "amp", "graph", "fast"]
 _STEP_S = 6.0
+_THREADS = sorted({1, 2, machine.usable_cores()})
 # Compiling a network takes up to a minute, on top of every other rung.
 _COMPILED = {("resnet20", 512), ("resnet18", 512), ("resnet50", 256)} if ON_GPU else set()
 
 
+def _choice(case: LadderCase) -> list[pytest.MarkDecorator]:
+    """The marks that decide when a ladder is measured."""
+    if case.quick:
+        return [pytest.mark.quick]
+    return [pytest.mark.full, *([pytest.mark.slow] if case.slow else [])]
+
+
 def _ladder_params() -> list:
-    """One ladder a device and network; the one of the quick run is the smallest."""
+    """Every provider of every ladder; --quick has a ladder of its own, the smallest."""
     params = []
-    for (device, model), (batch, steps, seconds) in _LADDERS.items():
-        marks = [pytest.mark.share(seconds), pytest.mark.full]
-        params.append(
-            pytest.param(device, model, batch, steps, id=f"{device} {model}", marks=marks)
-        )
-    marks = [pytest.mark.share(10.0)]
-    params.append(pytest.param(DEVICE.type, "resnet8", 64, 2, id="resnet8", marks=marks))
+    for case in CASES:
+        marks = [pytest.mark.share(case.seconds), *_choice(case)]
+        params += [
+            pytest.param(case, provider, id=f"{case.name}-{provider}", marks=marks)
+            for provider in case.providers
+        ]
     return params
-
-
-def data_words(
-    device: str, model: str, batch_size: int, steps: int, data_dir: str | None
-) -> list[str]:
-    """The command line that every provider of a ladder understands."""
-    words = ["--device", device, "--model", model, "--batch-size", str(batch_size)]
-    words += ["--rounds", str(steps)]
-    return [*words, "--data-dir", data_dir] if data_dir else words
-
-
-@functools.lru_cache(maxsize=1)
-def load_data(data_dir: str | None) -> Dataset:
-    """The dataset of all suites: that in `data_dir`, or the synthetic one."""
-    return fastres.load_dataset("auto" if data_dir else "synthetic", data_dir)
-
-
-def _refuse(provider: str, device: str, model: str) -> None:
-    """Raise Unavailable where a provider of a ladder cannot be had."""
-    if model == "resnet8" and provider not in _QUICK_LADDER:
-        raise Unavailable("the quick ladder has two rungs")
-    if (device, model) == ("cpu", "resnet18") and provider not in _SHORT_LADDER:
-        raise Unavailable("the ladder of ResNet-18 is short on a CPU, for the time that it takes")
-    if provider == "peer_compiled":
-        reason = why_not("compile", torch.device(device))
-        if reason:
-            raise Unavailable(reason)
-    if device == "cuda" and not ON_GPU:
-        raise Unavailable("needs an NVIDIA GPU")
-    if device == "cpu" and ON_GPU:
-        raise Unavailable("hide the GPU with CUDA_VISIBLE_DEVICES= to see the CPU's ladder")
-    if provider in ladder.RUNGS:
-        ladder.make_config(provider, torch.device(device))
-    elif provider != "peer_fp32" and device == "cpu":
-        low_precision(torch.device(device))
 
 
 @functools.lru_cache(maxsize=4)
@@ -121,35 +77,29 @@ def _reference_loss(model: str, batch_size: int) -> float:
 class _Ladder:
     """The providers of one ladder, a process each."""
 
-    def __init__(self, device: str, model: str, batch_size: int, steps: int, data_dir: str | None):
-        self.device, self.model, self.batch_size, self.steps = device, model, batch_size, steps
-        self.words = data_words(device, model, batch_size, steps, data_dir)
-        self.fleet = Fleet(self._command, steps)
+    def __init__(self, case: LadderCase, data_dir: str | None):
+        self.case = case
+        self.fleet = Fleet(lambda provider: case.command(provider, data_dir), case.steps)
         self.data = load_data(data_dir).name
-
-    def _command(self, provider: str) -> tuple[str, list[str]]:
-        _refuse(provider, self.device, self.model)
-        if provider in PEERS:
-            return PEERS[provider], self.words
-        return "benchmarks.ladder_worker", ["--rung", provider, *self.words]
 
     def prepare(self, provider: str) -> Prepared:
         """Wait for a provider and compare the loss of its first step."""
         worker = self.fleet.worker(provider)
-        truth, loss = _reference_loss(self.model, self.batch_size), worker.hello["loss"]
+        case = self.case
+        truth, loss = _reference_loss(case.model, case.batch_size), worker.hello["loss"]
         if not abs(loss - truth) <= referee.LOSS_BOUND * truth:
             raise AssertionError(f"{provider}: first loss {loss:.5f}, the reference's {truth:.5f}")
         info = {
             "suite": "ladder",
-            "case": f"{self.device} {self.model} batch {self.batch_size}, {self.data}",
-            "images": self.batch_size,
-            "flops": self.batch_size * _flops(self.model, training=True),
+            "case": f"{case.words}, {self.data}",
+            "images": case.batch_size,
+            "flops": case.batch_size * _flops(case.model, training=True),
             "dtype": worker.hello["dtype"],
-            "clock": f"wall clock, {self.steps} steps a round with their loader, own process",
+            "clock": f"wall clock, {case.steps} steps a round with their loader, own process",
             "data": worker.hello["data"],
             "choices": worker.hello.get("choices", {}),
         }
-        return Prepared(worker.sample, info, worker.close)
+        return Prepared(worker.sample, info, worker.close, every=1 if provider in OFTEN else 3)
 
 
 @functools.lru_cache
@@ -158,11 +108,10 @@ def _flops(model: str, *, training: bool) -> int:
     return summary.training_flops if training else summary.forward_flops
 
 
-@pytest.mark.parametrize("provider", LADDER)
-@pytest.mark.parametrize(("device", "model", "batch_size", "steps"), _ladder_params())
-def bench_ladder(measure, data_dir, device, model, batch_size, steps, provider):
+@pytest.mark.parametrize(("case", "provider"), _ladder_params())
+def bench_ladder(measure, data_dir, case, provider):
     """Training with data flowing, against the scripts that people write."""
-    group = _Ladder(device, model, batch_size, steps, data_dir)
+    group = _Ladder(case, data_dir)
     measure(group.prepare, "peer_fp32", group.fleet.started)
 
 
@@ -259,6 +208,31 @@ def bench_depth_curve(measure, depth, provider):
     """What an image costs as the network deepens, from 20 to 110 layers."""
     prepare = functools.partial(_prepare_step, "depth curve", f"resnet{depth}", _DEPTH_BATCH)
     measure(prepare, "eager")
+
+
+def _prepare_threads(provider: str) -> Prepared:
+    if ON_GPU:
+        raise Unavailable("beside a GPU the CPU's threads do not compute the step")
+    prepared = _prepare_step("threads", "resnet20", 128, "fast")
+    timed, count = prepared.sample, int(provider.removeprefix("threads_"))
+
+    def sample() -> float:
+        torch.set_num_threads(count)
+        return timed()
+
+    def finish() -> dict:
+        torch.set_num_threads(machine.usable_cores())
+        return {}
+
+    return dataclasses.replace(prepared, sample=sample, finish=finish)
+
+
+@pytest.mark.full
+@pytest.mark.share(4.0)
+@pytest.mark.parametrize("provider", [f"threads_{count}" for count in _THREADS])
+def bench_threads(measure, provider):
+    """How the fast step of ResNet-20 scales over the cores of a CPU."""
+    measure(_prepare_threads, "threads_1")
 
 
 @functools.lru_cache(maxsize=1)

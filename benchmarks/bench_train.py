@@ -1,4 +1,4 @@
-"""Whole runs from the outside: time to a stated accuracy, start-up, compilation.
+"""Whole runs from the outside: time to accuracy, evaluation, memory, start-up, compilation.
 
 Every measurement is a process started as a user starts it, with the time until it has done what is
 asked for. Seeds take turns between the routes. Time to accuracy trains on $FASTRES_DATA where that
@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.bench_model import data_words
 from benchmarks.lab import Prepared
 from benchmarks.ladder import Unavailable, here, why_not
+from benchmarks.ladder_cases import data_words, load_data
 from benchmarks.rounds import Worker
 
 DEVICE = here()
@@ -54,6 +54,19 @@ def _run(words: list[str], **options: Any) -> str:
     return done.stdout
 
 
+def _source(data_dir: str | None) -> list[str]:
+    return ["--data-dir", data_dir] if data_dir else ["--dataset", "synthetic"]
+
+
+def _train(words: list[str]) -> dict[str, Any]:
+    """Train in a process of its own and return the run's summary, with its epochs as `rows`."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        printed = _run(["-m", "fastres.train", *words, "--json", "--out", str(out)])
+        with (out / "metrics.csv").open(newline="") as stream:
+            return json.loads(printed) | {"rows": list(csv.DictReader(stream))}
+
+
 class _Runs:
     """Whole training runs, one seed after the other, and how long each took to the goal."""
 
@@ -61,22 +74,16 @@ class _Runs:
         kind = "files" if data_dir else "synthetic"
         self.goal, self.options = _GOALS[kind, DEVICE.type]
         self.provider = provider
-        self.source = ["--data-dir", data_dir] if data_dir else ["--dataset", "synthetic"]
+        self.source = _source(data_dir)
         self.seeds = itertools.count()
         self.summaries: list[dict[str, Any]] = []
 
     def sample(self) -> float:
         """Train the next seed and return the seconds of training until it reached the goal."""
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "run"
-            words = ["-m", "fastres.train", *self.source, *self.options, "--json"]
-            words += ["--seed", str(next(self.seeds)), "--out", str(out)]
-            words += ["--fast"] if self.provider == "fast" else []
-            summary = json.loads(_run(words))
-            with (out / "metrics.csv").open(newline="") as stream:
-                rows = list(csv.DictReader(stream))
+        words = [*self.source, *self.options, "--seed", str(next(self.seeds))]
+        summary = _train([*words, *(["--fast"] if self.provider == "fast" else [])])
         self.summaries.append(summary)
-        for row in rows:
+        for row in summary["rows"]:
             if float(row["test_accuracy"]) >= self.goal:
                 return float(row["train_seconds"])
         raise AssertionError(
@@ -85,7 +92,9 @@ class _Runs:
         )
 
     def finish(self) -> dict[str, Any]:
-        """Return what the runs ended with."""
+        """Return what the runs ended with; nothing where none came to its end."""
+        if not self.summaries:
+            return {}
         last = self.summaries[-1]
         return {
             "case": f"{self.goal:g} % on {last['dataset']}, {last['train_images']} images, "
@@ -113,6 +122,49 @@ def bench_time_to_accuracy(measure, data_dir, quick, provider):
     measure(functools.partial(_prepare_accuracy, data_dir, quick), "eager")
 
 
+class _WholeRun:
+    """Short runs of ResNet-20 in large batches: training, evaluation, memory."""
+
+    def __init__(self, data_dir: str | None):
+        self.words = [*_source(data_dir), "--fast", "--recipe", "standard", "--batch-size", "512"]
+        self.words += ["--limit-train", "5120", "--epochs", "1"]
+        self.summaries: list[dict[str, Any]] = []
+
+    def sample(self) -> float:
+        """Run once and return the seconds of training."""
+        self.summaries.append(_train(self.words))
+        return self.summaries[-1]["train_seconds"]
+
+    def finish(self) -> dict[str, Any]:
+        """Return what else the runs measured; nothing where none came to its end."""
+        if not self.summaries:
+            return {}
+        last = self.summaries[-1]
+        peak_mib = max(summary["peak_memory_mib"] for summary in self.summaries)
+        return {
+            "case": f"{last['model']} batch {last['batch_size']}, {last['train_images']} images "
+            f"trained, {last['test_images']} evaluated, {last['dataset']}",
+            "dtype": last["precision"],
+            "images": last["train_images"],
+            "evaluation_rates": [s["evaluation_images_per_second"] for s in self.summaries],
+            "resident_bytes": peak_mib * 2**20,
+        }
+
+
+def _prepare_whole_run(data_dir: str | None, provider: str) -> Prepared:
+    runs = _WholeRun(data_dir)
+    info = {"suite": "whole run", "clock": "training time of an epoch, own process"}
+    return Prepared(runs.sample, info, runs.finish, warm=False, rounds=3)
+
+
+@pytest.mark.full
+@pytest.mark.share(30.0)
+@pytest.mark.parametrize("provider", ["fast"])
+def bench_whole_run(measure, data_dir, provider):
+    """An epoch of ResNet-20 at batch 512 and its evaluation: both rates, and resident memory."""
+    measure(functools.partial(_prepare_whole_run, data_dir), "fast")
+
+
 _COMMANDS = {
     "import_torch": ["-c", "import torch"],
     "import_fastres": ["-c", "import fastres"],
@@ -120,30 +172,30 @@ _COMMANDS = {
 }
 
 
-def _first_step(fast: bool) -> float:
-    """Seconds from the start of a training process to the end of its first step, as it says."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["-m", "fastres.train", "--dataset", "synthetic", "--model", "resnet20"]
-        words += ["--limit-train", "128", "--epochs", "1", "--batch-size", "128"]
-        words += ["--json", "--out", f"{folder}/run", *(["--fast"] if fast else [])]
-        seconds = json.loads(_run(words))["first_step_seconds"]
+def _first_step(data_dir: str | None, *, fast: bool) -> float:
+    """Seconds from the start of a training process to the end of its first step, as it says.
+
+    The data have been read before, so that they come from the cache.
+    """
+    words = [*_source(data_dir), "--model", "resnet20", "--limit-train", "128", "--epochs", "1"]
+    seconds = _train([*words, *(["--fast"] if fast else [])])["first_step_seconds"]
     if seconds is None:
         raise Unavailable("this system does not tell when a process was started")
     return seconds
 
 
-def _prepare_start_up(quick: bool, provider: str) -> Prepared:
+def _prepare_start_up(data_dir: str | None, quick: bool, provider: str) -> Prepared:
     if quick and provider.startswith("first_step"):
         raise Unavailable("--quick leaves out what starts a training")
 
     def sample() -> float:
         if provider.startswith("first_step"):
-            return _first_step(provider == "first_step_fast")
+            return _first_step(data_dir, fast=provider == "first_step_fast")
         started = time.perf_counter()
         _run(_COMMANDS[provider])
         return time.perf_counter() - started
 
-    what = "seconds from the start of the process"
+    what = f"from the start of the process, cached data: {load_data(data_dir).name}"
     info = {"suite": "start-up", "case": what, "dtype": "any", "clock": "wall clock"}
     return Prepared(sample, info, warm=False, rounds=1 if quick else 3)
 
@@ -152,9 +204,9 @@ def _prepare_start_up(quick: bool, provider: str) -> Prepared:
 @pytest.mark.parametrize(
     "provider", ["import_torch", "import_fastres", "help", "first_step", "first_step_fast"]
 )
-def bench_start_up(measure, quick, provider):
+def bench_start_up(measure, data_dir, quick, provider):
     """From pressing enter to: torch imported, help printed, first training step done."""
-    measure(functools.partial(_prepare_start_up, quick), "import_torch")
+    measure(functools.partial(_prepare_start_up, data_dir, quick), "import_torch")
 
 
 def _prepare_compile(folder: Path, provider: str) -> Prepared:

@@ -17,6 +17,7 @@ from benchmarks.compare import ROOT, run_suite
 from benchmarks.rows import RESULTS, Row, machine_key, newest, read_results
 from benchmarks.tables import HIGHER_IS_BETTER, LOWER_IS_BETTER, Result, machine_label
 from fastres.cli import guarded
+from fastres.errors import UsageError
 
 __all__ = ["Verdict", "judge", "main"]
 
@@ -66,6 +67,8 @@ def _run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of recorded rows")
     options, suite = parser.parse_known_args(argv)
+    if not options.results.is_dir():
+        raise UsageError(f"--results must be a folder, got {options.results}")
     if not any(argument.startswith("benchmarks") for argument in suite):
         suite = ["benchmarks/", *suite]
     rows, certificate = rows_of_report(run_suite(ROOT, suite))

@@ -1,7 +1,8 @@
 """Turn measurements into results.
 
 `python -m benchmarks.collect runs WHAT RUN [RUN ...]` takes finished runs,
-`python -m benchmarks.collect benchmarks WHAT FILE.json` a report of pytest --benchmark-json.
+`python -m benchmarks.collect benchmarks WHAT FILE.json` a report of pytest --benchmark-json,
+`python -m benchmarks.collect proof DIR` every row of a proof, see benchmarks.prove.
 
 Runs that differ in nothing but seed and route become one row a metric with n measurements.
 """
@@ -12,6 +13,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from benchmarks.rows import (
     Row,
     machine_key,
     newest,
+    read_file,
     read_results,
     summarize,
     write_results,
@@ -32,6 +35,8 @@ _METRICS = {
     "test_loss": "nats",
     "train_seconds": "s",
     "images_per_second": "images/s",
+    "evaluation_images_per_second": "images/s",
+    "peak_memory_mib": "MiB",
 }
 
 
@@ -63,7 +68,7 @@ def rows_of(summaries: Sequence[dict[str, Any]]) -> list[Row]:
 # Operations/s by dtype and bytes/s that a machine was measured to reach at most.
 Ceilings = tuple[dict[str, float], float]
 
-_WHOLE_RUNS = ("accuracy", "start-up", "compile")
+_WHOLE_RUNS = ("accuracy", "whole run", "start-up", "compile")
 _RATES = (
     ("images", "images_per_second", "images/s", 1),
     ("bytes", "bandwidth", "GB/s", 1e9),
@@ -122,8 +127,8 @@ def _rows_of(benchmark: dict[str, Any], ceilings: Ceilings | None) -> Iterator[R
     if info["suite"] in _WHOLE_RUNS:
         yield row("seconds", "s", lambda s: s)
         if len(seconds) > 1:
-            yield amount("seconds_mean", "s", statistics.mean(seconds))
-            yield amount("seconds_sd", "s", statistics.stdev(seconds))
+            yield replace(amount("seconds_mean", "s", statistics.mean(seconds)), n=len(seconds))
+            yield replace(amount("seconds_sd", "s", statistics.stdev(seconds)), n=len(seconds))
     else:
         yield row("time", "ms", lambda s: 1e3 * s)
     for key, metric, unit, scale in _RATES:
@@ -132,14 +137,23 @@ def _rows_of(benchmark: dict[str, Any], ceilings: Ceilings | None) -> Iterator[R
     floor = _floor(info, ceilings)
     if floor:
         yield row("roofline_share", "%", lambda s: 100 * floor / s)
-    if info.get("waits") and "baseline_seconds" in info:
-        base = info["baseline_seconds"]
+    base = info.get("baseline_seconds")
+    if base and info.get("waits"):
         yield row("loader_share", "%", lambda s: 100 * (1 - base / s))
+    if base and info["provider"].startswith("first_step"):
+        yield row("import_share", "%", lambda s: 100 * base / s)
+    if "evaluation_rates" in info:
+        rates = info["evaluation_rates"]
+        yield amount("evaluation_images_per_second", "images/s", *rates)
+        training = (info["images"] / s for s in seconds)
+        ratios = (rate / own for rate, own in zip(rates, training, strict=True))
+        yield amount("evaluation_over_training", "x", *ratios)
     for key, metric in (("peak_bytes", "peak_memory"), ("resident_bytes", "resident_memory")):
         if key in info:
             yield amount(metric, "MiB", info[key] / 2**20)
     if info.get("test_accuracy"):
         yield amount("test_accuracy", "%", *info["test_accuracy"])
+        yield amount("train_seconds", "s", *info["train_seconds"])
 
 
 def _floor(info: dict[str, Any], ceilings: Ceilings | None) -> float | None:
@@ -167,14 +181,30 @@ def _collect_runs(what: str, folders: Sequence[Path]) -> Path:
 
 
 def _collect_benchmarks(what: str, path: Path) -> Path:
-    rows, certificate = rows_of_report(json.loads(path.read_text()))
+    report = json.loads(path.read_text())
+    if not isinstance(report, dict) or not {"benchmarks", "certificate"} <= report.keys():
+        raise ValueError(f"{path} is no report of these suites")
+    rows, certificate = rows_of_report(report)
     if not rows:
         raise ValueError(f"{path} holds no benchmark that ended well")
     return write_results(what, rows, certificate)
 
 
+def _collect_proof(folder: Path) -> list[Path]:
+    """Take over every file of rows, in new files under the same names."""
+    found = sorted(folder.glob("*.csv"))
+    if not found:
+        raise ValueError(f"{folder} is no folder with rows")
+    written = []
+    for path in found:
+        # <what>_<machine>_<dtype>_<torch>_<date>; only `what` may hold the separator.
+        what = path.stem.rsplit("_", 4)[0]
+        written.append(write_results(what, *read_file(path)))
+    return written
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the results of some runs or benchmarks and print the path of the file."""
+    """Write results and print the paths of their files."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.collect", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     runs = kinds.add_parser("runs", help="finished run folders")
@@ -183,16 +213,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmarks = kinds.add_parser("benchmarks", help="a report of pytest --benchmark-json")
     benchmarks.add_argument("what", help="first part of the file name: the suite's file")
     benchmarks.add_argument("report", type=Path)
+    proof = kinds.add_parser("proof", help="the folder of a proof")
+    proof.add_argument("folder", type=Path)
     options = parser.parse_args(argv)
     try:
         if options.kind == "runs":
-            path = _collect_runs(options.what, options.folders)
+            paths = [_collect_runs(options.what, options.folders)]
+        elif options.kind == "benchmarks":
+            paths = [_collect_benchmarks(options.what, options.report)]
         else:
-            path = _collect_benchmarks(options.what, options.report)
+            paths = _collect_proof(options.folder)
+    except KeyError as error:
+        print(f"error: a run lacks the entry {error}: other versions wrote it", file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(path)
+    for path in paths:
+        print(path)
     return 0
 
 

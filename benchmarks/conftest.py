@@ -2,7 +2,8 @@
 
 pytest benchmarks/                        everything that this machine can do
 pytest benchmarks/ --quick                the same in a minute, on small cases
-pytest benchmarks/ -k cpu                 the CPU ladder
+pytest benchmarks/ -k cpu                 the CPU ladder, in three minutes
+pytest benchmarks/ -m slow                the CPU ladder with torch.compile
 pytest benchmarks/ --benchmark-json F     keep the times; `benchmarks.collect` makes rows of F
 """
 
@@ -16,14 +17,19 @@ import torch
 
 from benchmarks.lab import Lab, Measured, Prepared, Started
 from benchmarks.ladder import Unavailable, here
+from benchmarks.ladder_cases import load_data
 from benchmarks.rows import make_certificate
+from benchmarks.tables import baseline_among
 from benchmarks.timing import REPLAY
+from fastres.engine import machine
 
-_LIMIT_S = {"cpu": 330.0, "cuda": 560.0, "quick": 40.0}
+# Seconds from the start of pytest to the last measurement; winding up comes on top.
+_LIMIT_S = {"cpu": 335.0, "cuda": 565.0, "quick": 45.0}
 # The most valuable first; last the suite of many small groups, which loses least by lack of time.
 _ORDER = ("bench_model", "bench_loaders", "bench_train", "bench_ops")
-# Prepared before the others of a group: the ratio that matters most is not what lacks the time.
-_FIRST = ("peer_fp32", "eager", "fast")
+# Prepared before the others of a group, in this order: the ratio that matters most is not what
+# lacks the time.
+_FIRST = ("peer_fp32", "fast", "eager", "amp")
 _RESULTS = pytest.StashKey[dict]()
 
 
@@ -40,17 +46,18 @@ def pytest_configure(config: pytest.Config) -> None:
     # Again, because benchmarks.compare runs these suites in trees whose pyproject lacks the marks.
     config.addinivalue_line("markers", "share(seconds): what a group wants of the budget")
     config.addinivalue_line("markers", "full: left out by --quick")
+    config.addinivalue_line("markers", "quick: in --quick alone")
     config.option.benchmark_columns = ["median", "iqr", "rounds"]
     config.option.benchmark_sort = "name"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Order suites, leave the large cases out under --quick, have tests replay measured times."""
+    """Order suites, choose the cases of --quick or the others, replay measured times in tests."""
     items.sort(key=lambda item: _ORDER.index(item.path.stem) if item.path.stem in _ORDER else -1)
-    if config.getoption("--quick"):
-        left_out = [item for item in items if item.get_closest_marker("full")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    unwanted = "full" if config.getoption("--quick") else "quick"
+    left_out = [item for item in items if item.get_closest_marker(unwanted)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker(unwanted)]
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=REPLAY.now, group=_group(item)))
 
@@ -68,19 +75,24 @@ def _provider(item: pytest.Item) -> str:
 
 
 @pytest.fixture(scope="session")
-def lab(request: pytest.FixtureRequest) -> Lab:
+def lab(request: pytest.FixtureRequest, data_dir: str | None) -> Lab:
     """Share the budget out among the groups that were selected."""
     config = request.config
+    # Whoever reads the data first decodes it, for minutes where there are many files: do it once,
+    # and before any process is timed that starts from what is cached.
+    load_data(data_dir)
     groups: dict[str, tuple[float, list[str]]] = {}
     for item in request.session.items:
         marker = item.get_closest_marker("share")
         wanted = marker.args[0] if marker else 1.0
         groups.setdefault(_group(item), (wanted, []))[1].append(_provider(item))
     for _, providers in groups.values():
-        providers.sort(key=lambda name: name not in _FIRST)
+        providers.sort(key=lambda name: (*_FIRST, name).index(name))
     kind = "quick" if config.getoption("--quick") else here().type
     asked = config.getoption("--budget")
-    made = Lab(asked or _LIMIT_S[kind], groups, stretch=asked is not None)
+    # What starting has cost, and reading the data, is part of the budget.
+    spent = machine.process_seconds() or 0.0
+    made = Lab((asked or _LIMIT_S[kind]) - spent, groups, stretch=asked is not None)
     config.stash[_RESULTS] = made.results
     return made
 
@@ -144,11 +156,12 @@ def _lines(results: dict[str, dict[str, Measured | Exception]]) -> Iterator[str]
         measured = {name: m for name, m in members.items() if isinstance(m, Measured)}
         if not measured:
             continue
-        yield group
-        first = next(iter(measured.values())).median
+        baseline = baseline_among(measured)
+        yield f"{group}, x: against {baseline}" if baseline else group
         for name, result in measured.items():
             images, flops = result.info.get("images"), result.info.get("flops")
-            text = f"  {name:<16} {result.median * 1e3:12.3f} ms {first / result.median:8.2f} x"
+            ratio = f"{measured[baseline].median / result.median:8.2f} x" if baseline else ""
+            text = f"  {name:<16} {result.median * 1e3:12.3f} ms {ratio:<10}"
             if images:
                 text += f" {images / result.median:12,.0f} images/s"
             if flops:

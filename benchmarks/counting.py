@@ -88,6 +88,13 @@ class ConvLayer:
         return (self.inputs, self.outputs, self.kernel, self.stride, self.padding)
 
     @property
+    def label(self) -> str:
+        """Its shape for people: 3x3/2 16 -> 32, 32x32."""
+        stride = f"/{self.stride}" if self.stride > 1 else ""
+        (channels, height, width), filters = self.inputs, self.outputs[0]
+        return f"{self.kernel}x{self.kernel}{stride} {channels} -> {filters}, {height}x{width}"
+
+    @property
     def num_x(self) -> int:
         """Elements of the input of one image."""
         return self.inputs[0] * self.inputs[1] * self.inputs[2]

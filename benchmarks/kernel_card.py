@@ -174,6 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.kind == "collect":
         try:
             cards = json.loads(options.cards.read_text())
+            if not isinstance(cards, list) or not cards:
+                raise ValueError("no cards of the inspect command")
             dtype = "-".join(sorted({card["precision"] for card in cards}))
             certificate = make_certificate(dtype, [*COMMAND, "--json", "CARDS"])
             print(write_results(SUITE, rows_of(cards), certificate))

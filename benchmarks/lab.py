@@ -19,10 +19,12 @@ from benchmarks.timing import Sample, interleave
 
 __all__ = ["Lab", "Measured", "Prepared", "Started"]
 
-# Providers are left out once a group has spent this much of its share, and something for what is
+# Nothing of a group begins after it has spent this much of its share, and something for what is
 # paid once: the first import, the first compilation.
 _OVERDRAFT = 2.0
 _ONCE_S = 5.0
+# A group that would get less than this part of what it wants is left out.
+_WORTHWHILE = 0.1
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Prepared:
         finish: called after the last round; returns further facts.
         warm: whether a first round, which does not count, shall warm it up.
         rounds: at most so many.
+        every: takes part in every so many turns alone, where others shall have more rounds.
     """
 
     sample: Sample
@@ -42,6 +45,7 @@ class Prepared:
     finish: Callable[[], dict[str, Any]] = dict
     warm: bool = True
     rounds: int = 25
+    every: int = 1
 
 
 @dataclass
@@ -70,7 +74,7 @@ class Lab:
     """Measures groups.
 
     Args:
-        budget: seconds for all groups together.
+        budget: seconds for all groups together, from now on.
         groups: key of every group that was selected, with the seconds that it wants and its
             providers. Where they want more than the budget, all get less in proportion.
         stretch: give more than wanted where the budget has it.
@@ -101,6 +105,7 @@ class Lab:
             left = max(0.0, self._deadline - time.perf_counter())
             share = left * wanted / wanted_by_all
             share = share if self._stretch else min(wanted, share)
+            share = share if share >= _WORTHWHILE * wanted else 0.0
             with started(providers if share else []):
                 self.results[key] = _measure_group(providers, prepare, share)
         return self.results[key]
@@ -114,12 +119,13 @@ def _measure_group(
     A provider that fails fails its own test and leaves the others theirs.
     """
     started = time.perf_counter()
+    limit = _OVERDRAFT * share + _ONCE_S
     ready: dict[str, Prepared] = {}
     results: dict[str, Measured | Exception] = {}
-    round_s = 0.0
     for name in providers:
         spent = time.perf_counter() - started
-        if share == 0 or spent > _OVERDRAFT * share + _ONCE_S:
+        # One provider alone compares with nothing: two are prepared whatever they take.
+        if share == 0 or (spent > limit and len(ready) >= 2):
             reason = f"no time left: the group has spent {spent:.0f} s, its share was {share:.0f} s"
             results[name] = Unavailable(reason)
             continue
@@ -127,20 +133,24 @@ def _measure_group(
             ready[name] = prepare(name)
             if ready[name].warm:
                 ready[name].sample()
-                warm = time.perf_counter()
-                ready[name].sample()
-                round_s += time.perf_counter() - warm
         except Exception as error:
             results[name] = error
             if name in ready:
                 _finish(ready.pop(name))
     if not ready:
         return results
-    left = started + share - time.perf_counter()
+    spent = time.perf_counter() - started
     most = min(p.rounds for p in ready.values())
-    samples = {name: provider.sample for name, provider in ready.items()}
     try:
-        times = interleave(samples, left, min_rounds=min(3, most), max_rounds=most, round_s=round_s)
+        times = interleave(
+            {name: provider.sample for name, provider in ready.items()},
+            share - spent,
+            min_rounds=min(3, most),
+            max_rounds=most,
+            # Short rounds are worth their number even where preparing has taken all.
+            limit_s=max(limit - spent, _ONCE_S),
+            every={name: provider.every for name, provider in ready.items()},
+        )
     except Exception as error:
         return results | dict.fromkeys(ready, error)
     finally:

@@ -16,7 +16,7 @@ from torch import Tensor
 import fastres
 from benchmarks import ladder
 from benchmarks.peers import parts
-from benchmarks.rounds import serve
+from benchmarks.rounds import serve, wait_for_start
 from fastres.data.dataset import Dataset
 from fastres.engine import machine
 
@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = "auto" if options.data_dir else "synthetic"
     data = fastres.load_dataset(source, options.data_dir)
     classes = len(data.classes)
+    wait_for_start()
     started = time.perf_counter()
     try:
         rung = ladder.build(options.rung, options.model, options.batch_size, device, classes)

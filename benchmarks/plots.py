@@ -23,12 +23,7 @@ __all__ = ["Picture", "pictures"]
 
 _LADDERS = ("ladder", "step", "inference")
 _RATE = "images_per_second"
-# A whole run took its seconds; a run to a stated accuracy took them until it got there.
-_ACCURACY_METRICS = {
-    "train_seconds": "seconds",
-    "seconds": "seconds",
-    "test_accuracy": "accuracy",
-}
+_ACCURACY_METRICS = ("train_seconds", "test_accuracy")
 # The pictures agree on who has which colour; everybody else gets a grey.
 _COLOURS = {
     "peer_fp32": "#b0b0b0",
@@ -215,9 +210,8 @@ def _accuracy(kind: str, group: list[Result]) -> list[Picture]:
     """Points of accuracy against seconds, a colour a way to train, a marker a case."""
     points: dict[tuple[str, str], dict[str, Row]] = {}
     for row, _ in group:
-        kind_of_metric = _ACCURACY_METRICS.get(row.metric)
-        if row.suite in ("train", "accuracy") and kind_of_metric:
-            points.setdefault((row.case, row.provider), {})[kind_of_metric] = row
+        if row.suite in ("train", "accuracy") and row.metric in _ACCURACY_METRICS:
+            points.setdefault((row.case, row.provider), {})[row.metric] = row
     points = {key: rows for key, rows in points.items() if len(rows) == 2}
     if not points:
         return []
@@ -229,7 +223,7 @@ def _accuracy(kind: str, group: list[Result]) -> list[Picture]:
         axes = figure.subplots()
         cases = list(dict.fromkeys(case for case, _ in points))
         for number_, ((case, provider), rows) in enumerate(points.items()):
-            seconds, accuracy = rows["seconds"], rows["accuracy"]
+            seconds, accuracy = (rows[metric] for metric in _ACCURACY_METRICS)
             axes.errorbar(
                 seconds.median,
                 accuracy.median,

@@ -62,6 +62,8 @@ def judge(code: int, cut: bool, log: str) -> tuple[str, str]:
         return "left out", "nothing to run on this machine"
     if code:
         return "failed", f"exit code {code}: {last[:160]}"
+    if set(counts) == {"SKIPPED"}:
+        return "left out", said
     return "ok", said or last[:160]
 
 
@@ -121,8 +123,10 @@ class Proof:
         missing = [name for name in part.needs if not is_installed(name)]
         if missing:
             return Outcome(part.name, "left out", f"{', '.join(missing)} is not installed")
-        if self.remaining - _GRACE_S < part.least:
-            return Outcome(part.name, "left out", f"the budget is spent; it needs {part.least:g} s")
+        left = max(0.0, self.remaining - _GRACE_S)
+        if left < part.least:
+            why = f"the budget has {left:.0f} s left for it; it needs {part.least:g} s"
+            return Outcome(part.name, "left out", why)
         return None
 
     def _run(self, part: Part, limit: float) -> Outcome:

@@ -2,8 +2,10 @@
 
 A document says where, and nothing else of it is touched:
 
-    <!-- results: SUITE | case: TEXT | metrics: A, B | providers: C, D -->  a table <!-- end -->
-    <!-- plots: KIND -->                                                     pictures <!-- end -->
+    <!-- results: SUITE | case: TEXT | metrics: A, B | providers: C, D --> a table <!-- end -->
+    <!-- results: SUITE | against: C, D --> with ratios to the providers C and D <!-- end -->
+    <!-- results: SUITE | across: A -->     the metric A alone, a column a provider <!-- end -->
+    <!-- plots: KIND -->                    pictures <!-- end -->
 
 All behind the suite is optional. Pictures are kept in docs/plots. `--check` changes nothing and
 fails where a document or a picture differs from the rows, or a document states a measurement
@@ -19,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.plots import Picture, pictures
 from benchmarks.rows import read_results
-from benchmarks.tables import Result, table
+from benchmarks.tables import Result, choose, cross_table, table
 
 __all__ = ["fill", "loose_numbers", "main"]
 
@@ -55,22 +57,28 @@ def fill(document: str, results: Sequence[Result], plots: str = "docs/plots") ->
     return _BLOCK.sub(block, document)
 
 
+_OPTIONS = ("case", "metrics", "providers", "against", "across")
+
+
 def _table(spec: str, results: Sequence[Result]) -> str:
     suite, *filters = (part.strip() for part in spec.split("|"))
     options: dict[str, str] = {}
     for part in filters:
         key, colon, value = part.partition(":")
-        if not colon or key not in ("case", "metrics", "providers"):
-            raise ValueError(
-                f"results block {spec!r}: {part!r} is no case:, metrics: or providers:"
-            )
+        if not colon or key not in _OPTIONS:
+            wanted = ", ".join(f"{name}:" for name in _OPTIONS)
+            raise ValueError(f"results block {spec!r}: {part!r} is none of {wanted}")
         options[key] = value.strip()
-    names = {
-        key: [name.strip() for name in options[key].split(",")]
-        for key in ("metrics", "providers")
-        if key in options
-    }
-    text = table(results, suite, case=options.get("case", ""), **names)
+
+    def names(key: str) -> list[str]:
+        return [name.strip() for name in options[key].split(",")] if key in options else []
+
+    metrics, case = names("metrics"), options.get("case", "")
+    chosen = choose(results, suite, case=case, metrics=metrics, providers=names("providers"))
+    if "across" in options:
+        text = cross_table(chosen, options["across"])
+    else:
+        text = table(chosen, metrics, names("against"))
     # Markdown needs an empty line between a comment and a paragraph, or a table behind one.
     return f"\n{text}\n"
 

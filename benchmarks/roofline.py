@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ConvTime", "Roofline", "main", "measure", "rows_of_roofline"]
 
-_ROUNDS = {"min_rounds": 5, "max_rounds": 15}
-
 
 @dataclass
 class ConvTime:
@@ -140,7 +138,9 @@ def measure(config: "Config", seconds: float) -> Roofline:
     calls |= {f"product {name}": call for name, (call, _) in products.items()}
     samples = {name: ceilings.sample_of(call, device) for name, call in calls.items()}
     samples["step"] = timing.wall_sample(step, device)
-    times = timing.interleave(samples, seconds, **_ROUNDS)
+    for sample in samples.values():
+        sample()
+    times = timing.interleave(samples, seconds, min_rounds=5, max_rounds=15, limit_s=1.5 * seconds)
     for conv in convs:
         for op in ceilings.CONV_OPS:
             if f"{op} {conv.layer.name}" in times:
@@ -206,7 +206,7 @@ def rows_of_roofline(result: Roofline) -> list[Row]:
         work = conv.layer.flops * result.batch_size
         for op, times in conv.times.items():
             values = [work / t / 1e9 for t in times]
-            what = f"{case}, {describe(conv.layer)}"
+            what = f"{case}, {conv.layer.label}"
             rows.append(summarize("convolutions", what, "torch", op, "GFLOP/s", values))
     step_ms = [1e3 * t for t in result.step]
     shares = [100 * result.floor / t for t in result.step]
@@ -222,14 +222,6 @@ def rows_of_roofline(result: Roofline) -> list[Row]:
     for category, share in result.profile.items():
         rows.append(summarize("profile", case, result.route, category, "%", [100 * share]))
     return rows
-
-
-def describe(layer: "ConvLayer") -> str:
-    """Name a convolution by its shape: 3x3/2 16 -> 32, 32x32."""
-    stride = f"/{layer.stride}" if layer.stride > 1 else ""
-    side = f"{layer.inputs[1]}x{layer.inputs[2]}"
-    channels = f"{layer.inputs[0]} -> {layer.outputs[0]}"
-    return f"{layer.kernel}x{layer.kernel}{stride} {channels}, {side}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -265,6 +257,10 @@ def _run(argv: Sequence[str]) -> int:
             loader="resident",
         )
     )
+    if options.seconds <= 0:
+        raise UsageError(f"--seconds must be more than 0, got {options.seconds:g}")
+    if options.results and not options.results.is_dir():
+        raise UsageError(f"--results must be a folder, got {options.results}")
     if options.out and options.out.suffix.lower() != ".png":
         raise UsageError(f"--out must be a .png file, got {options.out}")
     result = measure(config, options.seconds)

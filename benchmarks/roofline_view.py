@@ -77,8 +77,6 @@ def _ceilings(result: "Roofline") -> "Table":
 
 
 def _convolutions(result: "Roofline") -> "Table":
-    from benchmarks.roofline import describe
-
     columns = ("shape", "layers", *(f"{op} GFLOP/s" for op in CONV_OPS), "all ms", "share of peak")
     table = _table(f"Convolutions alone: {result.case}", *columns)
     for conv in result.convs:
@@ -89,7 +87,7 @@ def _convolutions(result: "Roofline") -> "Table":
             cells.append(f"{work / median(times) / 1e9:,.0f}" if times else "none")
         seconds = conv.seconds()
         share = conv.count * len(conv.times) * work / seconds / result.arithmetic
-        row = (describe(conv.layer), str(conv.count), *cells, _ms(seconds), f"{100 * share:.0f} %")
+        row = (conv.layer.label, str(conv.count), *cells, _ms(seconds), f"{100 * share:.0f} %")
         table.add_row(*row)
     return table
 
@@ -162,7 +160,8 @@ def _draw_roof(axes: Any, result: "Roofline") -> None:
     axes.plot(*zip(*sorted(roof), strict=True), color="k", linewidth=1.2)
     for op, style in _OP_STYLES.items():
         axes.plot([], [], linestyle="none", label=op, **style)
-    axes.legend(loc="lower right", title="convolutions alone")
+    # Nothing can stand above the roof.
+    axes.legend(loc="upper left", title="convolutions alone")
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s", xlim=span)
     axes.set_title(
         f"roof: {result.bandwidth / 1e9:,.0f} GB/s, {result.arithmetic / 1e9:,.0f} GFLOP/s",

@@ -1,7 +1,8 @@
 """A provider in a process of its own that trains a few steps whenever it is told to.
 
 Memory settings, thread settings and compiled code belong to a process, so providers that differ in
-them can be compared only between processes. All of them are started, and then take turns:
+them can be compared only between processes. All of them are started, and import and read their
+data side by side; then each is told to get ready when nothing else runs, and they take turns:
 a line with a number on stdin asks for that many steps, a JSON line on stdout answers.
 """
 
@@ -18,9 +19,14 @@ from typing import Any
 
 from fastres.engine import machine
 
-__all__ = ["Fleet", "Worker", "serve"]
+__all__ = ["Fleet", "Worker", "serve", "wait_for_start"]
 
 _ROOT = Path(__file__).resolve().parents[1]
+
+
+def wait_for_start() -> None:
+    """Wait until the near side wants this process to get ready, or has gone."""
+    sys.stdin.readline()
 
 
 def serve(run: Callable[[int], int], hello: dict[str, Any]) -> None:
@@ -74,18 +80,17 @@ class Worker:
 
     @functools.cached_property
     def hello(self) -> dict[str, Any]:
-        """What the process says when it is ready, which is waited for.
+        """What the process says when it is ready: it is told to get so, and waited for.
 
         Raises:
             RuntimeError: when it ends before, with the end of what it wrote to stderr.
         """
+        self._ask("start")
         return self._hear()
 
     def sample(self) -> float:
         """Have one round trained and return the seconds of one step."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{self.steps}\n")
-        self._process.stdin.flush()
+        self._ask(str(self.steps))
         return self._hear()["seconds"] / self.steps
 
     def close(self) -> dict[str, Any]:
@@ -106,6 +111,13 @@ class Worker:
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             with contextlib.suppress(OSError):
                 stream.close()  # type: ignore[union-attr]
+
+    def _ask(self, line: str) -> None:
+        """Send a line; a process that has ended is found out by `_hear`, with its last words."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
 
     def _hear(self) -> dict[str, Any]:
         """Return the next JSON line; other lines are the program's own talk."""

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastres.engine import machine
 
@@ -29,6 +29,7 @@ __all__ = [
     "machine_key",
     "make_certificate",
     "newest",
+    "read_file",
     "read_results",
     "summarize",
     "write_results",
@@ -149,26 +150,20 @@ def write_results(
     return path
 
 
+def read_file(path: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Return the rows of one CSV file and their certificate."""
+    kinds = get_type_hints(Row)
+    with path.open(newline="") as stream:
+        records = list(csv.DictReader(stream))
+    rows = [Row(**{name: kind(record[name]) for name, kind in kinds.items()}) for record in records]
+    return rows, json.loads(path.with_suffix(".json").read_text())
+
+
 def read_results(folder: Path = RESULTS) -> list[tuple[Row, dict[str, Any]]]:
     """Return every row with the certificate of its file, oldest file first."""
-    found = []
-    files = [(json.loads(p.with_suffix(".json").read_text()), p) for p in folder.glob("*.csv")]
-    for certificate, path in sorted(files, key=lambda pair: (pair[0]["date"], pair[1].name)):
-        with path.open(newline="") as stream:
-            for record in csv.DictReader(stream):
-                row = Row(
-                    suite=record["suite"],
-                    case=record["case"],
-                    provider=record["provider"],
-                    metric=record["metric"],
-                    unit=record["unit"],
-                    n=int(record["n"]),
-                    median=float(record["median"]),
-                    low=float(record["low"]),
-                    high=float(record["high"]),
-                )
-                found.append((row, certificate))
-    return found
+    files = [(path.name, *read_file(path)) for path in folder.glob("*.csv")]
+    files.sort(key=lambda file: (file[2]["date"], file[0]))
+    return [(row, certificate) for _, rows, certificate in files for row in rows]
 
 
 def newest(

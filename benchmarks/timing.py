@@ -65,28 +65,33 @@ def interleave(
     *,
     min_rounds: int = 3,
     max_rounds: int = 25,
-    round_s: float | None = None,
+    limit_s: float = math.inf,
+    every: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:
-    """Time providers in turns and return their times in seconds, one a round.
+    """Time warm providers in turns and return their times in seconds, one a round.
 
-    As many rounds as `seconds` has room for, between the two limits. `round_s` is the length of a
-    round where providers are warm; without it a first round warms up, shows its length and does
-    not count.
+    Args:
+        samples: the providers.
+        seconds: for all turns; there are as many as fit, between the two limits.
+        min_rounds: everybody gets these, even where they take longer than `seconds`.
+        max_rounds: nobody gets more.
+        limit_s: no turn begins after so many seconds, however few there were; one always does.
+        every: {provider: n}: takes part in every n-th turn alone; default: in all of them.
     """
-    names = list(samples)
-    started = time.perf_counter()
-    if round_s is None:
-        for sample in samples.values():
-            sample()
-        round_s = time.perf_counter() - started
-    room = (started + seconds - time.perf_counter()) / max(round_s, 1e-9)
+    names, period = list(samples), dict.fromkeys(samples, 1) | dict(every or {})
+    least = (min_rounds - 1) * max(period.values()) + 1
     times: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(min(max_rounds, max(min_rounds, int(room)))):
-        if i >= min_rounds and time.perf_counter() - started > seconds:
+    started, longest = time.perf_counter(), 0.0
+    for turn in range(max(max_rounds, least)):
+        begun = time.perf_counter() - started
+        enough = turn >= least and begun + longest > seconds
+        if turn and (enough or begun > limit_s):
             break
-        first = i % len(names)
+        first = turn % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(samples[name]())
+            if turn % period[name] == 0:
+                times[name].append(samples[name]())
+        longest = max(longest, time.perf_counter() - started - begun)
     return times
 
 

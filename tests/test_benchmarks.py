@@ -42,7 +42,7 @@ def small(name: str) -> op_cases.OpCase:
 def test_a_quick_suite_ends_and_becomes_rows(tmp_path):
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_ops.py", "--quick"]
-    command += ["-k", "conv_bn_folded", "--budget", "20", f"--benchmark-json={report}"]
+    command += ["-k", "conv_bn_folded", "--budget", "40", f"--benchmark-json={report}"]
     env = os.environ | {"TRITON_INTERPRET": "0"}
     # pytest-benchmark measures nothing in a process that believes to be one of xdist's workers.
     env.pop("PYTEST_XDIST_WORKER", None)
@@ -88,21 +88,24 @@ def test_providers_take_turns_in_a_rotating_order():
     samples = {"a": provider("a", 1.0), "b": provider("b", 2.0), "c": provider("c", 3.0)}
     times = timing.interleave(samples, 60, max_rounds=4)
     assert times == {"a": [1.0] * 4, "b": [2.0] * 4, "c": [3.0] * 4}
-    # The first round warms up and does not count.
-    assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
+    # Who takes part in every third turn is measured over the whole time, least often thrice.
+    calls.clear()
+    times = timing.interleave(samples, 0, every={"b": 3})
+    assert "".join(calls) == "abc" + "ca" + "ca" + "abc" + "ca" + "ca" + "abc"
+    assert {name: len(rounds) for name, rounds in times.items()} == {"a": 7, "b": 3, "c": 7}
 
 
-def test_rounds_end_when_the_seconds_are_spent():
-    calls = []
-
-    def slows_down():
-        time.sleep(0.05 if calls else 0)
-        calls.append(0.05)
+@pytest.mark.parametrize(
+    ("seconds", "limit_s", "rounds"), [(0.5, 60, range(4, 11)), (0, 60, [3]), (0, 0.01, [1])]
+)
+def test_rounds_end_when_the_seconds_are_spent(seconds, limit_s, rounds):
+    def slow():
+        time.sleep(0.05)
         return 0.05
 
-    # The first round promises room for all of them.
-    times = timing.interleave({"slow": slows_down}, 0.5, max_rounds=60)
-    assert 3 <= len(times["slow"]) < 20
+    times = timing.interleave({"slow": slow}, seconds, max_rounds=60, limit_s=limit_s)
+    assert len(times["slow"]) in rounds
 
 
 def test_peak_memory_is_what_a_call_holds_at_once():
@@ -140,11 +143,27 @@ def test_a_provider_that_fails_leaves_the_others_their_times():
 
 
 def test_a_group_beyond_the_budget_is_left_out_with_its_reason():
-    lab = Lab(0.05, {"first": (1.0, ["a"]), "second": (1.0, ["a"])})
-    time.sleep(0.06)
+    # A tenth of what it wants is the least that a group begins with.
+    lab = Lab(0.15, {"first": (1.0, ["a"]), "second": (1.0, ["a"])})
     left_out = lab.measure("first", lambda name: Prepared(lambda: 1.0))["a"]
     assert isinstance(left_out, ladder.Unavailable)
     assert "no time left" in str(left_out)
+
+
+def test_a_group_over_its_share_has_its_pair_and_leaves_out_the_rest(monkeypatch):
+    monkeypatch.setattr("benchmarks.lab._ONCE_S", 0.05)
+
+    def slow():
+        time.sleep(0.1)
+        return 0.1
+
+    def prepare(name):
+        slow()
+        return Prepared(slow)
+
+    results = Lab(0.02, {"group": (0.1, ["a", "b", "c"])}).measure("group", prepare)
+    assert [type(result) for result in results.values()] == [ladder.Unavailable, Measured, Measured]
+    assert len(results["a"].seconds) == 1
 
 
 def test_groups_share_the_budget_and_get_no_more_than_they_want(monkeypatch):

@@ -162,6 +162,7 @@ def test_the_check_fails_where_something_is_slower(tmp_path, monkeypatch, capsys
     fresh = [row("time", "ms", 5.0)]
     monkeypatch.setattr(check, "rows_of_report", lambda _: (fresh, certificate()))
     options = ["--results", str(tmp_path)]
+    assert check.main(["--results", str(tmp_path / "nowhere")]) == 2
     assert check.main(options) == 0
     assert "1 of 1 rows were never recorded on 2 cores c" in capsys.readouterr().out
     write_results("x", [row("time", "ms", 1, 2, 3)], certificate(), tmp_path)

@@ -31,6 +31,8 @@ CERTIFICATE = {
         (0, False, "hello\n\n", "ok", "hello"),
         (0, False, "t.py::a PASSED [50%]\nt.py::b[x y] PASSED [100%]\n", "ok", "2 passed"),
         (1, False, "t.py::a PASSED\nt.py::b FAILED\n", "failed", "1 failed, 1 passed"),
+        (0, False, "t.py::a SKIPPED\nt.py::b SKIPPED\n", "left out", "2 skipped"),
+        (0, False, "t.py::a SKIPPED\nt.py::b PASSED\n", "ok", "1 passed, 1 skipped"),
         (2, True, "t.py::a PASSED\n", "cut", "its time was over; 1 passed"),
         (2, True, "t.py::a FAILED\n", "failed", "1 failed"),
         (-9, True, "", "cut", "its time was over"),

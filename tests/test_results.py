@@ -2,10 +2,11 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from benchmarks import collect, plots, report, tables
+from benchmarks import collect, kernel_card, plots, report, tables
 from benchmarks.rows import (
     RESULTS,
     Row,
@@ -38,6 +39,8 @@ RUN = {
     "test_loss": 1.0,
     "train_seconds": 5.0,
     "images_per_second": 40.0,
+    "evaluation_images_per_second": 160.0,
+    "peak_memory_mib": 900.0,
     "dataset_fingerprint": "f",
     **CERTIFICATE,
 }
@@ -111,8 +114,8 @@ def test_a_table_holds_every_row_of_its_suite():
         (Row("loaders", "c", "dali", "speed", "images/s", 1, 7, 7, 7), CERTIFICATE),
     ]
     text = report.fill("a\n<!-- results: train -->\nold\n<!-- end -->\nb\n", rows)
-    assert "90.5 %" in text
-    assert "12,346 images/s (12,000 to 13,000, n = 3)" in text
+    assert "| how | test accuracy, % | speed, images/s | n |" in text
+    assert "| eager | 90.5 | 12,346 (12,000 to 13,000) | 3 |" in text
     assert "old" not in text
     assert "dali" not in text
     assert text.startswith("a\n")
@@ -135,31 +138,99 @@ def test_a_table_is_for_one_machine_and_shows_the_newest_rows():
         (speed("eager", 7000), other),
         (speed("fast", 400), second),
     ]
-    text = tables.table(results, "step")
+    text = tables.table(tables.choose(results, "step"))
     cpu, gpu = text.split("**NVIDIA H200**")
     assert cpu.startswith("**2 cores Some (R) CPU, avx2**")
     assert "7,000" in gpu
     assert "7,000" not in cpu
     assert "250" not in cpu
-    assert "400 images/s" in cpu
-    assert "2026-01-03" in cpu
+    assert "| 400 |" in cpu
+    assert "torch 2.11.0, 2026-01-02; torch 2.11.0, 2026-01-03" in cpu
 
 
 def test_only_what_one_run_measured_is_compared():
     first, second = born(), born("2026-01-03")
     results = [(speed("eager", 100), first), (speed("fast", 250), first)]
-    assert "| 2.50 x eager |" in tables.table(results, "step")
+    assert "| 2.50 x eager |" in tables.table(tables.choose(results, "step"))
     results.append((speed("fast", 400), second))
-    assert " x eager" not in tables.table(results, "step")
+    assert " x eager" not in tables.table(tables.choose(results, "step"))
     # A time is better when it is less; the peer comes before eager as the baseline.
     seconds = [("peer_fp32", 8.0), ("eager", 4.0), ("fast", 2.0)]
     results = [(Row("ladder", "c", p, "time", "ms", 1, t, t, t), first) for p, t in seconds]
-    text = tables.table(results, "ladder")
+    text = tables.table(tables.choose(results, "ladder"))
     assert "| 4.00 x peer_fp32 |" in text
     assert "| 2.00 x peer_fp32 |" in text
     # Percents and bytes have no ratio.
     results = [(Row("s", "c", p, "memory", "MiB", 1, 1, 1, 1), first) for p in ("eager", "fast")]
-    assert " x " not in tables.table(results, "s")
+    assert " x " not in tables.table(tables.choose(results, "s"))
+
+
+def rows_of_info(times, **info):
+    known = {"suite": "start-up", "case": "c", "provider": "p", "dtype": "any", "clock": "wall"}
+    benchmark = {"extra_info": known | info, "stats": {"data": times}}
+    report = {"benchmarks": [benchmark], "certificate": dict(CERTIFICATE), "datetime": "2026-01-02"}
+    return {row.metric: row for row in collect.rows_of_report(report)[0]}
+
+
+def test_whole_runs_have_mean_and_deviation_and_what_else_they_measured():
+    rows = rows_of_info([1.0, 2.0, 6.0], suite="accuracy", test_accuracy=[], train_seconds=[])
+    assert (rows["seconds"].median, rows["seconds_mean"].median) == (2, 3)
+    assert rows["seconds_sd"].median == pytest.approx(7**0.5, rel=1e-5)
+    assert {row.n for row in rows.values()} == {3}
+    rows = rows_of_info([4.0, 8.0], provider="first_step_fast", baseline_seconds=2.0)
+    assert (rows["import_share"].low, rows["import_share"].high) == (25, 50)
+    run = {"images": 100, "evaluation_rates": [100.0, 150.0], "resident_bytes": 2**30}
+    rows = rows_of_info([4.0, 2.0], suite="whole run", **run)
+    assert (rows["images_per_second"].low, rows["images_per_second"].high) == (25, 50)
+    ratio = rows["evaluation_over_training"]
+    assert (ratio.low, ratio.high, ratio.unit) == (3, 4, "x")
+    assert rows["resident_memory"].median == 1024
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "no JSON"])
+def test_what_is_no_report_is_refused(tmp_path, capsys, text):
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    assert collect.main(["benchmarks", "x", str(path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert kernel_card.main(["collect", str(path)]) == 2
+    assert f"error: {path}: " in capsys.readouterr().err
+
+
+def test_the_rows_of_a_proof_are_taken_over(tmp_path, monkeypatch, capsys):
+    proof, results = tmp_path / "proof", tmp_path / "results"
+    proof.mkdir(), results.mkdir()
+    monkeypatch.setattr(collect, "write_results", partial(write_results, folder=results))
+    assert collect.main(["proof", str(proof)]) == 2
+    assert f"{proof} is no folder with rows" in capsys.readouterr().err
+    path = write_results("bench_step", [speed("eager", 1)], born(), proof)
+    for _ in range(2):
+        assert collect.main(["proof", str(proof)]) == 0
+    names = [path.name, path.name.replace(".csv", "-2.csv")]
+    assert sorted(found.name for found in results.glob("*.csv")) == sorted(names)
+    assert read_results(results) == read_results(proof) * 2
+
+
+def test_ratios_to_several_providers_have_a_column_each():
+    birth = born()
+    results = [(speed(p, v), birth) for p, v in (("eager", 100), ("amp", 200), ("fast", 250))]
+    spec = "step | metrics: images_per_second | against: eager, amp"
+    text = report.fill(f"<!-- results: {spec} -->\n<!-- end -->", results)
+    assert "| how | images/s | against eager | against amp | n |" in text
+    assert "| eager | 100 |  | 0.50 x | 3 |" in text
+    assert "| amp | 200 | 2.00 x |  | 3 |" in text
+    assert "| fast | 250 | 2.50 x | 1.25 x | 3 |" in text
+
+
+def test_a_table_across_has_a_column_a_provider():
+    birth = born()
+    results = [(speed(p, v), birth) for p, v in (("eager", 100), ("fast", 250))]
+    results.append((speed("fast", 8, case="resnet18 batch 8"), birth))
+    spec = "step | across: images_per_second"
+    text = report.fill(f"<!-- results: {spec} -->\n<!-- end -->", results)
+    assert "| case; images/s | eager | fast |" in text
+    assert "| resnet20 batch 8 | 100 | 250 (2.50 x) |" in text
+    assert "| resnet18 batch 8 |  | 8 |" in text
 
 
 def test_a_block_chooses_its_rows():
@@ -171,10 +242,11 @@ def test_a_block_chooses_its_rows():
     ]
     spec = "step | case: resnet20 | metrics: time | providers: fast, eager"
     text = report.fill(f"<!-- results: {spec} -->\n<!-- end -->", results)
-    assert "4 ms" in text
+    assert "| case | how | time, ms |" in text
+    assert "| resnet20 batch 8 | fast | 4 |" in text
     assert "images/s" not in text
     assert "resnet18" not in text
-    with pytest.raises(ValueError, match="'case resnet20' is no case:"):
+    with pytest.raises(ValueError, match="'case resnet20' is none of case:"):
         report.fill("<!-- results: step | case resnet20 -->\n<!-- end -->", results)
     assert "Not measured yet" in report.fill("<!-- results: nothing -->\n<!-- end -->", results)
 
@@ -264,7 +336,7 @@ def test_the_report_writes_tables_and_pictures_and_then_agrees(documents, capsys
 @pytest.mark.parametrize(
     ("where", "old", "new"),
     [
-        ("README.md", "250 images/s", "251 images/s"),
+        ("README.md", "| fast | 250 |", "| fast | 251 |"),
         ("README.md", "# x", "# x\n\nIt makes 9,000 images/s."),
         ("results/*.csv", ",250.0", ",251.0"),
         ("docs/plots/*.svg", "rows ", "rows 0"),

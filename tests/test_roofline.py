@@ -169,6 +169,8 @@ def test_the_command_measures_shows_draws_and_records(tmp_path, capsys):
     (path,) = tmp_path.glob("roofline_*.csv")
     assert "step_over_convolutions" in path.read_text()
     assert roofline.main([*options, "--out", str(tmp_path / "roofline.jpg")]) == 2
+    assert roofline.main([*options, "--results", str(tmp_path / "nowhere")]) == 2
+    assert roofline.main(["--seconds", "0"]) == 2
 
 
 def test_the_numbers_belong_to_each_other():

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler, Subset
 
 import fastres
 from benchmarks.ladder import fixed_batch
-from benchmarks.rounds import serve
+from benchmarks.rounds import serve, wait_for_start
 
 __all__ = ["Data", "first_loss", "load_data", "make_train_loader", "parse", "run"]
 
@@ -158,6 +158,7 @@ def run(
                 step(images, labels)
             return num_samples
 
+        wait_for_start()
         loss = first_loss(step, options.batch_size, data.num_classes)
         serve(train_round, {"loss": loss, "data": data.name, "dtype": dtype})
         return 0
