@@ -30,8 +30,11 @@ __all__ = [
 ]
 
 _DTYPES = (torch.bfloat16, torch.float32)
-# Channels that the direct convolutions are written for, by stride; see cpu_conv.cpp.
-_DEPTHS = {1: (16, 32, 64), 2: (16, 32, 64, 128, 256)}
+# Input and output channels that the direct convolutions are written for, by stride.
+_CHANNELS = {
+    1: ((16, 32, 64), (16, 32, 64)),
+    2: ((16, 32, 64, 128), (16, 32, 64, 128, 256)),
+}
 
 
 class Sums(NamedTuple):
@@ -51,12 +54,12 @@ def _is_direct(x: Tensor, layer: ConvBN) -> bool:
     k, c, *filter_size = layer.w.shape
     height, width = x.shape[2:]
     is_3x3 = filter_size == [3, 3] and layer.padding == 1
-    depths = _DEPTHS.get(layer.stride, ())
+    inputs, outputs = _CHANNELS.get(layer.stride, ((), ()))
     return (
         x.dtype == torch.bfloat16
         and (is_3x3 or (_is_1x1(layer) and layer.stride == 2))
-        and (c in depths or (c == 3 and is_3x3))
-        and k in depths
+        and (c in inputs or (c == 3 and is_3x3))
+        and k in outputs
         and height % layer.stride == width % layer.stride == 0
         and width // layer.stride >= 8
         and cpu.has_direct_conv()

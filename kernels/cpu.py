@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 __all__ = ["call", "has_direct_conv", "library", "unavailable"]
 
 _FOLDER = Path(__file__).resolve().parent
-_SOURCES = ("cpu_conv.cpp", "cpu_norm.cpp")
+_SOURCES = ("cpu_conv.cpp", "cpu_conv_strided.cpp", "cpu_norm.cpp")
 _HEADERS = ("cpu_conv.h", "cpu_math.h")
 # -ffp-contract: a * y + b rounds once in every kernel, so that an activation and its mask agree.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast")
@@ -74,10 +75,7 @@ def _build(compiler: list[str]) -> Path:
     """
     sources = [_FOLDER / name for name in _SOURCES]
     runtime = _openmp_runtime()
-    command = [*compiler, *_FLAGS, "-shared", "-fPIC", "-Wl,--as-needed", *map(str, sources)]
-    command += runtime
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(version)
+    key = hashlib.sha256(_run([*compiler, "--version"]))
     # The library asks for its OpenMP runtime by name, and another torch may bring another name.
     for text in (*_FLAGS, _processor(), *map(os.path.basename, runtime)):
         key.update(text.encode())
@@ -89,11 +87,25 @@ def _build(compiler: list[str]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        subprocess.run(
-            [*command, "-o", str(made)], capture_output=True, check=True, timeout=_TIMEOUT_S
-        )
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+        compiled = [
+            [*compiler, *_FLAGS, "-fPIC", "-c", str(source), "-o", made]
+            for source, made in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(len(compiled)) as pool:
+            list(pool.map(_run, compiled))
+        link = ["-shared", "-Wl,--as-needed", *objects, *runtime]
+        _run([*compiler, *link, "-o", str(made)])
         made.replace(target)
     return target
+
+
+def _run(command: list[str]) -> bytes:
+    """Run a compiler and return what it prints.
+
+    Raises: OSError, subprocess.SubprocessError: when it cannot be started, fails or hangs.
+    """
+    return subprocess.run(command, capture_output=True, check=True, timeout=_TIMEOUT_S).stdout
 
 
 @functools.cache

@@ -10,8 +10,8 @@
 // steps while it lies in the second-level cache, so that only x, y, g and dx cross memory. The
 // products use vdpbf16ps: a vector of 16 sums, each growing by two products. Forward and dx keep 16
 // output channels in a vector and pair input channels; dw pairs neighbouring pixels. C and K must
-// be 16, 32 or 64, with stride 2 also 128 or 256, or C the 3 of an image; Q at least 8; with stride
-// 2, H and W even.
+// be 16, 32 or 64, or C the 3 of an image, and Q at least 8; with stride 2 C may also be 128 and K
+// 128 or 256, and H and W are even.
 //
 // Numerics: operands rounded to bf16, sums in fp32, as oneDNN computes. dw is added up image by
 // image and then thread by thread: equal bit for bit for the same number of threads.
@@ -22,6 +22,15 @@
 
 namespace fastres {
 namespace {
+
+struct Dense {
+  template <int kC, int kPixels, int kVectors>
+  static constexpr Convolve run = convolve<3, kC, kPixels, kVectors, 1>;
+};
+
+Convolve dense(int64_t, int64_t depth, int64_t width, int64_t channels) {
+  return of_depth<Dense, 4, 16, 32, 64>(depth, width, channels);
+}
 
 // y, or relu(a * y + b + residual), image by image; `done(n)` follows while image n is in the
 // cache.
@@ -254,7 +263,7 @@ extern "C" void conv_backward(const bf16* g, const bf16* y, const float* coeffic
       FormDy(coefficients, s.out_width() * out, out),
       Prologue(fold, width, in),
       dx ? pack<true>(w, taps, out, in) : nullptr,
-      dx ? (stride == 1 ? dense : phases)(taps, out, s.out_width(), in) : nullptr};
+      dx ? (stride == 1 ? dense : strided_dx)(taps, out, s.out_width(), in) : nullptr};
   // A thread's dw is loaded and stored once a group: images that fill half a second-level cache.
   const int64_t most = std::clamp<int64_t>((1 << 19) / (x_size * 4), 1, 8);
   std::vector<GradSums> grad_sums(omp_get_max_threads(),

@@ -1,5 +1,5 @@
 // The inner parts of the CPU convolutions: filters in tiles' order, padded images, one image's
-// conv.
+// convolution.
 //
 // A vector holds 16 sums, each growing by two products an instruction: here of 16 output channels
 // and a pair of input channels. Filters come packed in that order; x comes padded, made by a
@@ -145,84 +145,26 @@ void convolve(const Plane& plane, const Epilogue& epilogue, const Upcoming& upco
     }
 }
 
-// One row of one phase of dx, for stride 2. A pixel meets only the taps r, s that have its parity,
-// so pixels are dealt into four phases, each a dense convolution. Of 3x3 filters they have 1, 2 or
-// 4 taps: turned tap 1 alone for even rows, taps 2 and 0 of rows p + 1 and p for odd ones. Of 1x1
-// filters only even pixels have one. A phase is a type, so that its taps unroll and the sums stay
-// in registers between them.
-template <int kTaps, int kC, int kPixels, int kVectors, bool kOddRow, bool kOddColumn>
-void convolve_phase(const Plane& plane, const Epilogue& epilogue, int64_t h, int64_t k) {
-  constexpr int64_t kFilter = kTaps * kTaps * kC * kLanes, kBorder = kTaps / 2;
-  constexpr int64_t kFirst[2] = {kTaps / 2, 2};
-  constexpr bool kHasTaps = kTaps == 3 || !(kOddRow || kOddColumn);
-  const int64_t half = plane.width / 2;
-  for (int64_t next = 0; next < half; next += kPixels) {
-    const int64_t q = std::min(next, half - kPixels);
-    const bf16 *dy = plane.padded + (h / 2 + kBorder) * plane.row + (q + kBorder) * kC,
-               *w = plane.w + k / kLanes * kFilter;
-    Tile<kPixels, kVectors> tile;
-    if constexpr (kHasTaps)
-#pragma GCC unroll 2
-      for (int i = 0; i <= kOddRow; ++i)
-#pragma GCC unroll 2
-        for (int j = 0; j <= kOddColumn; ++j) {
-          const int64_t tap = (kFirst[kOddRow] - 2 * i) * kTaps + kFirst[kOddColumn] - 2 * j;
-          tile.template add<kC, kC>(dy + (kOddRow - i) * plane.row + (kOddColumn - j) * kC,
-                                    w + tap * kC * kLanes, kFilter);
-        }
-    tile.store(plane.out, (h * plane.width + 2 * q + kOddColumn) * plane.channels + k,
-               2 * plane.channels, k, epilogue);
-  }
-}
-
-// dx of a convolution with stride 2, one padded dy at a time.
-template <int kTaps, int kC, int kPixels, int kVectors, int>
-void convolve_phases(const Plane& plane, const Epilogue& epilogue, const Upcoming& upcoming) {
-  for (int64_t k = 0; k < plane.channels; k += kVectors * kLanes)
-    for (int64_t h = 0; h < plane.height; h += 2) {
-      if (k == 0) {
-        upcoming.ask(h);
-        upcoming.ask(h + 1);
-      }
-      convolve_phase<kTaps, kC, kPixels, kVectors, false, false>(plane, epilogue, h, k);
-      convolve_phase<kTaps, kC, kPixels, kVectors, false, true>(plane, epilogue, h, k);
-      convolve_phase<kTaps, kC, kPixels, kVectors, true, false>(plane, epilogue, h + 1, k);
-      convolve_phase<kTaps, kC, kPixels, kVectors, true, true>(plane, epilogue, h + 1, k);
-    }
-}
-
 using Convolve = void (*)(const Plane&, const Epilogue&, const Upcoming&);
 
-// The convolution of `depth` channels whose tiles suit rows of `width` tile pixels. What no caller
-// needs is not compiled: 1x1 filters and many channels come with stride 2 alone.
-#define FASTRES_CHOOSE(NAME, FUNCTION, STRIDE)                                         \
-  template <int kTaps, int kC>                                                         \
-  Convolve NAME##_of(int64_t width, int64_t channels) {                                \
-    if (channels % (2 * kLanes) == 0) return FUNCTION<kTaps, kC, 8, 2, STRIDE>;        \
-    if constexpr (kTaps == 3)                                                          \
-      if (width >= 16) return FUNCTION<kTaps, kC, 16, 1, STRIDE>;                      \
-    return FUNCTION<kTaps, kC, 8, 1, STRIDE>;                                          \
-  }                                                                                    \
-  inline Convolve NAME(int64_t taps, int64_t depth, int64_t width, int64_t channels) { \
-    if constexpr (STRIDE == 2) {                                                       \
-      if (taps == 1)                                                                   \
-        return depth == 16    ? NAME##_of<1, 16>(width, channels)                      \
-               : depth == 32  ? NAME##_of<1, 32>(width, channels)                      \
-               : depth == 64  ? NAME##_of<1, 64>(width, channels)                      \
-               : depth == 128 ? NAME##_of<1, 128>(width, channels)                     \
-                              : NAME##_of<1, 256>(width, channels);                    \
-      if (depth == 128) return NAME##_of<3, 128>(width, channels);                     \
-      if (depth == 256) return NAME##_of<3, 256>(width, channels);                     \
-    }                                                                                  \
-    return depth == 4    ? NAME##_of<3, 4>(width, channels)                            \
-           : depth == 16 ? NAME##_of<3, 16>(width, channels)                           \
-           : depth == 32 ? NAME##_of<3, 32>(width, channels)                           \
-                         : NAME##_of<3, 64>(width, channels);                          \
-  }
-FASTRES_CHOOSE(dense, convolve, 1)
-FASTRES_CHOOSE(strided, convolve, 2)
-FASTRES_CHOOSE(phases, convolve_phases, 2)
-#undef FASTRES_CHOOSE
+// The convolution of kC channels whose tiles suit rows of `width` tile pixels.
+template <class Kind, int kC>
+Convolve of_tile(int64_t width, int64_t channels) {
+  if (channels % (2 * kLanes) == 0) return Kind::template run<kC, 8, 2>;
+  return width >= 16 ? Kind::template run<kC, 16, 1> : Kind::template run<kC, 8, 1>;
+}
+
+// That of `depth` channels, one of kDepths.
+template <class Kind, int... kDepths>
+Convolve of_depth(int64_t depth, int64_t width, int64_t channels) {
+  Convolve found = nullptr;
+  ((depth == kDepths ? void(found = of_tile<Kind, kDepths>(width, channels)) : void()), ...);
+  return found;
+}
+
+// With stride 2, in cpu_conv_strided.cpp: y, and dx from dy.
+Convolve strided(int64_t taps, int64_t depth, int64_t width, int64_t channels);
+Convolve strided_dx(int64_t taps, int64_t depth, int64_t width, int64_t channels);
 
 // The 3 channels of an image are stored as 4, so that they pair.
 inline int64_t depth_of(int64_t channels) { return channels == 3 ? 4 : channels; }

@@ -84,9 +84,10 @@ def test_another_openmp_runtime_is_another_library(monkeypatch, compiler, tmp_pa
 def test_a_compiler_may_have_a_launcher(monkeypatch, compiler):
     monkeypatch.setenv("CXX", f"env {os.environ['CXX']}")
     cpu.library()
-    first, second = compiler.read_text().splitlines()
+    first, *sources, link = compiler.read_text().splitlines()
     assert first == "--version"
-    assert "cpu_conv.cpp" in second
+    assert sum("cpu_conv.cpp" in source for source in sources) == 1
+    assert "-shared" in link
 
 
 def test_without_a_home_folder(monkeypatch):
