@@ -85,6 +85,7 @@ def _build(compiler: list[str]) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    print("fastres: compiling the CPU kernels, once on this machine", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]

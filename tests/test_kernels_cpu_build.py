@@ -43,7 +43,7 @@ def test_switched_off(monkeypatch):
     assert cpu.unavailable() == "FASTRES_CPU_KERNELS=0"
 
 
-def test_a_second_process_finds_the_library(monkeypatch, tmp_path):
+def test_a_second_process_finds_the_library(monkeypatch, tmp_path, capsys):
     if shutil.which(os.environ.get("CXX") or "g++") is None:
         pytest.skip("no C++ compiler here")
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
@@ -54,6 +54,7 @@ def test_a_second_process_finds_the_library(monkeypatch, tmp_path):
     again = [(path.name, path.stat().st_mtime_ns) for path in (tmp_path / "kernels").iterdir()]
     assert made == again
     assert len(made) == 1
+    assert capsys.readouterr().err == "fastres: compiling the CPU kernels, once on this machine\n"
 
 
 @pytest.fixture
