@@ -9,7 +9,6 @@ torch.compile has a ladder of its own, `-m slow`, for the minutes that it compil
 network alone is compared; the allocator is set as `--fast` sets it, for all of them.
 """
 
-import dataclasses
 import functools
 
 import pytest
@@ -41,7 +40,6 @@ _CURVE_DEPTHS = (20, 32, 44, 56, 110)
 _DEPTH_BATCH = 512 if ON_GPU else 16
 _CURVE_RUNGS = ["eager", "amp", "graph", "fast"]
 _STEP_S = 6.0
-_THREADS = sorted({1, 2, machine.usable_cores()})
 # Compiling a network takes up to a minute, on top of every other rung.
 _COMPILED = {("resnet20", 512), ("resnet18", 512), ("resnet50", 256)} if ON_GPU else set()
 
@@ -208,31 +206,6 @@ def bench_depth_curve(measure, depth, provider):
     """What an image costs as the network deepens, from 20 to 110 layers."""
     prepare = functools.partial(_prepare_step, "depth curve", f"resnet{depth}", _DEPTH_BATCH)
     measure(prepare, "eager")
-
-
-def _prepare_threads(provider: str) -> Prepared:
-    if ON_GPU:
-        raise Unavailable("beside a GPU the CPU's threads do not compute the step")
-    prepared = _prepare_step("threads", "resnet20", 128, "fast")
-    timed, count = prepared.sample, int(provider.removeprefix("threads_"))
-
-    def sample() -> float:
-        torch.set_num_threads(count)
-        return timed()
-
-    def finish() -> dict:
-        torch.set_num_threads(machine.usable_cores())
-        return {}
-
-    return dataclasses.replace(prepared, sample=sample, finish=finish)
-
-
-@pytest.mark.full
-@pytest.mark.share(4.0)
-@pytest.mark.parametrize("provider", [f"threads_{count}" for count in _THREADS])
-def bench_threads(measure, provider):
-    """How the fast step of ResNet-20 scales over the cores of a CPU."""
-    measure(_prepare_threads, "threads_1")
 
 
 @functools.lru_cache(maxsize=1)

@@ -24,9 +24,11 @@ from benchmarks.lab import Prepared
 from benchmarks.ladder import Unavailable, here, why_not
 from benchmarks.ladder_cases import data_words, load_data
 from benchmarks.rounds import Worker
+from fastres.engine import machine
 
 DEVICE = here()
 _ROOT = Path(__file__).resolve().parents[1]
+_CORES = machine.usable_cores()
 _SEEDS = 3 if DEVICE.type == "cpu" else 5
 # A CPU compiles ResNet-20 for the better part of a minute.
 _COMPILED = "resnet8" if DEVICE.type == "cpu" else "resnet20"
@@ -58,11 +60,14 @@ def _source(data_dir: str | None) -> list[str]:
     return ["--data-dir", data_dir] if data_dir else ["--dataset", "synthetic"]
 
 
-def _train(words: list[str]) -> dict[str, Any]:
-    """Train in a process of its own and return the run's summary, with its epochs as `rows`."""
+def _train(words: list[str], processes: int = 1) -> dict[str, Any]:
+    """Train apart from this process and return the run's summary, with its epochs as `rows`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    program = ["-m", "fastres.train", *words, "--json"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        printed = _run(["-m", "fastres.train", *words, "--json", "--out", str(out)])
+        started = program if processes == 1 else [*launcher, *program]
+        printed = _run([*started, "--out", str(out)])
         with (out / "metrics.csv").open(newline="") as stream:
             return json.loads(printed) | {"rows": list(csv.DictReader(stream))}
 
@@ -163,6 +168,41 @@ def _prepare_whole_run(data_dir: str | None, provider: str) -> Prepared:
 def bench_whole_run(measure, data_dir, provider):
     """An epoch of ResNet-20 at batch 512 and its evaluation: both rates, and resident memory."""
     measure(functools.partial(_prepare_whole_run, data_dir), "fast")
+
+
+def _prepare_scaling(data_dir: str | None, provider: str) -> Prepared:
+    if DEVICE.type == "cuda":
+        raise Unavailable("beside a GPU the CPU's threads do not compute the step")
+    kind, count = provider.rsplit("_", 1)
+    # A multiple of the cores, so that processes share every batch evenly.
+    batch, images = 64 * _CORES, 30 * 64 * _CORES
+    words = [*_source(data_dir), "--fast", "--recipe", "standard", "--batch-size", str(batch)]
+    words += ["--limit-train", str(images), "--epochs", "1"]
+    if kind == "threads":
+        words += ["--threads", count]
+
+    def sample() -> float:
+        return _train(words, int(count) if kind == "processes" else 1)["train_seconds"]
+
+    info = {
+        "suite": "scaling",
+        "case": f"resnet20 batch {batch}, {load_data(data_dir).name}",
+        "dtype": "bf16" if machine.bf16_instructions() else "fp32",
+        "images": images,
+        "clock": "training time of an epoch, own processes",
+    }
+    return Prepared(sample, info, warm=False, rounds=3)
+
+
+_SHARES = ["threads_1", *([f"threads_{_CORES}", f"processes_{_CORES}"] if _CORES > 1 else [])]
+
+
+@pytest.mark.full
+@pytest.mark.share(30.0)
+@pytest.mark.parametrize("provider", _SHARES)
+def bench_scaling(measure, data_dir, provider):
+    """One core, all of them by threads, and all of them by processes of one thread (torchrun)."""
+    measure(functools.partial(_prepare_scaling, data_dir), "threads_1")
 
 
 _COMMANDS = {
