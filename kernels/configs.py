@@ -198,6 +198,9 @@ def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:
         block_m, block_n = 64, _tile(gemm.m, 128)
         block_k, num_stages = (64, 2) if block_n == 16 else (32, 3)
         num_warps = 8 if block_n >= 64 else 4
+        # The addresses of a third stage of the widest tile do not fit the registers of sm_80.
+        if block_n == 128:
+            num_stages = 2
     else:
         block_m, block_n, block_k = 32, _tile(gemm.m, 32), 16
         num_warps, num_stages = 4, 2
