@@ -133,10 +133,8 @@ class ConvConfig:
         h = min(height, self.block_m // w)
         n = self.block_m // (w * h)
         is_whole = n * h * w == self.block_m and width % w == 0 and height % h == 0
-        # Fewer columns or rows than the image has may not be followed by others in the same tile.
-        in_order = (h == 1 or w == width) and (n == 1 or h == height)
         fits = max(n, h, w, self.block_n, self.block_k) <= MAX_BOX
-        return PixelBox(n, h, w) if is_whole and in_order and fits else None
+        return PixelBox(n, h, w) if is_whole and fits else None
 
 
 @dataclass(frozen=True)
