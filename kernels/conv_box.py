@@ -18,9 +18,9 @@ Limits: stride 1; pixels and filter rows of a multiple of 16 bytes; tiles that a
 
 A 3x3 filter still fetches every pixel nine times, from the L2 cache. One box with a halo cannot
 serve the nine taps: Triton has no slice of a tile or of shared memory. Three boxes of depth 3 * C
-over overlapping windows (rows of 3 * C channels, C apart) are no way out: CUDA wants every stride
-of a tensor map to span the dimension inside it, and a window across the border of an image would
-meet the neighbouring row instead of zeros.
+over overlapping windows (3 * C channels, C apart) are no way out: a window across the border of an
+image would meet the neighbouring row instead of zeros, and CUDA documents every stride of a tensor
+map as spanning the dimension inside it.
 
 Numerics: those of the gather form; only the order of the sum differs. Deterministic.
 Source: own derivation; the CUDA driver API's tensor maps for what a descriptor can hold.
