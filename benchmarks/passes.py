@@ -63,11 +63,11 @@ class BlockPasses:
 
 def activations(launch: Launch) -> dict[str, Tensor]:
     """The arguments of a launch that are activations or their gradients, by name."""
-    is_filter = ("w_ptr", "dw_ptr", "parts_ptr")
+    is_filter = ("w_ptr", "w_desc", "dw_ptr", "parts_ptr")
     return {
-        name: value
-        for name, value in launch.args.items()
-        if isinstance(value, Tensor) and value.dim() == 4 and name not in is_filter
+        name: tensor
+        for name, tensor in launch.tensors.items()
+        if tensor.dim() == 4 and name not in is_filter
     }
 
 
@@ -130,9 +130,9 @@ def _pieces(launch: Launch, writes: bool) -> str:
         "bn_apply_kernel": ("out_ptr",),
         "bn_backward_reduce_kernel": ("g_ptr",),
         "conv_dgrad_kernel": ("dx_ptr",),
-    }.get(launch.name, ())
+    }.get(launch.name.replace("_box", ""), ())
     names = [name for name in activations(launch) if (name in written) == writes]
-    return ", ".join(name.removesuffix("_ptr") for name in names)
+    return ", ".join(name.rpartition("_")[0] for name in names)
 
 
 def block_table(batch: int = 512, width: int = 16) -> str:

@@ -5,7 +5,7 @@ spells it, then by "op/dtype/batch/layer":
 
     {"schema": 1, "gpus": {"NVIDIA H200": {"fprop/bfloat16/n512/h32w32c16k16r3s3u1p1":
         {"route": "triton", "block_m": 128, "block_n": 16, "block_k": 32,
-         "num_warps": 4, "num_stages": 4, "split_k": 1}}}}
+         "num_warps": 4, "num_stages": 4, "split_k": 1, "loads": "gather", "programs": 0}}}}
 
 A layer measured at other batch sizes only is served by the nearest of them. A GPU or layer that the
 table does not know gets `heuristic_config`, whose reasons stand beside its numbers.
@@ -18,9 +18,9 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -28,9 +28,12 @@ from fastres.kernels.shapes import ConvOp, ConvShape
 
 __all__ = [
     "ConvConfig",
+    "Loads",
+    "PixelBox",
     "Route",
     "RowConfig",
     "assume_entries",
+    "box_config",
     "conv_config",
     "gpu_name",
     "heuristic_config",
@@ -45,19 +48,36 @@ TABLE_PATH = Path(
 )
 TABLE_SCHEMA = 1
 
+# Elements of a box in each of its dimensions, at most.
+MAX_BOX = 256
+
 # Multiprocessors of an H100 or H200: the programs that fill a GPU once.
 NUM_SMS = 132
 
 Route = Literal["triton", "cudnn"]
+Loads = Literal["gather", "box"]
 
 _assumed: ContextVar[Mapping[str, "ConvConfig"] | None] = ContextVar(
     "fastres_assumed_entries", default=None
 )
 
 
+class PixelBox(NamedTuple):
+    """Consecutive pixels that are a box: images x rows x columns, powers of two."""
+
+    n: int
+    h: int
+    w: int
+
+
 @dataclass(frozen=True)
 class ConvConfig:
-    """Tiles and route of one convolution kernel; split_k counts the parts of a wgrad reduction."""
+    """Tiles and route of one convolution kernel.
+
+    split_k: parts of a wgrad reduction. loads: how fprop and dgrad load pixels: "gather" from any
+    address, or "box" through tensor descriptors, where `pixel_box` finds one. programs: of a
+    persistent grid that walks over the tiles of boxes; 0 starts one a tile.
+    """
 
     block_m: int
     block_n: int
@@ -66,6 +86,8 @@ class ConvConfig:
     num_stages: int
     split_k: int = 1
     route: Route = "triton"
+    loads: Loads = "gather"
+    programs: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k", "num_warps"):
@@ -78,10 +100,41 @@ class ConvConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.route not in get_args(Route):
             raise ValueError(f"route must be one of {get_args(Route)}, got {self.route!r}")
+        if self.loads not in get_args(Loads):
+            raise ValueError(f"loads must be one of {get_args(Loads)}, got {self.loads!r}")
+        if self.programs < 0 or (self.programs and self.loads != "box"):
+            raise ValueError(
+                f"programs must be 0, or above with box loads, got {self.programs} ({self.loads})"
+            )
+
+    @property
+    def words(self) -> str:
+        """For people: tile, warps, stages, parts of a reduction, boxes, programs of a walk."""
+        text = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
+        text += f" k{self.split_k}"
+        if self.loads == "box":
+            text += f" box p{self.programs}" if self.programs else " box"
+        return text
 
     def constexprs(self) -> dict[str, int]:
         """The tile as the kernels' compile-time arguments."""
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
+    def pixel_box(self, op: ConvOp, shape: ConvShape) -> PixelBox | None:
+        """The box of pixels that a tile is: a part of a row, whole rows or whole images.
+
+        None with gathered loads, for wgrad, for strides, and where tiles of block_m pixels are no
+        boxes, such as rows of 7 pixels.
+        """
+        if self.loads != "box" or op == "wgrad" or shape.stride != 1:
+            return None
+        height, width = (shape.P, shape.Q) if op == "fprop" else (shape.H, shape.W)
+        w = min(width, self.block_m)
+        h = min(height, self.block_m // w)
+        n = self.block_m // (w * h)
+        is_whole = n * h * w == self.block_m and width % w == 0 and height % h == 0
+        fits = max(n, h, w, self.block_n, self.block_k) <= MAX_BOX
+        return PixelBox(n, h, w) if is_whole and fits else None
 
 
 @dataclass(frozen=True)
@@ -186,6 +239,28 @@ def heuristic_config(
     return ConvConfig(block_m, block_n, block_k, num_warps, num_stages)
 
 
+def box_config(
+    op: ConvOp, shape: ConvShape, dtype: torch.dtype, *, tf32: bool = False
+) -> ConvConfig | None:
+    """The heuristic tiles in boxes, for GPUs of the Hopper generation and later.
+
+    None where the shape has no boxes or its pixels and filters are no multiples of 16 bytes. Nobody
+    has timed boxes on a GPU, so the heuristics gather; the tuner tries both.
+    """
+    config = heuristic_config(op, shape, dtype, tf32=tf32)
+    # A box holds channels of one tap, where a gathered block may hold several taps of few channels.
+    channels = shape.C if op == "fprop" else shape.K
+    config = replace(config, loads="box", block_k=_tile(channels, config.block_k))
+    if config.block_m * config.block_n >= 128 * 128:
+        # The barriers of a third stage would keep a second program off the multiprocessor.
+        config = replace(config, num_stages=2)
+    elif op == "dgrad" and config.block_m * config.block_n == 128 * 64:
+        # Where several programs share a multiprocessor, eight warps have a few registers too few.
+        config = replace(config, num_warps=4)
+    is_aligned = all(c * dtype.itemsize % 16 == 0 for c in (channels, shape.C))
+    return config if is_aligned and config.pixel_box(op, shape) else None
+
+
 def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:
     """Tiles of RSC x K; the pixels are split until the GPU is full and no part is under 256.
 
@@ -198,6 +273,9 @@ def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:
         block_m, block_n = 64, _tile(gemm.m, 128)
         block_k, num_stages = (64, 2) if block_n == 16 else (32, 3)
         num_warps = 8 if block_n >= 64 else 4
+        # The addresses of a third stage of the widest tile do not fit the registers of sm_80.
+        if block_n == 128:
+            num_stages = 2
     else:
         block_m, block_n, block_k = 32, _tile(gemm.m, 32), 16
         num_warps, num_stages = 4, 2

@@ -24,7 +24,9 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.configs import ConvConfig, conv_config
-from fastres.kernels.launch import Traffic, launch, num_bytes
+from fastres.kernels.conv_box import dgrad_in_boxes
+from fastres.kernels.epilogues import store_gradient_tile
+from fastres.kernels.launch import Form, Traffic, launch, num_bytes
 from fastres.kernels.operands import (
     BNInput,
     FoldedGrad,
@@ -39,13 +41,10 @@ from fastres.kernels.operands import (
 )
 from fastres.kernels.shapes import ConvShape
 from fastres.kernels.tiles import (
-    affine,
     dot_fp32,
     form_dy,
     pixel_offsets,
-    relu_grad,
     round_to,
-    store_tile_sum,
 )
 
 __all__ = ["conv_dgrad"]
@@ -89,9 +88,6 @@ def _conv_dgrad_kernel(
     BLOCK_K: tl.constexpr,
 ):
     FORM_DY: tl.constexpr = coefficients_ptr is not None
-    HAS_SHORTCUT: tl.constexpr = shortcut_ptr is not None
-    RELU_BN: tl.constexpr = y_prev_ptr is not None
-    MASK_FROM_OUT: tl.constexpr = out_ptr is not None
     TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     PHASE_H: tl.constexpr = (H + STRIDE - 1) // STRIDE
     PHASE_W: tl.constexpr = (W + STRIDE - 1) // STRIDE
@@ -146,31 +142,30 @@ def _conv_dgrad_kernel(
         acc = dot_fp32(dy, filters, acc, PRECISION)
 
     # Epilogue.
-    mask = mask_nhw[:, None] & mask_c[None, :]
-    if HAS_SHORTCUT:
-        offs = pixel_offsets(n, h, w, SHORTCUT_STRIDES)[:, None] + offs_c[None, :]
-        acc += tl.load(shortcut_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if RELU_BN:
-        offs = pixel_offsets(n, h, w, Y_PREV_STRIDES)[:, None] + offs_c[None, :]
-        y_prev = tl.load(y_prev_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        if MASK_FROM_OUT:
-            offs = pixel_offsets(n, h, w, OUT_STRIDES)[:, None] + offs_c[None, :]
-            out = tl.load(out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        else:
-            out = affine(y_prev, prev_ab_ptr, offs_c, C, mask_c)
-        acc = relu_grad(out, acc)
-    dx = round_to(acc, dx_ptr.dtype.element_ty)
-    offs_dx = pixel_offsets(n, h, w, DX_STRIDES)[:, None] + offs_c[None, :]
-    tl.store(dx_ptr + offs_dx, dx, mask=mask)
-    if RELU_BN:
-        num_tiles_m = tl.cdiv(num_rows, BLOCK_M)
-        num_tiles = num_tiles_m * STRIDE * STRIDE
-        tile = phase * num_tiles_m + tile_m
-        g = dx.to(tl.float32)
-        mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
-        store_tile_sum(sum_g_ptr, g, mask, offs_c, mask_c, tile, num_tiles)
-        centred = y_prev - mean[None, :]
-        store_tile_sum(sum_gy_ptr, g * centred, mask, offs_c, mask_c, tile, num_tiles)
+    num_tiles_m = tl.cdiv(num_rows, BLOCK_M)
+    store_gradient_tile(
+        acc,
+        (n * H + h) * W + w,
+        mask_nhw,
+        offs_c,
+        phase * num_tiles_m + tile_m,
+        num_tiles_m * STRIDE * STRIDE,
+        dx_ptr,
+        shortcut_ptr,
+        y_prev_ptr,
+        mean_ptr,
+        prev_ab_ptr,
+        out_ptr,
+        sum_g_ptr,
+        sum_gy_ptr,
+        H,
+        W,
+        C,
+        DX_STRIDES,
+        SHORTCUT_STRIDES,
+        Y_PREV_STRIDES,
+        OUT_STRIDES,
+    )
 
 
 def conv_dgrad(
@@ -212,6 +207,7 @@ def conv_dgrad(
     prev = check_bn_input(bn_input, size, g.dtype)
 
     config = config or conv_config("dgrad", shape, g.dtype, g.device, tf32=allow_tf32)
+    form = dgrad_in_boxes(config, shape, g, y, w) or _gathered(config, shape, g, y, w)
     num_rows = shape.N * triton.cdiv(shape.H, stride) * triton.cdiv(shape.W, stride)
     tiles_m = triton.cdiv(num_rows, config.block_m)
     dx = empty_nhwc(g, *size)
@@ -220,10 +216,8 @@ def conv_dgrad(
         sum_g = g.new_empty((shape.C, stride**2 * tiles_m), dtype=torch.float32)
         sum_gy = torch.empty_like(sum_g)
     args = {
-        "g_ptr": g,
-        "y_ptr": y,
+        **form.args,
         "coefficients_ptr": coefficients,
-        "w_ptr": w,
         "dx_ptr": dx,
         "shortcut_ptr": shortcut,
         "y_prev_ptr": prev.y,
@@ -234,8 +228,6 @@ def conv_dgrad(
         "sum_gy_ptr": sum_gy,
         "num_rows": num_rows,
         **shape.constexprs(),
-        "G_STRIDES": nhwc_strides(g),
-        "Y_STRIDES": nhwc_strides(y),
         "DX_STRIDES": nhwc_strides(dx),
         "SHORTCUT_STRIDES": nhwc_strides(shortcut),
         "Y_PREV_STRIDES": nhwc_strides(prev.y),
@@ -245,8 +237,8 @@ def conv_dgrad(
         **config.constexprs(),
     }
     launch(
-        _conv_dgrad_kernel,
-        (tiles_m * triton.cdiv(shape.C, config.block_n), stride**2),
+        form.kernel,
+        form.grid,
         args,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -274,3 +266,15 @@ def _dgrad_shape(
             f"input_size {input_size} gives an output of {(shape.P, shape.Q)}, but dy has {(p, q)}"
         )
     return shape
+
+
+def _gathered(
+    config: ConvConfig, shape: ConvShape, g: torch.Tensor, y: torch.Tensor | None, w: torch.Tensor
+) -> Form:
+    """The launch that gathers its pixels: one program a tile of each phase."""
+    u = shape.stride
+    num_rows = shape.N * triton.cdiv(shape.H, u) * triton.cdiv(shape.W, u)
+    tiles = triton.cdiv(num_rows, config.block_m) * triton.cdiv(shape.C, config.block_n)
+    args = {"g_ptr": g, "y_ptr": y, "w_ptr": w}
+    strides = {"G_STRIDES": nhwc_strides(g), "Y_STRIDES": nhwc_strides(y)}
+    return Form(_conv_dgrad_kernel, (tiles, u * u), args | strides)

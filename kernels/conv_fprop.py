@@ -21,7 +21,9 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.configs import ConvConfig, conv_config
-from fastres.kernels.launch import Traffic, launch, num_bytes
+from fastres.kernels.conv_box import fprop_in_boxes
+from fastres.kernels.epilogues import store_output_tile
+from fastres.kernels.launch import Form, Traffic, launch, num_bytes
 from fastres.kernels.operands import (
     TileStats,
     check_activation,
@@ -38,8 +40,6 @@ from fastres.kernels.tiles import (
     load_window,
     relu,
     round_to,
-    row_offsets,
-    store_tile_stats,
     window_corners,
 )
 
@@ -77,9 +77,6 @@ def _conv_fprop_kernel(
     BLOCK_K: tl.constexpr,
 ):
     SCALE_SHIFT_INPUT: tl.constexpr = in_ab_ptr is not None
-    STORE_STATS: tl.constexpr = stats_ptr is not None
-    SCALE_SHIFT_OUTPUT: tl.constexpr = out_ab_ptr is not None
-    HAS_RESIDUAL: tl.constexpr = residual_ptr is not None
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
 
     # Neighbouring programs share their pixels, the larger operand, and differ in filters.
@@ -109,23 +106,23 @@ def _conv_fprop_kernel(
         acc = dot_fp32(x, w, acc, PRECISION)
 
     # Epilogue.
-    mask = mask_npq[:, None] & mask_k[None, :]
-    if SCALE_SHIFT_OUTPUT:
-        acc = affine(acc, out_ab_ptr, offs_k, K, mask_k)
-    if HAS_RESIDUAL:
-        offs = row_offsets(offs_npq, P, Q, RESIDUAL_STRIDES)[:, None] + offs_k[None, :]
-        acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if RELU:
-        acc = relu(acc)
-    y = round_to(acc, y_ptr.dtype.element_ty)
-    offs_y = row_offsets(offs_npq, P, Q, Y_STRIDES)[:, None] + offs_k[None, :]
-    tl.store(y_ptr + offs_y, y, mask=mask)
-    if STORE_STATS:
-        num_tiles = tl.cdiv(num_npq, BLOCK_M)
-        count = tl.minimum(num_npq - tile_m.to(INDEX) * BLOCK_M, BLOCK_M)
-        store_tile_stats(
-            stats_ptr, y.to(tl.float32), mask_npq, count, offs_k, mask_k, tile_m, num_tiles, K
-        )
+    store_output_tile(
+        acc,
+        tile_m,
+        num_npq,
+        offs_k,
+        y_ptr,
+        stats_ptr,
+        out_ab_ptr,
+        residual_ptr,
+        K,
+        P,
+        Q,
+        Y_STRIDES,
+        RESIDUAL_STRIDES,
+        RELU,
+        INDEX,
+    )
 
 
 def conv_fprop(
@@ -250,21 +247,20 @@ def _launch_fprop(
         check_activation("residual", residual, (shape.N, shape.K, shape.P, shape.Q), x.dtype)
 
     config = config or conv_config("fprop", shape, x.dtype, x.device, tf32=allow_tf32)
+    form = fprop_in_boxes(config, shape, x, w) or _gathered(config, shape, x, w)
     num_npq = shape.gemm("fprop").m
     tiles_m = triton.cdiv(num_npq, config.block_m)
     y = empty_nhwc(x, shape.N, shape.K, shape.P, shape.Q)
     stats = x.new_empty((2, shape.K, tiles_m), dtype=torch.float32) if store_stats else None
     args = {
-        "x_ptr": x,
+        **form.args,
         "in_ab_ptr": in_scale_shift,
-        "w_ptr": w,
         "y_ptr": y,
         "stats_ptr": stats,
         "out_ab_ptr": out_scale_shift,
         "residual_ptr": residual,
         "num_npq": num_npq,
         **shape.constexprs(),
-        "X_STRIDES": nhwc_strides(x),
         "Y_STRIDES": nhwc_strides(y),
         "RESIDUAL_STRIDES": nhwc_strides(residual),
         "RELU": relu,
@@ -273,8 +269,8 @@ def _launch_fprop(
         **config.constexprs(),
     }
     launch(
-        _conv_fprop_kernel,
-        (tiles_m * triton.cdiv(shape.K, config.block_n),),
+        form.kernel,
+        form.grid,
         args,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -285,3 +281,11 @@ def _launch_fprop(
         ),
     )
     return y, None if stats is None else TileStats(stats, config.block_m, num_npq)
+
+
+def _gathered(config: ConvConfig, shape: ConvShape, x: torch.Tensor, w: torch.Tensor) -> Form:
+    """The launch that gathers its pixels: one program a tile."""
+    gemm = shape.gemm("fprop")
+    num_tiles = triton.cdiv(gemm.m, config.block_m) * triton.cdiv(gemm.n, config.block_n)
+    args = {"x_ptr": x, "w_ptr": w, "X_STRIDES": nhwc_strides(x)}
+    return Form(_conv_fprop_kernel, (num_tiles,), args)

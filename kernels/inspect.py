@@ -1,8 +1,8 @@
 """Print the report card of the kernels: `python -m fastres.kernels.inspect --arch sm_80 sm_90`.
 
 Compiles every kernel in every configuration that the launch table or the heuristics give for the
-layers of the chosen networks, in training and in inference, for GPUs that this machine need not
-have. See report_card.py for what a card says.
+layers of the chosen networks, in training and in inference, gathering and in boxes, for GPUs that
+this machine need not have. See report_card.py for what a card says.
 """
 
 import argparse
@@ -87,6 +87,7 @@ def card_record(card: "Card") -> dict[str, Any]:
         "shared_bytes": code.shared_bytes,
         "tensor_core_instructions": code.tensor_core_instructions,
         "tensor_cores": card.tensor_cores,
+        "box_loads": code.box_loads,
         "wide_loads": code.wide_loads,
         "narrow_loads": code.narrow_loads,
         "wide_stores": code.wide_stores,

@@ -14,12 +14,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = [
+    "Form",
     "Launch",
     "Traffic",
     "launch",
@@ -72,6 +74,27 @@ class Launch:
         """The kernel's name without its leading underscore."""
         return self.kernel.__name__.removeprefix("_")
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor among the arguments, those behind descriptors too, by parameter."""
+        return _tensors(self.args)
+
+
+def _tensors(args: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    bases = {
+        name: value.base if isinstance(value, TensorDescriptor) else value
+        for name, value in args.items()
+    }
+    return {name: base for name, base in bases.items() if isinstance(base, torch.Tensor)}
+
+
+class Form(NamedTuple):
+    """One of the kernels that an operation has: its grid and the arguments that are its alone."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
@@ -103,7 +126,7 @@ def launch(
     Raises: ValueError: when the tensors lie on more than one device, or on a CPU while the
         kernels are not interpreted.
     """
-    devices = {a.device for a in args.values() if isinstance(a, torch.Tensor)}
+    devices = {tensor.device for tensor in _tensors(args).values()}
     if len(devices) != 1:
         raise ValueError(
             f"{kernel.__name__}: all tensors must be on one device, got {sorted(map(str, devices))}"

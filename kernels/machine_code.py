@@ -24,6 +24,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastres.kernels.launch import Launch
 
@@ -71,9 +72,10 @@ class MachineCode:
 
     registers: of one thread. shared_bytes: of one program. spills: loads and stores of registers
     that did not fit. hgmma: Hopper's warpgroup products. hmma: tensor-core products of Ampere.
-    tcgen05: Blackwell's. wide_loads: 16-byte loads from global memory; narrow_loads: all others.
-    wide_stores and narrow_stores: the same for stores. load_bits: for each pointer that the source
-    loads from, as the loading function calls it, the width of its narrowest load.
+    tcgen05: Blackwell's. box_loads: copies of a box by the engine of Hopper and later (TMA).
+    wide_loads: 16-byte loads from global memory by a thread; narrow_loads: all others. wide_stores
+    and narrow_stores: the same for stores. load_bits: for each pointer that the source loads from,
+    as the loading function calls it, the width of its narrowest load.
     """
 
     registers: int
@@ -82,6 +84,7 @@ class MachineCode:
     hgmma: int
     hmma: int
     tcgen05: int
+    box_loads: int
     wide_loads: int
     narrow_loads: int
     wide_stores: int
@@ -112,6 +115,9 @@ def specialize(launch: Launch) -> Build:
             constants.append((i, value))
         elif isinstance(value, torch.Tensor):
             kind = POINTER_TYPES[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            element = POINTER_TYPES[value.base.dtype].removeprefix("*")
+            kind = f"tensordesc<{element}{list(value.block_shape)}>"
         elif isinstance(value, int):
             kind = "i32" if -(2**31) <= value < 2**31 else "i64"
             aligned = value % 16 == 0
@@ -238,6 +244,7 @@ def count_instructions(sass: str) -> dict[str, int]:
         "hgmma": count(r"\bHGMMA\b"),
         "hmma": count(r"\bHMMA\b"),
         "tcgen05": count(r"\bUTC\w*MMA\b"),
+        "box_loads": count(r"\bUTMALDG\b"),
         "wide_loads": wide_loads,
         "narrow_loads": count(r"\bLDG(?:STS)?\b") - wide_loads,
         "wide_stores": wide_stores,

@@ -16,15 +16,15 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
-
 from fastres.kernels.configs import (
     ConvConfig,
     assume_entries,
+    box_config,
     heuristic_config,
     load_table,
     table_key,
 )
+from fastres.kernels.describe import expected_bits, tile_words, variant_words
 from fastres.kernels.launch import Launch, Traffic
 from fastres.kernels.machine_code import Build, MachineCode, compile_build, specialize
 from fastres.kernels.networks import (
@@ -91,34 +91,6 @@ CEILINGS = {
         ("B200", "B100"),
         "NVIDIA Blackwell architecture brief, HGX B200, dense, published",
     ),
-}
-
-# What tells the forms of a kernel apart: parameter, and what its presence means.
-_VARIANTS = {
-    "conv_fprop_kernel": {
-        "in_ab_ptr": "bn+relu in",
-        "stats_ptr": "statistics out",
-        "out_ab_ptr": "bn out",
-        "residual_ptr": "residual",
-        "RELU": "relu out",
-    },
-    "conv_dgrad_kernel": {
-        "coefficients_ptr": "dy formed",
-        "shortcut_ptr": "shortcut added",
-        "y_prev_ptr": "relu mask and sums",
-        "out_ptr": "mask read",
-    },
-    "conv_wgrad_kernel": {"in_ab_ptr": "bn+relu in", "coefficients_ptr": "dy formed"},
-    "bn_apply_kernel": {
-        "shortcut_ptr": "shortcut",
-        "shortcut_ab_ptr": "projected",
-        "RELU": "relu",
-    },
-    "bn_backward_reduce_kernel": {
-        "out_ptr": "mask read",
-        "ab_ptr": "mask formed",
-        "y_shortcut_ptr": "projected shortcut",
-    },
 }
 
 
@@ -204,46 +176,10 @@ class Card:
         wanted = {"sm_80": code.hmma, "sm_90": code.hgmma, "sm_100": code.tcgen05}[plan.arch]
         if plan.kernel.startswith("conv") and plan.precision != "fp32" and not wanted:
             faults.append(f"no tensor-core instruction of {plan.arch}")
+        if "_box_" in plan.kernel and not code.box_loads:
+            faults.append("no box is loaded")
         faults += [f"{name} read {bits} bits wide" for name, bits in self.narrow_operands.items()]
         return faults
-
-
-def _variant(launch: Launch) -> str:
-    """The prologue and epilogue of a launch in words."""
-    words = [
-        word
-        for name, word in _VARIANTS.get(launch.name, {}).items()
-        if launch.args[name] is not None and launch.args[name] is not False
-    ]
-    return ", ".join(words) or "plain"
-
-
-def _tile(launch: Launch) -> str:
-    """Tile, warps, stages and, for a filter gradient, the parts of its reduction."""
-    sizes = [str(value) for name, value in launch.args.items() if name.startswith("BLOCK_")]
-    text = f"{'x'.join(sizes)} w{launch.num_warps} s{launch.num_stages}"
-    return f"{text} k{launch.grid[1]}" if launch.name == "conv_wgrad_kernel" else text
-
-
-def _expected_bits(launch: Launch) -> dict[str, int]:
-    """Width that loads of pixels and filters can have.
-
-    A load is at most 16 bytes; no wider than what stays together and aligned in memory, which is a
-    pixel's channels (6 bytes in a stem) or a filter's row; and no wider than a thread's share of
-    the tile, which can be less for the filters of a narrow layer.
-    """
-    args, expected = launch.args, {}
-    for name, tensor in args.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4 or tensor.stride(1) != 1:
-            continue
-        run = tensor.shape[1] * tensor.element_size()
-        share = 16
-        if name == "w_ptr":
-            run *= 1 if launch.name == "conv_dgrad_kernel" else tensor[0, 0].numel()
-            tile = args["BLOCK_K"] * args["BLOCK_N"] * tensor.element_size()
-            share = tile // (32 * launch.num_warps)
-        expected[name] = 8 * min(16, run & -run, max(share, tensor.element_size()))
-    return expected
 
 
 def _layer_name(chain: NamedChain, convs: Sequence[NamedConv], launch: Launch) -> str:
@@ -267,7 +203,8 @@ def planned_cards(
         phases: "training", "inference" or both.
 
     Returns: plans, configured by the heuristics, by each GPU of this architecture that the launch
-        table knows, and with some products on the route cudnn, for the kernels around those.
+        table knows, in boxes where the GPU loads them, and with some products on the route cudnn,
+        for the kernels around those.
     """
     convs = MODELS[model](batch)
     plans: dict[tuple[Build, Traffic], Plan] = {}
@@ -286,15 +223,15 @@ def planned_cards(
                     phase=phase,
                     layer=layer,
                     kernel=launch.name,
-                    variant=_variant(launch),
+                    variant=variant_words(launch),
                     precision=precision,
                     arch=arch,
                     configured_by=configured_by,
-                    tile=_tile(launch),
+                    tile=tile_words(launch),
                     launches=0,
                     bytes=launch.traffic.bytes,
                     flops=launch.traffic.flops,
-                    expected_bits=_expected_bits(launch),
+                    expected_bits=expected_bits(launch),
                     build=build,
                 ),
             )
@@ -314,10 +251,24 @@ def _tables(
         for gpu, entries in load_table().items()
         if any(word in gpu for word in CEILINGS[arch].tables)
     }
+    if arch != "sm_80":
+        tables["box loads"] = _in_boxes(convs, precision)
     routed: list[list[ConvOp]] = [["fprop", "dgrad", "wgrad"], ["dgrad"], ["wgrad"]]
     for ops in routed:
         tables[f"{', '.join(ops)} on cudnn"] = _on_cudnn(convs, precision, ops)
     return tables
+
+
+def _in_boxes(convs: Sequence[NamedConv], precision: Precision) -> dict[str, ConvConfig]:
+    """Entries that load pixels in boxes wherever a layer has them."""
+    dtype, tf32 = precision.dtype, precision.tf32
+    ops: list[ConvOp] = ["fprop", "dgrad"]
+    entries = {
+        table_key(op, shape, dtype, tf32=tf32): box_config(op, shape, dtype, tf32=tf32)
+        for op in ops
+        for _, shape, _ in convs
+    }
+    return {key: config for key, config in entries.items() if config is not None}
 
 
 def _on_cudnn(

@@ -101,8 +101,7 @@ def _print_candidates(works: "Sequence[LayerWork]", limit: int) -> None:
             key = table_key(op, work.shape, dtype, tf32=tf32)
             print(f"{key}: {100 * work.bytes / whole:.1f} % of the bytes, {len(found)} candidates")
             for config in found:
-                tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
-                print(f"  {tile} w{config.num_warps} s{config.num_stages} k{config.split_k}")
+                print(f"  {config.words}")
     print(f"{number} candidates of {len(works)} layers; cudnn besides, for each product")
 
 
@@ -126,10 +125,8 @@ def _report(choices: "Sequence[Choice]") -> None:
     """Print one line a product: its time against that of the heuristics."""
     for choice in choices:
         config = choice.config
-        tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
-        tile = f"{tile} w{config.num_warps} s{config.num_stages} k{config.split_k}"
         print(
-            f"{choice.key}: {config.route} {tile}, {1e6 * choice.seconds:.1f} us, "
+            f"{choice.key}: {config.route} {config.words}, {1e6 * choice.seconds:.1f} us, "
             f"heuristics {1e6 * choice.heuristic_seconds:.1f} us, {choice.speedup:.2f} times",
             flush=True,
         )
@@ -155,6 +152,8 @@ def _measure(options: argparse.Namespace) -> int:
         GraphTimer(device, cold=options.l2 == "cold"),
         deadline=None if options.budget is None else started + options.budget,
         shared_bytes=properties.shared_memory_per_block_optin,
+        multiprocessors=properties.multi_processor_count,
+        has_boxes=properties.major >= 9,
         limit=options.candidates,
     )
     works = _works(options)

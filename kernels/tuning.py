@@ -24,10 +24,12 @@ import torch
 
 from fastres.kernels import chain_triton
 from fastres.kernels.configs import (
+    NUM_SMS,
     TABLE_SCHEMA,
     ConvConfig,
     Route,
     assume_entries,
+    box_config,
     heuristic_config,
     load_table,
     table_key,
@@ -113,6 +115,19 @@ def _distance(config: ConvConfig, start: ConvConfig) -> float:
     return sum(doublings) + (config.num_stages != start.num_stages)
 
 
+def _in_boxes(
+    op: ConvOp, shape: ConvShape, start: ConvConfig, tiles: Sequence[ConvConfig], programs: int
+) -> dict[ConvConfig, float]:
+    """Tiles that can be boxes, with one program a tile and with `programs`; their distances."""
+    found = {}
+    for config in (start, *tiles):
+        boxed = replace(config, loads="box")
+        if boxed.block_k <= start.block_k and boxed.pixel_box(op, shape) is not None:
+            for grid in (0, programs):
+                found[replace(boxed, programs=grid)] = 1 + _distance(boxed, start)
+    return found
+
+
 def candidates(
     op: ConvOp,
     shape: ConvShape,
@@ -120,6 +135,8 @@ def candidates(
     *,
     tf32: bool = False,
     shared_bytes: int = 227 * 1024,
+    multiprocessors: int = NUM_SMS,
+    has_boxes: bool = True,
     limit: int = 24,
 ) -> list[ConvConfig]:
     """Tiles worth timing: the heuristic ones, then what fits the GPU, nearest to them first.
@@ -130,6 +147,8 @@ def candidates(
         dtype: of its operands.
         tf32: whether fp32 is rounded to TF32.
         shared_bytes: shared memory that one program may have.
+        multiprocessors: programs of a persistent grid.
+        has_boxes: whether the GPU loads boxes, as Hopper and later do.
         limit: how many at most.
 
     Returns: configurations on the route `triton`, without repetition.
@@ -146,8 +165,11 @@ def candidates(
         for config in (ConvConfig(*numbers) for numbers in grid)
         if config != start and _fits(config, op, shape, dtype.itemsize, shared_bytes)
     ]
-    fitting.sort(key=lambda config: _distance(config, start))
-    return [start, *fitting[: limit - 1]]
+    distances = {config: _distance(config, start) for config in fitting}
+    boxed = box_config(op, shape, dtype, tf32=tf32) if has_boxes else None
+    if boxed is not None:
+        distances |= _in_boxes(op, shape, boxed, fitting, multiprocessors)
+    return [start, *sorted(distances, key=distances.__getitem__)[: limit - 1]]
 
 
 def _product(case: Case, op: ConvOp, config: ConvConfig, tf32: bool) -> Callable[[], object]:
@@ -203,6 +225,8 @@ class Tuner:
         timer: how trials are timed.
         deadline: on `clock`, when to stop; None never does.
         shared_bytes: shared memory that one program may have.
+        multiprocessors: of the device.
+        has_boxes: whether the device loads boxes, as Hopper and later do.
         limit: candidates a product.
         say: receives one line for each candidate that is left out, and why.
         clock: seconds.
@@ -212,6 +236,8 @@ class Tuner:
     timer: Timer
     deadline: float | None = None
     shared_bytes: int = 227 * 1024
+    multiprocessors: int = NUM_SMS
+    has_boxes: bool = True
     limit: int = 24
     say: Callable[[str], None] = print
     clock: Callable[[], float] = time.monotonic
@@ -255,6 +281,8 @@ class Tuner:
             precision.dtype,
             tf32=precision.tf32,
             shared_bytes=self.shared_bytes,
+            multiprocessors=self.multiprocessors,
+            has_boxes=self.has_boxes,
             limit=limit,
         ):
             if right and self._is_late():

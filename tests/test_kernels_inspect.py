@@ -52,7 +52,9 @@ KERNELS = {
     "bn_finalize",
     "bn_stats",
     "conv_dgrad",
+    "conv_dgrad_box",
     "conv_fprop",
+    "conv_fprop_box",
     "conv_wgrad",
     "pool_linear_bwd",
     "pool_linear_fwd",
@@ -61,8 +63,10 @@ KERNELS = {
     "sum_parts",
 }
 
-# What small GPUs (sm_86, sm_89, sm_120) give a program; the heuristics serve those too.
-SMALL_GPU_SHARED_BYTES = 99 * 1024
+# sm_86, sm_89 and sm_120 run what sm_80 runs (mma.sync) and give a program 99 KiB. The code of
+# sm_90 and sm_100 runs on GPUs of 228 KiB a multiprocessor alone, 1 KiB of it reserved for each
+# program: with 113 KiB two programs share one.
+SHARED_BYTES = {"sm_80": 99 * 1024, "sm_90": 113 * 1024, "sm_100": 113 * 1024}
 
 
 def compiling_environment():
@@ -118,7 +122,7 @@ def compiled():
 
 
 def check_card(card):
-    """No spills, tensor cores in every product, wide loads and stores, shared memory for all GPUs.
+    """No spills, tensor cores in every product, wide loads and stores, little shared memory.
 
     Products of 16 channels run on tensor cores too: HGMMA (sm_90) is 64 rows by any multiple of 8,
     HMMA (sm_80) 16 by 8, and Triton gives sm_100 a tcgen05 product for every tile of 64 rows, all
@@ -127,7 +131,7 @@ def check_card(card):
     """
     assert card["faults"] == "", card
     assert card["spills"] == 0, card
-    assert card["shared_bytes"] <= SMALL_GPU_SHARED_BYTES, card
+    assert card["shared_bytes"] <= SHARED_BYTES[card["arch"]], card
     is_conv = card["kernel"].startswith("conv")
     if is_conv and card["precision"] != "fp32":
         kind = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "tcgen05"}[card["arch"]]
@@ -135,10 +139,12 @@ def check_card(card):
         assert card["tensor_core_instructions"] > 0, card
     # The stem reads images of 3 channels, and what has no pixels reads little.
     if is_conv and card["layer"] != "stem":
-        bits = dict(words.split(" ") for words in card["load_bits"].split(", "))
+        bits = dict(words.split(" ") for words in card["load_bits"].split(", ") if words)
         pixels = bits.keys() & {"x_ptr", "g_ptr", "y_ptr", "y_prev_ptr", "shortcut_ptr"}
-        assert pixels, card
-        assert {bits[name] for name in pixels} == {"128"}, card
+        is_box = "_box_" in card["kernel"]
+        assert pixels or is_box, card
+        assert {bits[name] for name in pixels} <= {"128"}, card
+        assert (card["box_loads"] > 0) == is_box, card
     if card["kernel"].startswith(("conv_fprop", "conv_dgrad", "bn_apply", "bn_backward_apply")):
         assert card["wide_stores"] > 0, card
 
@@ -173,6 +179,7 @@ def make_card(arch="sm_90", precision="bf16", kernel="conv_fprop_kernel", **chan
         "hgmma": 4,
         "hmma": 0,
         "tcgen05": 0,
+        "box_loads": 0,
         "wide_loads": 4,
         "narrow_loads": 0,
         "wide_stores": 4,
@@ -206,6 +213,8 @@ def test_what_counts_as_a_fault():
     assert make_card(hgmma=0, hmma=4).faults == ["no tensor-core instruction of sm_90"]
     assert make_card(arch="sm_80", hgmma=0, hmma=4).faults == []
     assert make_card(precision="fp32", hgmma=0).faults == []
+    assert make_card(kernel="conv_fprop_box_kernel").faults == ["no box is loaded"]
+    assert make_card(kernel="conv_fprop_box_kernel", box_loads=2).faults == []
     assert make_card(kernel="bn_apply_kernel", hgmma=0).faults == []
     assert make_card(load_bits={"x_ptr": 64}).faults == ["x_ptr read 64 bits wide"]
     too_much = make_card(arch="sm_80", hgmma=0, hmma=4, shared_bytes=164 * 1024).faults

@@ -98,6 +98,8 @@ def test_table_serves_the_nearest_batch_and_heuristics_the_rest(table):
         ({**ENTRY, "block_n": 24}, 1, "block_n must be a power of two >= 16, got 24"),
         ({**ENTRY, "route": "magic"}, 1, "route must be one of"),
         ({**ENTRY, "split_k": 0}, 1, "split_k must be at least 1"),
+        ({**ENTRY, "loads": "tma"}, 1, "loads must be one of"),
+        ({**ENTRY, "programs": 132}, 1, "programs must be 0, or above with box loads, got 132"),
     ],
 )
 def test_a_bad_table_is_refused(table, entry, schema, message):

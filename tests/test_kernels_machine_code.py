@@ -70,6 +70,7 @@ def test_instructions_are_counted_by_kind_and_width():
         HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR4], R24 ;
         HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
         UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ;
+        UTMALDG.4D [UR8], [UR6] ;
         LDS.128 R4, [R1] ;
     """
     code = machine_code.count_instructions(sass)
@@ -78,6 +79,7 @@ def test_instructions_are_counted_by_kind_and_width():
         "hgmma": 1,
         "hmma": 1,
         "tcgen05": 1,
+        "box_loads": 1,
         "wide_loads": 2,
         "narrow_loads": 2,
         "wide_stores": 1,

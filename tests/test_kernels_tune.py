@@ -6,14 +6,22 @@ import os
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from interpreter import DEVICE, HAS_GPU, needs_gpu
 
-from fastres.kernels import chain_triton, tune, tuning
-from fastres.kernels.configs import ConvConfig, gpu_name, heuristic_config, load_table
+from fastres.kernels import chain_triton, configs, tune, tuning
+from fastres.kernels.configs import (
+    ConvConfig,
+    box_config,
+    gpu_name,
+    heuristic_config,
+    load_table,
+)
+from fastres.kernels.launch import recording
 from fastres.kernels.networks import MODELS, PRECISIONS
 from fastres.kernels.shapes import ConvShape
 from fastres.kernels.tune_cases import LayerWork, Use, check_parity, layer_works, make_case
@@ -208,6 +216,46 @@ def test_candidates_are_distinct_and_fit(op, precision):
             assert per_stage * dtype.itemsize * config.num_stages <= 99 * 1024
             assert config.block_m * config.block_n <= 160 * 32 * config.num_warps
         assert len({(c.block_m, c.block_n, c.block_k) for c in found}) > 1
+
+
+@pytest.mark.parametrize("op", ["fprop", "dgrad"])
+def test_candidates_in_boxes_are_offered_where_a_gpu_loads_them(op):
+    for conv in MODELS["resnet18"](512) + MODELS["resnet20"](512):
+        shape, dtype = conv.shape, torch.bfloat16
+        found = candidates(op, shape, dtype, multiprocessors=78)
+        boxed = [config for config in found if config.loads == "box"]
+        start = box_config(op, shape, dtype)
+        assert (start is None) == (boxed == [])
+        if start is not None:
+            assert boxed[:2] == [start, replace(start, programs=78)]
+            assert all(config.pixel_box(op, shape) for config in boxed)
+        without = candidates(op, shape, dtype, has_boxes=False)
+        assert {config.loads for config in without} == {"gather"}
+
+
+def test_a_winner_in_boxes_is_chosen_kept_and_served(tmp_path, monkeypatch):
+    shape = ConvShape(2, 8, 8, 8, 16)
+    work = LayerWork(shape, BF16, {INNER: 1}, bytes=1)
+    timer = Told(lambda label: 9.0 if "cudnn" in label else 0.5 ** label.count("programs=7"))
+    made, left_out = tuner(timer)
+    made.limit, made.multiprocessors = 16, 7
+    choices = made.tune_layer(work, made.limit)
+    assert left_out == []
+    forward, dgrad, wgrad = (choice.config for choice in choices)
+    assert (forward.loads, forward.programs) == (dgrad.loads, dgrad.programs) == ("box", 7)
+    assert wgrad.loads == "gather"
+    path = tmp_path / "table.json"
+    merge_table(path, "test", {choice.key: choice.config for choice in choices}, {})
+    monkeypatch.setattr(configs, "load_table", lambda: load_table(path))
+    monkeypatch.setattr(configs, "gpu_name", lambda device: "test")
+    case = make_case(shape, INNER, torch.bfloat16, DEVICE)
+    with recording() as launches:
+        case.forward(chain_triton)
+        case.backward(chain_triton)
+    assert [launch.name for launch in launches if "box" in launch.name] == [
+        "conv_fprop_box_kernel",
+        "conv_dgrad_box_kernel",
+    ]
 
 
 def test_dry_run_lists_candidates(capsys):
