@@ -116,6 +116,10 @@ def count_net(
         size: height and width of the images.
     """
     net = fuse(model, verbose=False).to("meta").train()
+    # As under autocast, which the meta device has not: filters in the dtype of the images.
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(dtype)
     images = torch.empty(batch, 3, size, size, device="meta", dtype=dtype)
     recorder = _Recorder()
     with recorder:

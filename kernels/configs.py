@@ -251,7 +251,10 @@ def box_config(
     # A box holds channels of one tap, where a gathered block may hold several taps of few channels.
     channels = shape.C if op == "fprop" else shape.K
     config = replace(config, loads="box", block_k=_tile(channels, config.block_k))
-    if config.block_m * config.block_n >= 128 * 128:
+    if op == "dgrad" and config.block_n == 128:
+        # The epilogue's operands beside the sums of a larger tile do not fit the registers.
+        config = replace(config, block_m=64, num_warps=4, num_stages=2)
+    elif config.block_m * config.block_n >= 128 * 128:
         # The barriers of a third stage would keep a second program off the multiprocessor.
         config = replace(config, num_stages=2)
     elif op == "dgrad" and config.block_m * config.block_n == 128 * 64:

@@ -246,7 +246,6 @@ HOSTILE: dict[str, dict[str, bytes]] = {
     },
     "it wants to use": {
         "numpy.load": _in_batch(_global("numpy load") + _text("x") + b"\x85R"),
-        "numpy scalar": _in_batch(_global("numpy.core.multiarray scalar") + b")R"),
         "a dotted name": _in_batch(_text("numpy") + _text("ndarray.__reduce__") + b"\x93"),
     },
     "no readable name": {
@@ -257,6 +256,7 @@ HOSTILE: dict[str, dict[str, bytes]] = {
         "calling without a tuple": _in_batch(_global("numpy dtype") + _text("u1") + b"R"),
     },
     "in a way that no array of integers needs": {
+        "numpy scalar of nothing": _in_batch(_global("numpy.core.multiarray scalar") + b")R"),
         "dtype of objects": _in_batch(_global("numpy dtype") + b"U\x02O8K\x00K\x01\x87R"),
         "dtype of records": _in_batch(_global("numpy dtype") + b"U\x02V8K\x00K\x01\x87R"),
         "dtype from a global": _in_batch(
