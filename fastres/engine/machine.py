@@ -32,7 +32,6 @@ _PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali", "numpy")
 _M_TRIM_THRESHOLD = -1
 _M_TOP_PAD = -2
 _M_MMAP_THRESHOLD = -3
-_M_ARENA_MAX = -8
 _MADV_HUGEPAGE = 14
 _HUGE_PAGE = 2 << 20
 _HEAP_BYTES = 1 << 30
@@ -89,9 +88,8 @@ def keep_freed_memory() -> bool:
     A training step frees and allocates the same activations every time. By default glibc hands
     large blocks back to the kernel, and the next step maps and clears fresh pages; in pages of
     4 KiB, whose addresses take a second walk through tables on a virtual machine. Here the heap is
-    grown once without being touched, marked for huge pages, and kept. Threads share it: arenas of
-    their own would lie outside. Returns whether the C library took the settings; a kernel without
-    huge pages is no hindrance.
+    grown once without being touched, marked for huge pages, and kept. Returns whether the C library
+    took the settings; a kernel without huge pages is no hindrance.
     """
     if sys.platform != "linux":
         return False
@@ -104,7 +102,6 @@ def keep_freed_memory() -> bool:
         _M_MMAP_THRESHOLD: _HEAP_BYTES,
         _M_TRIM_THRESHOLD: (1 << 31) - 1,
         _M_TOP_PAD: 256 << 20,
-        _M_ARENA_MAX: 1,
     }
     kept = all(mallopt(name, value) for name, value in settings.items())
     if kept:
