@@ -161,7 +161,7 @@ def _draw_roof(axes: Any, result: "Roofline") -> None:
     for op, style in _OP_STYLES.items():
         axes.plot([], [], linestyle="none", label=op, **style)
     # Nothing can stand above the roof.
-    axes.legend(loc="upper left", title="convolutions alone")
+    axes.legend(loc="lower right", title="convolutions alone")
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s", xlim=span)
     axes.set_title(
         f"roof: {result.bandwidth / 1e9:,.0f} GB/s, {result.arithmetic / 1e9:,.0f} GFLOP/s",
@@ -189,4 +189,4 @@ def _draw_bars(axes: Any, result: "Roofline") -> None:
     axes.axvline(1e3 * result.floor, color="k", linestyle="--", linewidth=1)
     axes.set(xlabel="ms a step; dashed: the floor")
     axes.set_xlim(0, 1.12 * max(step_ms, *(1e3 * seconds for seconds in floors.values())))
-    axes.legend(loc="lower right", fontsize="small")
+    axes.legend(loc="center right", bbox_to_anchor=(1, 0.58), fontsize="small")

@@ -121,7 +121,14 @@ def metrics(run):
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
-@pytest.mark.parametrize("options", [(), ("--fast", "--ema", "0.9", "--val")])
+RESUMED = [
+    (),
+    ("--fast", "--ema", "0.9", "--val"),
+    ("--optimizer", "adamw", "--lr", "0.01", "--ema", "0.9", "--cutout", "8"),
+]
+
+
+@pytest.mark.parametrize("options", RESUMED)
 @pytest.mark.parametrize("last_step", [2, 7, 12])
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(options, last_step, tmp_path, monkeypatch):
     """Ctrl-C within an epoch, and in its last step, then --resume: the same bits and rows."""
