@@ -30,6 +30,7 @@ RELU_TIES: where z is within rounding of 0 two correct networks may disagree on 
     or 8 elements in tests too small for a percentage, the test would fail.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -135,14 +136,14 @@ class PooledReferee:
     is right is accepted after a few draws; one that is wrong stays refused, whatever is drawn.
     RATIO and the floors are those of a single draw, and for one draw the rule is the referee's own.
 
-    In a whole net some draw in a few has a pre-activation within rounding of 0, and one flipped
-    mask outweighs all roundings, eager's as often as the fused net's. There the median of the draws
-    must not exceed 1 (is_net).
+    Behind a ReLU some draw has a pre-activation within rounding of 0, and one flipped mask
+    outweighs all roundings of all draws, eager's as often as the fused op's. There the median of
+    the draws must not exceed 1 (has_relu): what is wrong with a kernel is wrong in every draw.
     """
 
-    def __init__(self, dtype: torch.dtype, *, is_net: bool = False):
+    def __init__(self, dtype: torch.dtype, *, has_relu: bool = False):
         self.dtype = dtype
-        self.is_net = is_net
+        self.has_relu = has_relu
         self.num_draws = 0
         self._shares: dict[tuple[str, str], list[float]] = {}
 
@@ -166,8 +167,12 @@ class PooledReferee:
 
     def refused(self) -> list[str]:
         """What is not as right as eager, in words."""
-        pool = statistics.median if self.is_net else lambda shares: rms(torch.tensor(shares))
-        pooled = {key: pool(shares) for key, shares in self._shares.items()}
+        pool = statistics.median if self.has_relu else lambda shares: rms(torch.tensor(shares))
+        # The median of a NaN and other numbers may be any of them.
+        pooled = {
+            key: pool(shares) if all(map(math.isfinite, shares)) else math.nan
+            for key, shares in self._shares.items()
+        }
         # A NaN is refused too.
         return [
             f"{name}: {norm} error {share:.3f} of what is allowed in {self.num_draws} draws"

@@ -354,7 +354,7 @@ def run_op(
 
 def judge(case: Case) -> PooledReferee:
     """Draw numbers for a case until the referee accepts it; the last verdict stands."""
-    referee = PooledReferee(case.dtype)
+    referee = PooledReferee(case.dtype, has_relu=case.relu or len(case.layers) > 1)
     for seed in range(MOST_DRAWS):
         numbers = Numbers(case, seed)
         got, truth = numbers.run(run_op), numbers.run(eager, double=True)

@@ -92,7 +92,7 @@ def test_ctrl_c_removes_the_worktree(project):
         "import time\n"
         "def bench_it(benchmark):\n"
         "    open('started', 'w').close()\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(600)\n"
     )
     code = (
         "import sys, pathlib; from benchmarks import compare; "
@@ -101,13 +101,15 @@ def test_ctrl_c_removes_the_worktree(project):
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ, start_new_session=True
     )
-    for _ in range(300):
+    # The time that a busy machine takes to start is not what is tested.
+    for _ in range(1200):
         if (project / "started").exists():
             break
         time.sleep(0.1)
+    assert (project / "started").exists()
     assert len(leftovers(project)) == 2
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=120) == 130
     assert leftovers(project) == []
 
 

@@ -61,7 +61,7 @@ def train_once(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> dict[st
 
 def check_step(model: nn.Module, dtype: torch.dtype, batch: int, size: int) -> None:
     """Every tensor of a step is as near to fp64 as eager's, in the median of a few batches."""
-    referee = PooledReferee(dtype, is_net=True)
+    referee = PooledReferee(dtype, has_relu=True)
     faster = fuse(model, verbose=False)
     for seed in range(MOST_DRAWS):
         generator = torch.Generator().manual_seed(seed)
