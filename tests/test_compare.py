@@ -98,8 +98,13 @@ def test_ctrl_c_removes_the_worktree(project):
         "import sys, pathlib; from benchmarks import compare; "
         f"compare.ROOT = pathlib.Path({str(project)!r}); sys.exit(compare.main(['HEAD']))"
     )
+    # A shell without job control has its background jobs ignore Ctrl-C, and they pass that on.
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ, start_new_session=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     # The time that a busy machine takes to start is not what is tested.
     for _ in range(1200):

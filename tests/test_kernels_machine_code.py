@@ -93,3 +93,10 @@ def test_interpreted_kernels_are_refused():
         bn_stats(torch.empty(1, 16, 2, 2, device="meta", memory_format=torch.channels_last))
     with pytest.raises(ValueError, match="unset TRITON_INTERPRET"):
         compile_launch(launches[0], 90)
+
+
+def test_loads_are_found_wherever_the_kernels_were_compiled():
+    here = machine_code._loads_of_source(machine_code.__file__.replace("machine_code", "tiles"))
+    assert here
+    assert machine_code._loads_of_source("/gone/fastres/kernels/tiles.py") == here
+    assert machine_code._loads_of_source("/gone/triton/language/standard.py") == []
