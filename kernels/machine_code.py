@@ -140,16 +140,17 @@ def specialize(launch: Launch) -> Build:
 
 @functools.cache
 def _loads_of_source(path: str) -> list[tuple[int, int, str]]:
-    """Every `tl.load` of a kernel file: first line, last line, name of the pointer.
+    """Every `tl.load` of a file: first line, last line, name of the pointer.
 
     Triton keeps what it compiled by content, so the path may be that of another checkout with the
     same kernels, gone by now.
     """
     own = Path(__file__).with_name(Path(path).name)
-    if not own.exists():
+    source = own if own.exists() else Path(path)
+    if not source.exists():
         return []
     found = []
-    for node in ast.walk(ast.parse(own.read_text())):
+    for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load":
             pointer = node.args[0]
             while isinstance(pointer, ast.BinOp):
