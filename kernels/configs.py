@@ -257,7 +257,7 @@ def box_config(
     elif config.block_m * config.block_n >= 128 * 128:
         # The barriers of a third stage would keep a second program off the multiprocessor.
         config = replace(config, num_stages=2)
-    elif op == "dgrad" and config.block_m * config.block_n == 128 * 64:
+    elif config.block_m * config.block_n == 128 * 64:
         # Where several programs share a multiprocessor, eight warps have a few registers too few.
         config = replace(config, num_warps=4)
     is_aligned = all(c * dtype.itemsize % 16 == 0 for c in (channels, shape.C))
