@@ -90,13 +90,15 @@ def _layer(pair: Pair, x: Tensor) -> ConvBN:
     return ConvBN(w, bn.weight.to(wide), bn.bias.to(wide), conv.stride[0], padding[0], bn.eps)
 
 
-def _fold(pair: Pair, x: Tensor) -> Tensor:
-    """The batch norm with its running statistics as a * y + b: (2, K), a above b."""
-    bn, wide = pair.bn, stat_dtype(x.dtype)
+def _folded(x: Tensor, pair: Pair, *, relu: bool, residual: Tensor | None = None) -> Tensor:
+    """`conv_bn` in one op, the batch norm and its running statistics folded into a * y + b."""
+    bn, layer, wide = pair.bn, _layer(pair, x), stat_dtype(x.dtype)
     assert bn.running_mean is not None
     assert bn.running_var is not None
     rstd = (bn.running_var.to(wide) + bn.eps).rsqrt()
-    return bn_fold_ref(bn.running_mean.to(wide), rstd, bn.weight.to(wide), bn.bias.to(wide))
+    scale_shift = bn_fold_ref(bn.running_mean.to(wide), rstd, layer.weight, layer.bias)
+    given = None if residual is None else _pixels(residual)
+    return fused.conv_bn_folded(_pixels(x), layer, scale_shift, residual=given, relu=relu)
 
 
 @torch.no_grad()
@@ -168,11 +170,7 @@ def conv_bn(x: Tensor, pair: Pair, *, relu: bool = True, residual: Tensor | None
         _move_running_statistics([pair], stats)
         return out
     if _can_fold(x, [pair], residual):
-        pixels = _pixels(x)
-        given = None if residual is None else _pixels(residual)
-        return fused.conv_bn_folded(
-            pixels, _layer(pair, x), _fold(pair, x), residual=given, relu=relu
-        )
+        return _folded(x, pair, relu=relu, residual=residual)
     z = pair.bn(pair.conv(x))
     if residual is not None:
         z = z + residual
@@ -294,12 +292,13 @@ class FusedBlock(nn.Module):
     def _evaluate(self, x: Tensor, pairs: list[Pair], projection: Pair | None) -> Tensor:
         shortcut = self._given_shortcut(x, projection)
         if projection is not None:
-            shortcut = conv_bn(x, projection, relu=False)
+            shortcut = _folded(x, projection, relu=False)
         elif shortcut is None and self._adds():
             shortcut = x
         *inner, last = pairs
         for pair in inner:
-            x = conv_bn(x, pair)
+            x = _folded(x, pair, relu=True)
+        # A shortcut that is not fused may want a gradient.
         return conv_bn(x, last, residual=shortcut)
 
 
