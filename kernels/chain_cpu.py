@@ -91,9 +91,15 @@ def _empty_output(x: Tensor, layer: ConvBN) -> Tensor:
 
 
 def _apply(
-    y: Tensor, scale_shift: Tensor, shortcut: Tensor | None, fold: Tensor | None, relu: bool
+    y: Tensor,
+    scale_shift: Tensor,
+    shortcut: Tensor | None,
+    fold: Tensor | None,
+    relu: bool,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
-    out = torch.empty(y.shape, dtype=y.dtype, memory_format=torch.channels_last)
+    out = y if in_place else torch.empty_like(y, memory_format=torch.channels_last)
     shortcut = None if shortcut is None else to_nhwc(shortcut)
     cpu.call("bn_apply", y, scale_shift, shortcut, fold, out, *_image_shape(y), int(relu))
     return out
@@ -172,8 +178,15 @@ def reduce(
     dout: Tensor, state: LayerState, mask: Tensor | None, projected: LayerState | None
 ) -> tuple[Tensor, Sums]:
     """See `chain.Backend`."""
-    dout, k = to_nhwc(dout), dout.shape[1]
-    g = torch.empty_like(dout)
+    dout = to_nhwc(dout)
+    return _reduce(dout, state, mask, projected, torch.empty_like(dout))
+
+
+def _reduce(
+    dout: Tensor, state: LayerState, mask: Tensor | None, projected: LayerState | None, g: Tensor
+) -> tuple[Tensor, Sums]:
+    """`reduce` into g, which may be dout itself."""
+    k = dout.shape[1]
     sums = torch.empty((2, k), dtype=torch.float64)
     projected_sums = None if projected is None else torch.empty_like(sums)
     from_y = mask is not None and mask.dim() == 2
@@ -270,7 +283,7 @@ def _onednn_backward(
         dx.add_(shortcut)
     if before is None:
         return BackwardStep(dx, dw, None)
-    g, sums = reduce(dx, before, before.scale_shift, None)
+    g, sums = _reduce(dx, before, before.scale_shift, None, dx)
     return BackwardStep(g, dw, sums)
 
 
@@ -280,7 +293,7 @@ def conv_folded(
     """`out = relu(a * conv(x) + b + residual)`: a layer of inference."""
     x = to_nhwc(x)
     if not _is_direct(x, layer):
-        return _apply(_convolve(x, layer), scale_shift, residual, None, relu)
+        return _apply(_convolve(x, layer), scale_shift, residual, None, relu, in_place=True)
     out = _empty_output(x, layer)
     given = None if residual is None else to_nhwc(residual)
     operands = (x, to_nhwc(layer.w), scale_shift, given, out)
