@@ -83,7 +83,10 @@ class Case:
             return -(-m // block_m) * -(-n // block_n) * -(-k // block_k)
 
         while steps() > MOST_STEPS:
-            block_m, block_n, block_k = (2 * block_m, min(2 * block_n, 128), 2 * block_k)
+            # No dimension outgrows the problem: Triton's tensors have a largest size.
+            block_m = 2 * block_m if block_m < m else block_m
+            block_n = 2 * block_n if block_n < min(n, 128) else block_n
+            block_k = 2 * block_k if block_k < k else block_k
         # The second pass over the parts is a program for every 128 elements.
         split_k = split_k if shape.num_w <= 2048 else 1
         return ConvConfig(block_m, block_n, block_k, 4, 2, split_k, route)
