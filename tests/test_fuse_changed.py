@@ -10,7 +10,8 @@ from torch.nn.utils import prune
 
 from fastres.kernels import chain_plain, fused
 from fastres.model.fuse import fuse
-from fastres.model.layers import ConvBNAddReLU, FusedSequential, Pair, conv_bn
+from fastres.model.layers import ConvBNAddReLU, FusedSequential
+from fastres.model.pairs import Pair, conv_bn
 from fastres.model.resnet import create_model
 
 

@@ -11,8 +11,10 @@ from torch import nn
 
 from fastres.kernels import chain, chain_plain, chain_triton, fused
 from fastres.kernels.reference import ConvBN
+from fastres.model import pairs
 from fastres.model.fuse import fuse
 from fastres.model.layers import ConvBNAddReLU
+from fastres.model.pairs import constant_parameters
 from fastres.model.resnet import create_model
 
 
@@ -184,3 +186,26 @@ def test_an_op_keeps_its_dtype_under_autocast():
             x, layer().w, torch.ones(2, 8, device=DEVICE), None, 1, 1, True
         )
     assert folded.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_parameters_are_folded_once_where_they_are_constant_and_anew_elsewhere(plain, monkeypatch):
+    net, x = fuse(tiny(), verbose=False).eval(), images()
+    folds = []
+    fold = pairs.bn_fold_ref
+    monkeypatch.setattr(pairs, "bn_fold_ref", lambda *args: folds.append(args) or fold(*args))
+    before = net(x)
+    each = len(folds)
+    assert each == sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    with constant_parameters():
+        assert torch.equal(net(x), before)
+        assert torch.equal(net(x), before)
+        # Another dtype is another filter.
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            assert not torch.equal(net(x).float(), before)
+        assert torch.equal(net(x), before)
+    assert len(folds) == 3 * each
+    net.bn1.running_mean += 1
+    assert not torch.equal(net(x), before)
+    with constant_parameters():
+        assert not torch.equal(net(x), before)

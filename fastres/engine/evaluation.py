@@ -13,6 +13,7 @@ from fastres.data.plan import NO_AUGMENTATION
 from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.runtime import Runtime
 from fastres.engine.step import Totals
+from fastres.model.pairs import constant_parameters
 
 __all__ = ["Score", "evaluate", "evaluation_loader"]
 
@@ -67,12 +68,13 @@ def evaluate(
     was_training = model.training
     model.eval()
     totals = Totals(runtime.device)
-    for images, labels in loader.serve(0):
-        log_probs = _log_probs(model, images, runtime)
-        if flip_tta:
-            pair = torch.stack([log_probs, _log_probs(model, images.flip(3), runtime)])
-            log_probs = pair.logsumexp(dim=0) - pair.new_tensor(2.0).log()
-        totals.add(F.nll_loss(log_probs, labels), log_probs, labels)
+    with constant_parameters():
+        for images, labels in loader.serve(0):
+            log_probs = _log_probs(model, images, runtime)
+            if flip_tta:
+                pair = torch.stack([log_probs, _log_probs(model, images.flip(3), runtime)])
+                log_probs = pair.logsumexp(dim=0) - pair.new_tensor(2.0).log()
+            totals.add(F.nll_loss(log_probs, labels), log_probs, labels)
     model.train(was_training)
     loss, accuracy, count = totals.read(processes)
     return Score(loss, accuracy, count)

@@ -23,12 +23,9 @@ from fastres.model.layers import (
     FusedResNet,
     FusedResNet9,
     FusedSequential,
-    Pair,
-    conv_bn,
-    is_plain_relu,
-    is_seen,
     pool_classify,
 )
+from fastres.model.pairs import Pair, conv_bn, is_plain_relu, is_seen
 from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, ResNet9
 
 __all__ = ["fuse"]

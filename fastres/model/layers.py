@@ -7,23 +7,32 @@ cannot fuse it falls back to `super().forward`: the reference itself.
     training     one op a block, statistics of the batch; the running ones are moved here
     evaluation   one op a convolution with its batch norm folded, where no gradient is wanted
     otherwise    the reference: evaluation with gradients, batch norms frozen one by one, no images
-
-Under autocast activations and filters are cast to its dtype; the parameters and statistics of batch
-norm are used in float32.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.kernels import fused
-from fastres.kernels.fused import BatchStats
 from fastres.kernels.fused_head import is_worth_an_op, pool_linear, smooth_cross_entropy
-from fastres.kernels.reference import ConvBN, bn_fold_ref, stat_dtype
+from fastres.kernels.reference import stat_dtype
+from fastres.model.pairs import (
+    Pair,
+    can_fold,
+    can_train,
+    cast_dtype,
+    conv_bn,
+    conv_bn_folded,
+    is_plain_relu,
+    is_seen,
+    move_running_statistics,
+    to_layer,
+    to_pixels,
+)
 from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, ResNet9
 
 __all__ = [
@@ -35,146 +44,9 @@ __all__ = [
     "FusedResNet",
     "FusedResNet9",
     "FusedSequential",
-    "Pair",
     "SmoothCrossEntropy",
-    "conv_bn",
-    "is_seen",
     "pool_classify",
 ]
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class Pair(NamedTuple):
-    """A convolution and the batch norm that reads it."""
-
-    conv: nn.Conv2d
-    bn: nn.BatchNorm2d
-
-
-def is_seen(module: nn.Module) -> bool:
-    """Whether somebody outside would notice that the module's own forward is not called."""
-    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
-
-
-def is_plain_relu(module: Any) -> bool:
-    """Whether a module is a ReLU that an op may take over."""
-    return type(module) is nn.ReLU and not is_seen(module)
-
-
-def _is_cast(x: Tensor) -> bool:
-    """Whether autocast casts the operands of a convolution of x."""
-    device = x.device.type
-    # Torch refuses to say whether autocast is on for devices that have none, such as meta.
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return False
-    return x.is_floating_point() and torch.is_autocast_enabled(device)
-
-
-def _cast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a convolution of x computes, as autocast would choose it."""
-    return torch.get_autocast_dtype(x.device.type) if _is_cast(x) else x.dtype
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """X as the kernels take it: in the dtype of the computation, channels_last."""
-    return x.to(_cast_dtype(x)).contiguous(memory_format=torch.channels_last)
-
-
-def _layer(pair: Pair, x: Tensor) -> ConvBN:
-    """The parameters of a pair as the kernels take them, beside activations like x."""
-    conv, bn = pair
-    wide = stat_dtype(x.dtype)
-    w = conv.weight.to(_cast_dtype(x)).contiguous(memory_format=torch.channels_last)
-    padding = cast(tuple[int, int], conv.padding)
-    return ConvBN(w, bn.weight.to(wide), bn.bias.to(wide), conv.stride[0], padding[0], bn.eps)
-
-
-def _folded(x: Tensor, pair: Pair, *, relu: bool, residual: Tensor | None = None) -> Tensor:
-    """`conv_bn` in one op, the batch norm and its running statistics folded into a * y + b."""
-    bn, layer, wide = pair.bn, _layer(pair, x), stat_dtype(x.dtype)
-    assert bn.running_mean is not None
-    assert bn.running_var is not None
-    rstd = (bn.running_var.to(wide) + bn.eps).rsqrt()
-    scale_shift = bn_fold_ref(bn.running_mean.to(wide), rstd, layer.weight, layer.bias)
-    given = None if residual is None else _pixels(residual)
-    return fused.conv_bn_folded(_pixels(x), layer, scale_shift, residual=given, relu=relu)
-
-
-@torch.no_grad()
-def _move_running_statistics(pairs: Sequence[Pair], batches: Sequence[BatchStats]) -> None:
-    """Move the running statistics towards those of the batch, as nn.BatchNorm2d does."""
-    for (_, bn), batch in zip(pairs, batches, strict=True):
-        if not bn.track_running_stats:
-            continue
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        assert bn.num_batches_tracked is not None
-        bn.num_batches_tracked.add_(1)
-        # Without a momentum the running statistics are the plain average of all batches.
-        step: Any = bn.momentum
-        if step is None:
-            step = bn.num_batches_tracked.to(bn.running_mean.dtype).reciprocal()
-        bn.running_mean.lerp_(batch.mean.to(bn.running_mean.dtype), step)
-        bn.running_var.lerp_(batch.unbiased_var.to(bn.running_var.dtype), step)
-
-
-def _is_plain(x: Tensor, pair: Pair) -> bool:
-    """Whether the op computes on x what calling the two modules would.
-
-    A fused net can be changed: hooked, pruned, given another norm, or images of another dtype. Then
-    the modules themselves are called, and raise what they raise.
-    """
-    conv, bn = pair
-    return (
-        type(conv) is nn.Conv2d
-        and type(bn) is nn.BatchNorm2d
-        and conv.bias is None
-        and (x.dtype == conv.weight.dtype or _is_cast(x))
-        and not (is_seen(conv) or is_seen(bn))
-    )
-
-
-def _can_train(x: Tensor, pairs: Iterable[Pair]) -> bool:
-    """Whether all batch norms use the statistics of a batch that is not empty."""
-    return x.shape[0] > 0 and all(pair.bn.training and _is_plain(x, pair) for pair in pairs)
-
-
-def _can_fold(x: Tensor, pairs: Sequence[Pair], residual: Tensor | None = None) -> bool:
-    """Whether all batch norms use running statistics and nobody wants a gradient."""
-    if x.shape[0] == 0 or any(pair.bn.training or not _is_plain(x, pair) for pair in pairs):
-        return False
-    if not torch.is_grad_enabled():
-        return True
-    learns = any(p.requires_grad for pair in pairs for m in pair for p in m.parameters())
-    return not (learns or x.requires_grad or (residual is not None and residual.requires_grad))
-
-
-def conv_bn(x: Tensor, pair: Pair, *, relu: bool = True, residual: Tensor | None = None) -> Tensor:
-    """`relu(bn(conv(x)) + residual)` on the way that fits the mode; see the head of the file.
-
-    Args:
-        x: (N, C, H, W).
-        pair: the convolution, without bias, groups and dilation, and its batch norm.
-        relu: whether the ReLU is applied; no op adds a residual without it while training.
-        residual: (N, K, P, Q), or None.
-
-    Returns: (N, K, P, Q), channels_last when fused.
-    """
-    if _can_train(x, [pair]) and (relu or residual is None):
-        pixels, layer = _pixels(x), _layer(pair, x)
-        if residual is None:
-            out, stats = fused.conv_bn_relu(pixels, layer, relu=relu)
-        else:
-            out, stats = fused.conv_bn_add_relu(pixels, layer, residual.to(pixels.dtype))
-        _move_running_statistics([pair], stats)
-        return out
-    if _can_fold(x, [pair], residual):
-        return _folded(x, pair, relu=relu, residual=residual)
-    z = pair.bn(pair.conv(x))
-    if residual is not None:
-        z = z + residual
-    return F.relu(z) if relu else z
 
 
 class ConvBNReLU(nn.Module):
@@ -262,9 +134,9 @@ class FusedBlock(nn.Module):
         everything = [*pairs, projection] if projection is not None else pairs
         if hasattr(self, "relu") and not is_plain_relu(self.relu):
             return super().forward(x)
-        if _can_train(x, everything):
+        if can_train(x, everything):
             return self._train(x, pairs, projection)
-        if _can_fold(x, everything):
+        if can_fold(x, everything):
             return self._evaluate(x, pairs, projection)
         return super().forward(x)
 
@@ -272,7 +144,7 @@ class FusedBlock(nn.Module):
         """What a downsample that is not fused makes of x."""
         if projection is not None or self.downsample is None or not self._adds():
             return None
-        return _pixels(cast(nn.Module, self.downsample)(x))
+        return to_pixels(cast(nn.Module, self.downsample)(x))
 
     def _adds(self) -> bool:
         """Whether there is a shortcut: the reference's plain nets have none."""
@@ -280,24 +152,24 @@ class FusedBlock(nn.Module):
 
     def _train(self, x: Tensor, pairs: list[Pair], projection: Pair | None) -> Tensor:
         out, stats = fused.residual_block(
-            _pixels(x),
-            [_layer(pair, x) for pair in pairs],
-            projection=None if projection is None else _layer(projection, x),
+            to_pixels(x),
+            [to_layer(pair, x) for pair in pairs],
+            projection=None if projection is None else to_layer(projection, x),
             residual=self._given_shortcut(x, projection),
             add_input=self._adds(),
         )
-        _move_running_statistics([*pairs, projection] if projection else pairs, stats)
+        move_running_statistics([*pairs, projection] if projection else pairs, stats)
         return out
 
     def _evaluate(self, x: Tensor, pairs: list[Pair], projection: Pair | None) -> Tensor:
         shortcut = self._given_shortcut(x, projection)
         if projection is not None:
-            shortcut = _folded(x, projection, relu=False)
+            shortcut = conv_bn_folded(x, projection, relu=False)
         elif shortcut is None and self._adds():
             shortcut = x
         *inner, last = pairs
         for pair in inner:
-            x = _folded(x, pair, relu=True)
+            x = conv_bn_folded(x, pair, relu=True)
         # A shortcut that is not fused may want a gradient.
         return conv_bn(x, last, residual=shortcut)
 
@@ -326,7 +198,7 @@ def pool_classify(x: Tensor, fc: nn.Module) -> Tensor:
     """
     if type(fc) is nn.Linear and not is_seen(fc) and x.shape[0] > 0 and is_worth_an_op(x):
         pixels = x.contiguous(memory_format=torch.channels_last)
-        return pool_linear(pixels, fc.weight, fc.bias).to(_cast_dtype(x))
+        return pool_linear(pixels, fc.weight, fc.bias).to(cast_dtype(x))
     return fc(x.mean(dim=(2, 3)))
 
 

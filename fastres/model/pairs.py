@@ -1,0 +1,200 @@
+"""A convolution and its batch norm, computed by the fused ops in the way that fits the mode.
+
+Under autocast activations and filters are cast to its dtype; the parameters and statistics of batch
+norm are used in float32.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres.kernels import fused
+from fastres.kernels.fused import BatchStats
+from fastres.kernels.reference import ConvBN, bn_fold_ref, stat_dtype
+
+__all__ = [
+    "Pair",
+    "can_fold",
+    "can_train",
+    "cast_dtype",
+    "constant_parameters",
+    "conv_bn",
+    "conv_bn_folded",
+    "is_plain_relu",
+    "is_seen",
+    "move_running_statistics",
+    "to_layer",
+    "to_pixels",
+]
+
+_kept: ContextVar[dict[Any, tuple[ConvBN, Tensor]] | None] = ContextVar(
+    "fastres_kept", default=None
+)
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Pair(NamedTuple):
+    """A convolution and the batch norm that reads it."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+
+
+def is_seen(module: nn.Module) -> bool:
+    """Whether somebody outside would notice that the module's own forward is not called."""
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def is_plain_relu(module: Any) -> bool:
+    """Whether a module is a ReLU that an op may take over."""
+    return type(module) is nn.ReLU and not is_seen(module)
+
+
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast casts the operands of a convolution of x."""
+    device = x.device.type
+    # Torch refuses to say whether autocast is on for devices that have none, such as meta.
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return False
+    return x.is_floating_point() and torch.is_autocast_enabled(device)
+
+
+def cast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a convolution of x computes, as autocast would choose it."""
+    return torch.get_autocast_dtype(x.device.type) if _is_cast(x) else x.dtype
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """X as the kernels take it: in the dtype of the computation, channels_last."""
+    return x.to(cast_dtype(x)).contiguous(memory_format=torch.channels_last)
+
+
+def to_layer(pair: Pair, x: Tensor) -> ConvBN:
+    """The parameters of a pair as the kernels take them, beside activations like x."""
+    conv, bn = pair
+    wide = stat_dtype(x.dtype)
+    w = conv.weight.to(cast_dtype(x)).contiguous(memory_format=torch.channels_last)
+    padding = cast(tuple[int, int], conv.padding)
+    return ConvBN(w, bn.weight.to(wide), bn.bias.to(wide), conv.stride[0], padding[0], bn.eps)
+
+
+@contextmanager
+def constant_parameters() -> Iterator[None]:
+    """Fold each batch norm and cast each filter once for all batches of the `with` block.
+
+    Nobody may change the network inside: what was folded from it would stay as it is.
+    """
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def _fold(pair: Pair, x: Tensor) -> tuple[ConvBN, Tensor]:
+    """A pair beside activations like x, and its running statistics as a * y + b: (2, K)."""
+    bn, layer, wide = pair.bn, to_layer(pair, x), stat_dtype(x.dtype)
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    rstd = (bn.running_var.to(wide) + bn.eps).rsqrt()
+    return layer, bn_fold_ref(bn.running_mean.to(wide), rstd, layer.weight, layer.bias)
+
+
+def _fold_once(pair: Pair, x: Tensor) -> tuple[ConvBN, Tensor]:
+    """`_fold`, or what it returned before in the same `constant_parameters`."""
+    kept = None if torch.compiler.is_compiling() else _kept.get()
+    if kept is None:
+        return _fold(pair, x)
+    key = (*pair, x.dtype, cast_dtype(x))
+    if key not in kept:
+        kept[key] = _fold(pair, x)
+    return kept[key]
+
+
+def conv_bn_folded(x: Tensor, pair: Pair, *, relu: bool, residual: Tensor | None = None) -> Tensor:
+    """`conv_bn` with the running statistics, in one op."""
+    layer, scale_shift = _fold_once(pair, x)
+    given = None if residual is None else to_pixels(residual)
+    return fused.conv_bn_folded(to_pixels(x), layer, scale_shift, residual=given, relu=relu)
+
+
+@torch.no_grad()
+def move_running_statistics(pairs: Sequence[Pair], batches: Sequence[BatchStats]) -> None:
+    """Move the running statistics towards those of the batch, as nn.BatchNorm2d does."""
+    for (_, bn), batch in zip(pairs, batches, strict=True):
+        if not bn.track_running_stats:
+            continue
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        assert bn.num_batches_tracked is not None
+        bn.num_batches_tracked.add_(1)
+        # Without a momentum the running statistics are the plain average of all batches.
+        step: Any = bn.momentum
+        if step is None:
+            step = bn.num_batches_tracked.to(bn.running_mean.dtype).reciprocal()
+        bn.running_mean.lerp_(batch.mean.to(bn.running_mean.dtype), step)
+        bn.running_var.lerp_(batch.unbiased_var.to(bn.running_var.dtype), step)
+
+
+def _is_plain(x: Tensor, pair: Pair) -> bool:
+    """Whether the op computes on x what calling the two modules would.
+
+    A fused net can be changed: hooked, pruned, given another norm, or images of another dtype. Then
+    the modules themselves are called, and raise what they raise.
+    """
+    conv, bn = pair
+    return (
+        type(conv) is nn.Conv2d
+        and type(bn) is nn.BatchNorm2d
+        and conv.bias is None
+        and (x.dtype == conv.weight.dtype or _is_cast(x))
+        and not (is_seen(conv) or is_seen(bn))
+    )
+
+
+def can_train(x: Tensor, pairs: Iterable[Pair]) -> bool:
+    """Whether all batch norms use the statistics of a batch that is not empty."""
+    return x.shape[0] > 0 and all(pair.bn.training and _is_plain(x, pair) for pair in pairs)
+
+
+def can_fold(x: Tensor, pairs: Sequence[Pair], residual: Tensor | None = None) -> bool:
+    """Whether all batch norms use running statistics and nobody wants a gradient."""
+    if x.shape[0] == 0 or any(pair.bn.training or not _is_plain(x, pair) for pair in pairs):
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    learns = any(p.requires_grad for pair in pairs for m in pair for p in m.parameters())
+    return not (learns or x.requires_grad or (residual is not None and residual.requires_grad))
+
+
+def conv_bn(x: Tensor, pair: Pair, *, relu: bool = True, residual: Tensor | None = None) -> Tensor:
+    """`relu(bn(conv(x)) + residual)` on the way that fits the mode; see layers.py.
+
+    Args:
+        x: (N, C, H, W).
+        pair: the convolution, without bias, groups and dilation, and its batch norm.
+        relu: whether the ReLU is applied; no op adds a residual without it while training.
+        residual: (N, K, P, Q), or None.
+
+    Returns: (N, K, P, Q), channels_last when fused.
+    """
+    if can_train(x, [pair]) and (relu or residual is None):
+        pixels, layer = to_pixels(x), to_layer(pair, x)
+        if residual is None:
+            out, stats = fused.conv_bn_relu(pixels, layer, relu=relu)
+        else:
+            out, stats = fused.conv_bn_add_relu(pixels, layer, residual.to(pixels.dtype))
+        move_running_statistics([pair], stats)
+        return out
+    if can_fold(x, [pair], residual):
+        return conv_bn_folded(x, pair, relu=relu, residual=residual)
+    z = pair.bn(pair.conv(x))
+    if residual is not None:
+        z = z + residual
+    return F.relu(z) if relu else z
