@@ -66,7 +66,7 @@ class Config:
     """Passes over the training set; a fraction ends within an epoch."""
     batch_size: int = 128
     """Images a training step."""
-    eval_batch_size: int = 500
+    eval_batch_size: int = 1000
     """Images an evaluation step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd with Nesterov momentum, or adamw."""

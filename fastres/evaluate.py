@@ -40,7 +40,7 @@ class EvaluateOptions:
     """Test-time augmentation: average the predictions for each image and its mirror image."""
     fast: bool = False
     """Evaluate by the fastest route of this machine; without it, the eager fp32 reference."""
-    batch_size: int = 500
+    batch_size: int = 1000
     """Images an evaluation step; the accuracy does not depend on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes the GPU where there is one."""
