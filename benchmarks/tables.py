@@ -58,7 +58,7 @@ def _title(row: Row) -> str:
     if row.metric.endswith("images_per_second"):
         return " ".join([*row.metric.split("_")[:-3], row.unit])
     words = row.metric.replace("_", " ")
-    return words if "seconds" in words else f"{words}, {row.unit}"
+    return words if "seconds" in words or words == row.unit else f"{words}, {row.unit}"
 
 
 def baseline_among(providers: Iterable[str]) -> str | None:
