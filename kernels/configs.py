@@ -288,10 +288,13 @@ def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:
 
 
 def row_config(num_rows: int, channels: int) -> RowConfig:
-    """About 4096 elements a program: 32 a thread, in four 16-byte loads of 16-bit numbers."""
+    """About 4096 elements a program: 32 a thread, in four 16-byte loads of 16-bit numbers.
+
+    In tiles of 16 channels half as many, as each row there has addresses of its own to hold.
+    """
     block_c = _tile(channels, 128)
     block_rows = min(4096 // block_c, max(16, _next_power_of_2(num_rows)))
-    return RowConfig(block_rows, block_c, num_warps=4)
+    return RowConfig(block_rows, block_c, num_warps=8 if block_c == 16 else 4)
 
 
 def _ceil_div(a: int, b: int) -> int:
