@@ -8,6 +8,7 @@ GPU kernels.
 bf16 and fp32. Deterministic for one number of threads.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,10 +22,12 @@ from fastres.kernels.reference import ConvBN
 
 __all__ = [
     "apply",
+    "block_folded",
     "conv_backward",
     "conv_bn",
     "conv_folded",
     "fold_grad",
+    "is_direct_block",
     "reduce",
     "runs_on",
 ]
@@ -51,13 +54,16 @@ def runs_on(x: Tensor) -> bool:
 
 def _is_direct(x: Tensor, layer: ConvBN) -> bool:
     """Whether the direct kernels know this convolution."""
+    return x.dtype == torch.bfloat16 and _is_direct_size(x.shape[2], x.shape[3], layer)
+
+
+def _is_direct_size(height: int, width: int, layer: ConvBN) -> bool:
+    """Whether the direct kernels know this convolution of maps of a size, in bf16."""
     k, c, *filter_size = layer.w.shape
-    height, width = x.shape[2:]
     is_3x3 = filter_size == [3, 3] and layer.padding == 1
     inputs, outputs = _CHANNELS.get(layer.stride, ((), ()))
     return (
-        x.dtype == torch.bfloat16
-        and (is_3x3 or (_is_1x1(layer) and layer.stride == 2))
+        (is_3x3 or (_is_1x1(layer) and layer.stride == 2))
         and (c in inputs or (c == 3 and is_3x3))
         and k in outputs
         and height % layer.stride == width % layer.stride == 0
@@ -298,4 +304,47 @@ def conv_folded(
     given = None if residual is None else to_nhwc(residual)
     operands = (x, to_nhwc(layer.w), scale_shift, given, out)
     cpu.call("conv_folded", *operands, *_sizes(x, layer), int(relu))
+    return out
+
+
+def is_direct_block(
+    x: Tensor, layers: Sequence[ConvBN], scale_shifts: Sequence[Tensor], projection: ConvBN | None
+) -> bool:
+    """Whether `block_folded` knows a block. Layers that do not fit together it does not know."""
+    if len(layers) != 2 or x.dim() != 4 or x.dtype != torch.bfloat16:
+        return False
+    (n, c, h, w), (first, second) = x.shape, layers
+    k, stride = first.w.shape[0], first.stride
+    everything = [first, second] if projection is None else [first, second, projection]
+    wanted: list[tuple[int, ...]] = [(k, c, 3, 3), (k, k, 3, 3), (k, c, 1, 1)]
+    operands = [layer.w for layer in everything]
+    return (
+        n > 0
+        and [layer.w.shape for layer in everything] == wanted[: len(everything)]
+        and all(w.dtype == x.dtype for w in operands)
+        and [(t.shape, t.dtype) for t in scale_shifts] == [((2, k), torch.float32)] * len(operands)
+        and all(t.device == x.device for t in (*operands, *scale_shifts))
+        and c != 3
+        and second.stride == 1
+        and (projection is None or projection.stride == stride)
+        and all(_is_direct_size(h, w, layer) for layer in everything if layer is not second)
+        and _is_direct_size(h // stride, w // stride, second)
+    )
+
+
+def block_folded(
+    x: Tensor,
+    layers: Sequence[ConvBN],
+    scale_shifts: Sequence[Tensor],
+    projection: ConvBN | None,
+    add_input: bool,
+) -> Tensor:
+    """A basic block of inference, see `fused.residual_block_folded`."""
+    x, first = to_nhwc(x), layers[0]
+    out = _empty_output(x, first)
+    filters = [to_nhwc(layer.w) for layer in layers]
+    folds = [t.contiguous() for t in scale_shifts]
+    projected = (None, None) if projection is None else (to_nhwc(projection.w), folds[2])
+    operands = (x, filters[0], folds[0], filters[1], folds[1], *projected, out)
+    cpu.call("block_folded", *operands, *_sizes(x, first)[:-1], int(add_input))
     return out

@@ -22,7 +22,7 @@ from torch import Tensor
 __all__ = ["call", "has_direct_conv", "library", "unavailable"]
 
 _FOLDER = Path(__file__).resolve().parent
-_SOURCES = ("cpu_conv.cpp", "cpu_conv_strided.cpp", "cpu_norm.cpp")
+_SOURCES = ("cpu_block.cpp", "cpu_conv.cpp", "cpu_conv_strided.cpp", "cpu_norm.cpp")
 _HEADERS = ("cpu_conv.h", "cpu_math.h")
 # -ffp-contract: a * y + b rounds once in every kernel, so that an activation and its mask agree.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast")
@@ -39,6 +39,7 @@ _SIGNATURES = {
     "conv_fprop": "ppppppdppppiiiiiii",
     "conv_folded": "pppppiiiiiiii",
     "conv_backward": "pppppppppppiiiiiii",
+    "block_folded": "ppppppppiiiiiii",
 }
 _TYPED = ("bn_stats", "bn_apply", "bn_reduce", "bn_form_dy")
 _TYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}

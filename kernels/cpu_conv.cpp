@@ -28,10 +28,6 @@ struct Dense {
   static constexpr Convolve run = convolve<3, kC, kPixels, kVectors, 1>;
 };
 
-Convolve dense(int64_t, int64_t depth, int64_t width, int64_t channels) {
-  return of_depth<Dense, 4, 16, 32, 64>(depth, width, channels);
-}
-
 // y, or relu(a * y + b + residual), image by image; `done(n)` follows while image n is in the
 // cache.
 template <class Done>
@@ -55,7 +51,7 @@ void forward(const bf16* x, const float* fold, const bf16* w, bf16* y, Epilogue 
       const bool last = n + 1 == s.images;
       const Upcoming next{{last ? nullptr : image + s.height * row}, s.stride * row};
       run({padded.get(), packed.get(), y + n * size, s.out_height(), s.out_width(), s.out,
-           s.x_row()},
+           s.x_row(), s.y_row()},
           own, next);
       done(n);
     }
@@ -189,7 +185,7 @@ struct Backward {
   // Store dx of image n, and leave x and dy in pairs for dw. padded and values are scratch.
   void image(int64_t n, bf16* padded, float* values, uint32_t* x_pairs, uint32_t* y_pairs,
              GradSums* sums) const {
-    const int64_t x_row = s.width * s.in, y_row = s.out_width() * s.out, depth = depth_of(s.in);
+    const int64_t x_row = s.width * s.in, y_row = s.y_row(), depth = depth_of(s.in);
     const int64_t x_image = n * s.height * x_row, y_image = n * s.out_height() * y_row;
     fill_padded(padded, s.out_height(), s.out_width(), s.out, s.border(),
                 [&](int64_t p, bf16* row) {
@@ -198,8 +194,8 @@ struct Backward {
     pair_dy(padded, y_pairs, s);
     if (dx) {
       const Epilogue epilogue{nullptr, 0, shortcut ? shortcut + x_image : nullptr, false};
-      run({padded, turned.get(), dx + x_image, s.height, s.width, s.in, s.dy_row()}, epilogue,
-          after(n));
+      run({padded, turned.get(), dx + x_image, s.height, s.width, s.in, s.dy_row(), x_row},
+          epilogue, after(n));
       if (has_fold) sums->add_masked_by_y(dx + x_image, x + x_image, dx + x_image);
     }
     fill_padded(padded, s.height, s.width, depth, s.border(),
@@ -217,6 +213,11 @@ struct Backward {
 };
 
 }  // namespace
+
+Convolve dense(int64_t, int64_t depth, int64_t width, int64_t channels) {
+  return of_depth<Dense, 4, 16, 32, 64>(depth, width, channels);
+}
+
 }  // namespace fastres
 
 using namespace fastres;
@@ -260,7 +261,7 @@ extern "C" void conv_backward(const bf16* g, const bf16* y, const float* coeffic
       dx,
       fold != nullptr,
       s,
-      FormDy(coefficients, s.out_width() * out, out),
+      FormDy(coefficients, s.y_row(), out),
       Prologue(fold, width, in),
       dx ? pack<true>(w, taps, out, in) : nullptr,
       dx ? (stride == 1 ? dense : strided_dx)(taps, out, s.out_width(), in) : nullptr};

@@ -43,24 +43,15 @@ inline __m512 widen16(const bf16* values) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-// A batch norm and a shortcut behind a convolution, of 16 output channels; null pointers: none.
+// A batch norm and a shortcut behind a convolution: relu(a * sum + b + residual). Null pointers:
+// none. A residual lies as the results do.
 struct Epilogue {
   const float* scale_shift;
   int64_t channels;
   const bf16* residual;
   bool with_relu;
 
-  __m512 operator()(__m512 sum, int64_t channel, int64_t offset) const {
-    if (scale_shift)
-      sum = _mm512_fmadd_ps(_mm512_loadu_ps(scale_shift + channel), sum,
-                            _mm512_loadu_ps(scale_shift + channels + channel));
-    if (residual) sum = _mm512_add_ps(sum, widen16(residual + offset));
-    // Not max(): a NaN must come through.
-    if (with_relu)
-      sum = _mm512_mask_mov_ps(sum, _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_LT_OQ),
-                               _mm512_setzero_ps());
-    return sum;
-  }
+  bool is_empty() const { return !(scale_shift || residual || with_relu); }
 };
 
 // kPixels neighbours of one row, kVectors * 16 output channels.
@@ -90,11 +81,43 @@ struct Tile {
   }
 
   // Pixels of out are `step` numbers apart, the first at `offset`.
-  void store(bf16* out, int64_t offset, int64_t step, int64_t channel, const Epilogue& epilogue) {
+  void store(bf16* out, int64_t offset, int64_t step, int64_t channel,
+             const Epilogue& epilogue) const {
+    const float* fold = epilogue.scale_shift;
+    const bf16* residual = epilogue.residual;
+    if (epilogue.is_empty()) {
+      store_each(out, offset, step, [](__m512 z, int, int64_t) { return z; });
+      return;
+    }
+    __m512 a[kVectors], b[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t k = channel + v * kLanes;
+      a[v] = fold ? _mm512_loadu_ps(fold + k) : _mm512_set1_ps(1);
+      b[v] = fold ? _mm512_loadu_ps(fold + epilogue.channels + k) : _mm512_setzero_ps();
+    }
+    // max(floor, z) in this order: of a number and a NaN the instruction returns the second.
+    const __m512 floor = _mm512_set1_ps(epilogue.with_relu ? 0 : -INFINITY);
+    if (residual)
+      store_each(out, offset, step, [&](__m512 z, int v, int64_t at) {
+        z = _mm512_add_ps(_mm512_fmadd_ps(a[v], z, b[v]), widen16(residual + at));
+        return _mm512_max_ps(floor, z);
+      });
+    else
+      store_each(out, offset, step, [&](__m512 z, int v, int64_t) {
+        return _mm512_max_ps(floor, _mm512_fmadd_ps(a[v], z, b[v]));
+      });
+  }
+
+ private:
+  // Store finish(sum, vector, offset). Unrolled, or the sums would go through memory.
+  template <class Finish>
+  void store_each(bf16* out, int64_t offset, int64_t step, const Finish& finish) const {
+#pragma GCC unroll 32
     for (int p = 0; p < kPixels; ++p)
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = offset + p * step + v * kLanes;
-        const __m512 z = epilogue(sum[p][v], channel + v * kLanes, at);
+        const __m512 z = finish(sum[p][v], v, at);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at), (__m256i)_mm512_cvtneps_pbh(z));
       }
   }
@@ -115,12 +138,12 @@ struct Upcoming {
   }
 };
 
-// Where a convolution of one image reads and writes: (height, width, channels) results from padded
-// rows of `row` numbers.
+// Where a convolution of one image reads and writes: (height, width, channels) results in rows of
+// `out_row` numbers, from padded rows of `row` numbers.
 struct Plane {
   const bf16 *padded, *w;
   bf16* out;
-  int64_t height, width, channels, row;
+  int64_t height, width, channels, row, out_row;
 };
 
 // Convolve one padded image with filters of kTaps x kTaps. In an NHWC row the taps and channels s,
@@ -139,7 +162,7 @@ void convolve(const Plane& plane, const Epilogue& epilogue, const Upcoming& upco
         Tile<kPixels, kVectors> tile;
         for (int r = 0; r < kTaps; ++r)
           tile.template add<kRow, kStride * kC>(x + r * plane.row, w + r * kRow * kLanes, kFilter);
-        tile.store(plane.out, (h * plane.width + q) * plane.channels + k, plane.channels, k,
+        tile.store(plane.out, h * plane.out_row + q * plane.channels + k, plane.channels, k,
                    epilogue);
       }
     }
@@ -162,7 +185,8 @@ Convolve of_depth(int64_t depth, int64_t width, int64_t channels) {
   return found;
 }
 
-// With stride 2, in cpu_conv_strided.cpp: y, and dx from dy.
+// y with stride 1, in cpu_conv.cpp; with stride 2, in cpu_conv_strided.cpp; and its dx from dy.
+Convolve dense(int64_t taps, int64_t depth, int64_t width, int64_t channels);
 Convolve strided(int64_t taps, int64_t depth, int64_t width, int64_t channels);
 Convolve strided_dx(int64_t taps, int64_t depth, int64_t width, int64_t channels);
 
@@ -249,6 +273,7 @@ struct Shape {
   int64_t out_pixels() const { return out_height() * out_width(); }
   int64_t x_row() const { return (width + 2 * border()) * depth_of(in); }
   int64_t dy_row() const { return (out_width() + 2 * border()) * out; }
+  int64_t y_row() const { return out_width() * out; }
   int64_t padded_x() const { return (height + 2 * border()) * x_row(); }
   int64_t padded_dy() const { return (out_height() + 2 * border()) * dy_row(); }
   int64_t dw_size() const { return out * taps * taps * depth_of(in); }

@@ -33,7 +33,7 @@ void convolve_phase(const Plane& plane, const Epilogue& epilogue, int64_t h, int
           tile.template add<kC, kC>(dy + (kOddRow - i) * plane.row + (kOddColumn - j) * kC,
                                     w + tap * kC * kLanes, kFilter);
         }
-    tile.store(plane.out, (h * plane.width + 2 * q + kOddColumn) * plane.channels + k,
+    tile.store(plane.out, h * plane.out_row + (2 * q + kOddColumn) * plane.channels + k,
                2 * plane.channels, k, epilogue);
   }
 }

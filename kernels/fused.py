@@ -4,6 +4,7 @@
     fastres::conv_bn_add_relu_fwd, _bwd    out = relu(bn(conv(x)) + residual)
     fastres::residual_block_fwd, _bwd      out = relu(bn(conv(.. relu(bn(conv(x))))) + shortcut)
     fastres::conv_bn_folded                out = relu(a * conv(x) + b + residual), for inference
+    residual_block_folded                  several of those in a row, one kernel on a CPU
 
 The three training ops have one signature and one implementation, `chain.py`; their names tell a
 profile what a model runs. Ops change none of their inputs: they return the statistics of the batch,
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from fastres.kernels import chain_cpu
 from fastres.kernels.chain import (
     LayerState,
     Shortcut,
@@ -40,6 +42,7 @@ __all__ = [
     "conv_bn_folded",
     "conv_bn_relu",
     "residual_block",
+    "residual_block_folded",
 ]
 
 # params: w, weight, bias of every layer, the projection's last; geometry: stride, padding of each.
@@ -362,3 +365,36 @@ def conv_bn_folded(
     """
     run = _folded_impl if can_run_eager(x) else _conv_bn_folded
     return run(x, layer.w, scale_shift, residual, layer.stride, layer.padding, relu)
+
+
+def residual_block_folded(
+    x: Tensor,
+    layers: Sequence[ConvBN],
+    scale_shifts: Sequence[Tensor],
+    *,
+    projection: ConvBN | None = None,
+    add_input: bool = True,
+) -> Tensor:
+    """`residual_block` for inference, each layer as in `conv_bn_folded`; no gradient.
+
+    Args:
+        x: as in `conv_bn_folded`, as are the layers.
+        layers: the main path.
+        scale_shifts: (2, K) of each layer, the projection's last.
+        projection: the layer that makes the shortcut from x.
+        add_input: without a projection, x itself is the shortcut; False: there is none.
+
+    Returns, raises: as `conv_bn_folded`; ValueError too where a layer has no scale_shift.
+    """
+    count = len(layers) + (projection is not None)
+    if len(scale_shifts) != count:
+        raise ValueError(f"{count} layers need as many scale_shifts, got {len(scale_shifts)}")
+    if can_run_eager(x) and chain_cpu.is_direct_block(x, layers, scale_shifts, projection):
+        return chain_cpu.block_folded(x, layers, scale_shifts, projection, add_input)
+    shortcut = x if add_input else None
+    if projection is not None:
+        shortcut = conv_bn_folded(x, projection, scale_shifts[-1], relu=False)
+    *inner, last = zip(layers, scale_shifts, strict=False)
+    for layer, scale_shift in inner:
+        x = conv_bn_folded(x, layer, scale_shift)
+    return conv_bn_folded(x, *last, residual=shortcut)

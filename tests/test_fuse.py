@@ -131,11 +131,13 @@ def test_evaluation_folds():
 
 
 @pytest.mark.usefixtures("plain")
-def test_momentum_none_averages_all_batches():
+@pytest.mark.parametrize("momenta", [[None], [0.3], [None, 0.3, 0.1]])
+def test_running_statistics_follow_every_momentum(momenta):
+    """Without one they average all batches."""
     model = tiny(width=0.5)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for i, module in enumerate(norms):
+        module.momentum = momenta[i % len(momenta)]
     faster = fuse(model, verbose=False)
     for scale in (1.0, 2.0):
         model(images() * scale)

@@ -173,6 +173,38 @@ def test_folded_layer():
         torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("name", ["basic", "no shortcut", "projected", "bottleneck"])
+def test_folded_block(name):
+    case = Case(name)
+    everything = [*case.layers, case.projection] if case.projection else case.layers
+    folds = [torch.stack([layer.weight, layer.bias]) for layer in everything]
+
+    def folded(x, layer):
+        a, b = (v.view(1, -1, 1, 1) for v in (layer.weight, layer.bias))
+        return F.conv2d(x, layer.w, stride=layer.stride, padding=layer.padding) * a + b
+
+    out = fused.residual_block_folded(
+        case.x, case.layers, folds, projection=case.projection, add_input=case.kind == "input"
+    )
+    z = case.x
+    for layer in case.layers[:-1]:
+        z = folded(z, layer).relu()
+    z = folded(z, case.layers[-1])
+    if case.projection is not None:
+        z = z + folded(case.x, case.projection)
+    wanted = (z + case.x if case.kind == "input" else z).relu()
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_folded_block_needs_a_scale_and_shift_for_every_layer():
+    case = Case("projected")
+    folds = [torch.stack([layer.weight, layer.bias]) for layer in case.layers]
+    with pytest.raises(ValueError, match="3 layers need as many scale_shifts, got 2"):
+        fused.residual_block_folded(case.x, case.layers, folds, projection=case.projection)
+
+
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize(
     ("op", "name", "shortcut"),

@@ -5,7 +5,7 @@ the same children, parameters, buffers and state_dict keys, because it inherits 
 cannot fuse it falls back to `super().forward`: the reference itself.
 
     training     one op a block, statistics of the batch; the running ones are moved here
-    evaluation   one op a convolution with its batch norm folded, where no gradient is wanted
+    evaluation   batch norms folded into their convolutions, where no gradient is wanted
     otherwise    the reference: evaluation with gradients, batch norms frozen one by one, no images
 """
 
@@ -22,6 +22,7 @@ from fastres.kernels.fused_head import is_worth_an_op, pool_linear, smooth_cross
 from fastres.kernels.reference import stat_dtype
 from fastres.model.pairs import (
     Pair,
+    block_folded,
     can_fold,
     can_train,
     cast_dtype,
@@ -163,10 +164,8 @@ class FusedBlock(nn.Module):
 
     def _evaluate(self, x: Tensor, pairs: list[Pair], projection: Pair | None) -> Tensor:
         shortcut = self._given_shortcut(x, projection)
-        if projection is not None:
-            shortcut = conv_bn_folded(x, projection, relu=False)
-        elif shortcut is None and self._adds():
-            shortcut = x
+        if shortcut is None:
+            return block_folded(x, pairs, projection=projection, add_input=self._adds())
         *inner, last = pairs
         for pair in inner:
             x = conv_bn_folded(x, pair, relu=True)

@@ -19,6 +19,7 @@ from fastres.kernels.reference import ConvBN, bn_fold_ref, stat_dtype
 
 __all__ = [
     "Pair",
+    "block_folded",
     "can_fold",
     "can_train",
     "cast_dtype",
@@ -124,22 +125,47 @@ def conv_bn_folded(x: Tensor, pair: Pair, *, relu: bool, residual: Tensor | None
     return fused.conv_bn_folded(to_pixels(x), layer, scale_shift, residual=given, relu=relu)
 
 
+def block_folded(
+    x: Tensor, pairs: Sequence[Pair], *, projection: Pair | None, add_input: bool
+) -> Tensor:
+    """A residual block with the running statistics, in one op."""
+    everything = pairs if projection is None else [*pairs, projection]
+    layers, scale_shifts = zip(*(_fold_once(pair, x) for pair in everything), strict=True)
+    return fused.residual_block_folded(
+        to_pixels(x),
+        layers[: len(pairs)],
+        scale_shifts,
+        projection=None if projection is None else layers[-1],
+        add_input=add_input,
+    )
+
+
 @torch.no_grad()
 def move_running_statistics(pairs: Sequence[Pair], batches: Sequence[BatchStats]) -> None:
     """Move the running statistics towards those of the batch, as nn.BatchNorm2d does."""
-    for (_, bn), batch in zip(pairs, batches, strict=True):
-        if not bn.track_running_stats:
-            continue
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        assert bn.num_batches_tracked is not None
-        bn.num_batches_tracked.add_(1)
+    moved = [
+        (pair.bn, batch)
+        for pair, batch in zip(pairs, batches, strict=True)
+        if pair.bn.track_running_stats
+    ]
+    if not moved:
+        return
+    counts = [cast(Tensor, bn.num_batches_tracked) for bn, _ in moved]
+    torch._foreach_add_(counts, 1)
+    running = [cast(Tensor, t) for bn, _ in moved for t in (bn.running_mean, bn.running_var)]
+    seen = [t for _, batch in moved for t in batch]
+    seen = [value.to(average.dtype) for value, average in zip(seen, running, strict=True)]
+    momentum = moved[0][0].momentum
+    if momentum is not None and all(bn.momentum == momentum for bn, _ in moved):
+        torch._foreach_lerp_(running, seen, momentum)
+        return
+    for i, (bn, _) in enumerate(moved):
         # Without a momentum the running statistics are the plain average of all batches.
         step: Any = bn.momentum
         if step is None:
-            step = bn.num_batches_tracked.to(bn.running_mean.dtype).reciprocal()
-        bn.running_mean.lerp_(batch.mean.to(bn.running_mean.dtype), step)
-        bn.running_var.lerp_(batch.unbiased_var.to(bn.running_var.dtype), step)
+            step = counts[i].to(running[2 * i].dtype).reciprocal()
+        for average, value in zip(running[2 * i : 2 * i + 2], seen[2 * i : 2 * i + 2], strict=True):
+            average.lerp_(value, step)
 
 
 def _is_plain(x: Tensor, pair: Pair) -> bool:
