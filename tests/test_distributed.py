@@ -91,9 +91,18 @@ def test_a_signal_to_one_stops_all_and_the_run_goes_on_as_if_never_stopped(run, 
     assert losses[0] == losses[1]
 
 
-def test_a_step_is_that_of_the_mean_gradient(tmp_path):
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("way", [(), ("--fast", "--amp", "off", "--route", "eager")], ids=["plain", "fast"])
+def test_a_step_is_that_of_the_mean_gradient(tmp_path, way, one_thread):
     out = tmp_path / "step"
-    train_by(2, out, "--epochs", "0.25")
+    train_by(2, out, "--epochs", "0.25", *way)
     config = from_json((out / "config.json").read_text(), "config.json")
     data = fastres.load_dataset("synthetic")
     trained = weights(out)
@@ -109,8 +118,10 @@ def test_a_step_is_that_of_the_mean_gradient(tmp_path):
         pixels, labels = next(iter(loader))
         assert len(labels) == 12
         half = copy.deepcopy(model).train()
-        # In the layout of the reference: another order of sums flips a ReLU near 0 now and then.
-        F.cross_entropy(half(pixels.contiguous()), labels).backward()
+        # In its own layout: another order of sums flips a ReLU near 0 now and then.
+        layout = torch.channels_last if way else torch.contiguous_format
+        half.to(memory_format=layout)
+        F.cross_entropy(half(pixels.contiguous(memory_format=layout)), labels).backward()
         grads.append({name: p.grad for name, p in half.named_parameters()})
         buffers.append({n: b for n, b in half.named_buffers() if b.is_floating_point()})
 

@@ -67,15 +67,13 @@ class Processes:
         """Give all processes the mean of their gradients and of their running statistics."""
         if self.size == 1:
             return
-        params = [p for p in model.parameters() if p.grad is not None]
-        statistics = [b for b in model.buffers() if b.is_floating_point()]
-        grads = [p.grad for p in params if p.grad is not None]
-        averages = iter(self._averages([*grads, *statistics]))
-        for param, value in zip(params, averages, strict=False):
-            param.grad = value
+        tensors = [p.grad for p in model.parameters() if p.grad is not None]
+        tensors += [b for b in model.buffers() if b.is_floating_point()]
+        # Into the gradients themselves: fused optimizers rely on their having their parameters'
+        # strides, and an exchanged tensor has those of a contiguous one.
         with torch.no_grad():
-            for buffer, value in zip(statistics, averages, strict=True):
-                buffer.copy_(value)
+            for tensor, value in zip(tensors, self._averages(tensors), strict=True):
+                tensor.copy_(value)
 
     def _averages(self, tensors: Sequence[Tensor]) -> Iterable[Tensor]:
         """Return the mean over the processes of every tensor, exchanged as one."""
