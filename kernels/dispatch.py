@@ -16,7 +16,14 @@ from fastres.kernels import chain_cpu, chain_plain
 from fastres.kernels.chain import Chain, Shortcut
 from fastres.kernels.reference import ConvBN
 
-__all__ = ["choose_backend", "is_interpreted", "make_chain", "pixels", "runs_on_triton"]
+__all__ = [
+    "choose_backend",
+    "is_interpreted",
+    "make_chain",
+    "no_autocast",
+    "pixels",
+    "runs_on_triton",
+]
 
 
 @functools.cache
@@ -81,6 +88,6 @@ def pixels(t: Tensor) -> Tensor:
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which torch's own convolutions keep the dtype of x, as the fakes promise."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

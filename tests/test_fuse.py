@@ -19,6 +19,7 @@ from fastres.model.layers import (
     FusedResNet,
     FusedSequential,
 )
+from fastres.model.pairs import running_statistics_together
 from fastres.model.resnet import Bottleneck, create_model
 
 
@@ -143,6 +144,27 @@ def test_running_statistics_follow_every_momentum(momenta):
         model(images() * scale)
         faster(images() * scale)
     torch.testing.assert_close(dict(faster.named_buffers()), dict(model.named_buffers()))
+
+
+@pytest.mark.usefixtures("plain")
+def test_running_statistics_may_move_together():
+    together, alone = (fuse(tiny(width=0.5), verbose=False) for _ in range(2))
+    with running_statistics_together():
+        together(images())
+        assert together.bn1.num_batches_tracked == 0
+        together(2 * images())
+    for scale in (1, 2):
+        alone(scale * images())
+    assert together.bn1.num_batches_tracked == 2
+    torch.testing.assert_close(
+        dict(together.named_buffers()), dict(alone.named_buffers()), rtol=0, atol=0
+    )
+    with pytest.raises(ValueError, match="stop"), running_statistics_together():
+        together(images())
+        raise ValueError("stop")
+    alone(images())
+    assert together.bn1.num_batches_tracked == 2
+    assert alone.bn1.num_batches_tracked == 3
 
 
 @pytest.mark.usefixtures("plain")

@@ -18,6 +18,7 @@ from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.optim import Optimizer, lr_factor
 from fastres.engine.runtime import Runtime
 from fastres.model.layers import SmoothCrossEntropy
+from fastres.model.pairs import running_statistics_together
 
 __all__ = ["Totals", "TrainStep", "WeightAverage"]
 
@@ -153,7 +154,7 @@ class TrainStep:
 
     def _compute(self, images: Tensor, labels: Tensor) -> None:
         """Forward, backward and update: everything that the graph captures."""
-        with self.runtime.autocast():
+        with self.runtime.autocast(), running_statistics_together():
             logits = self._forward(images)
             loss = self._loss(logits, labels)
         self.scaler.scale(loss).backward()

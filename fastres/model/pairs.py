@@ -29,12 +29,16 @@ __all__ = [
     "is_plain_relu",
     "is_seen",
     "move_running_statistics",
+    "running_statistics_together",
     "to_layer",
     "to_pixels",
 ]
 
 _kept: ContextVar[dict[Any, tuple[ConvBN, Tensor]] | None] = ContextVar(
     "fastres_kept", default=None
+)
+_moves: ContextVar[list[tuple[nn.BatchNorm2d, BatchStats]] | None] = ContextVar(
+    "fastres_moves", default=None
 )
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -140,32 +144,56 @@ def block_folded(
     )
 
 
-@torch.no_grad()
 def move_running_statistics(pairs: Sequence[Pair], batches: Sequence[BatchStats]) -> None:
     """Move the running statistics towards those of the batch, as nn.BatchNorm2d does."""
-    moved = [
-        (pair.bn, batch)
-        for pair, batch in zip(pairs, batches, strict=True)
-        if pair.bn.track_running_stats
+    moves = [
+        (bn, batch)
+        for (_, bn), batch in zip(pairs, batches, strict=True)
+        if bn.track_running_stats
     ]
-    if not moved:
+    waiting = None if torch.compiler.is_compiling() else _moves.get()
+    if waiting is None:
+        _move(moves)
+    else:
+        waiting += moves
+
+
+@contextmanager
+def running_statistics_together() -> Iterator[None]:
+    """Move the running statistics of all layers at the end of the `with` block, in a few calls."""
+    moves: list[tuple[nn.BatchNorm2d, BatchStats]] = []
+    token = _moves.set(moves)
+    try:
+        yield
+    finally:
+        _moves.reset(token)
+    _move(moves)
+
+
+@torch.no_grad()
+def _move(moves: Sequence[tuple[nn.BatchNorm2d, BatchStats]]) -> None:
+    if not moves:
         return
-    counts = [cast(Tensor, bn.num_batches_tracked) for bn, _ in moved]
+    momentum = moves[0][0].momentum
+    is_alike = momentum is not None and all(bn.momentum == momentum for bn, _ in moves)
+    if len(moves) > 1 and not (is_alike and len({id(bn) for bn, _ in moves}) == len(moves)):
+        # One by one: others may have another momentum, and one used twice moves twice.
+        for move in moves:
+            _move([move])
+        return
+    counts = [cast(Tensor, bn.num_batches_tracked) for bn, _ in moves]
     torch._foreach_add_(counts, 1)
-    running = [cast(Tensor, t) for bn, _ in moved for t in (bn.running_mean, bn.running_var)]
-    seen = [t for _, batch in moved for t in batch]
-    seen = [value.to(average.dtype) for value, average in zip(seen, running, strict=True)]
-    momentum = moved[0][0].momentum
-    if momentum is not None and all(bn.momentum == momentum for bn, _ in moved):
+    running = [cast(Tensor, t) for bn, _ in moves for t in (bn.running_mean, bn.running_var)]
+    seen = [
+        t.to(r.dtype) for t, r in zip((t for _, batch in moves for t in batch), running, strict=True)
+    ]
+    if momentum is not None:
         torch._foreach_lerp_(running, seen, momentum)
         return
-    for i, (bn, _) in enumerate(moved):
-        # Without a momentum the running statistics are the plain average of all batches.
-        step: Any = bn.momentum
-        if step is None:
-            step = counts[i].to(running[2 * i].dtype).reciprocal()
-        for average, value in zip(running[2 * i : 2 * i + 2], seen[2 * i : 2 * i + 2], strict=True):
-            average.lerp_(value, step)
+    # Without a momentum the running statistics are the plain average of all batches.
+    step = counts[0].to(running[0].dtype).reciprocal()
+    for average, value in zip(running, seen, strict=True):
+        average.lerp_(value, step)
 
 
 def _is_plain(x: Tensor, pair: Pair) -> bool:
