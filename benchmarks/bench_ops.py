@@ -85,14 +85,21 @@ def _dtype(provider: str) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _forced(route: str) -> Iterator[None]:
-    """Run all convolutions of fused ops on one route inside the context."""
+def _forced(provider: str) -> Iterator[None]:
+    """Run all convolutions of fused ops on the route that a provider is named after, if any.
+
+    Backward passes choose their route when they run, so they belong inside the context too.
+    """
+    if provider not in ("triton", "cudnn"):
+        yield
+        return
     from fastres.kernels import chain_triton
 
     choose = chain_triton.conv_config
 
     def forced(*args, **options):
-        return dataclasses.replace(choose(*args, **options), route=route)  # type: ignore[arg-type]
+        config = choose(*args, **options)
+        return dataclasses.replace(config, route=provider)  # type: ignore[arg-type]
 
     with mock.patch.object(chain_triton, "conv_config", forced):
         yield
@@ -123,14 +130,7 @@ def _op(provider: str, case: OpCase) -> Op:
         low_precision(DEVICE)
     if provider == "compile":
         return _compiled(case)
-    if provider in ("triton", "cudnn"):
-
-        def routed(case: OpCase, inputs: Inputs) -> Tensor:
-            with _forced(provider):
-                return op_cases.fused_op(case, inputs)
-
-        return routed
-    return op_cases.fused_op if provider == "fused" else op_cases.eager
+    return op_cases.eager if provider in ("eager", "channels_last", "amp") else op_cases.fused_op
 
 
 def _results(op: Op, case: OpCase, inputs: Inputs) -> list[Tensor]:
@@ -159,7 +159,8 @@ def _check(provider: str, case: OpCase) -> None:
     dtype = _dtype(provider)
     inputs = op_cases.make_inputs(case, dtype, DEVICE, nhwc=True)
     references = _references(case)
-    results = _results(_op(provider, case), case, inputs)
+    with _forced(provider):
+        results = _results(_op(provider, case), case, inputs)
     truth = references[torch.float64]
     referee.check(f"{case.name} {provider}", results, references[dtype], truth, dtype)
 
@@ -191,7 +192,8 @@ def _prepare(case: OpCase, what: Pass, provider: str) -> Prepared:
     call, before = _calls(op, case, what, inputs)
     on_gpu = DEVICE.type == "cuda"
     if on_gpu:
-        sample = graph_sample(call, DEVICE, cold=True, before=before)
+        with _forced(provider):
+            sample = graph_sample(call, DEVICE, cold=True, before=before)
     else:
         if before is not None:
             before()

@@ -17,8 +17,12 @@ from benchmarks.rows import make_certificate
 
 __all__ = ["find_faults", "is_installed", "main"]
 
-_NEEDED = ("torch", "numpy", "PIL", "safetensors", "rich", "tyro", "pytest")
-_USEFUL = ("triton", "torchvision", "nvidia.dali", "matplotlib", "pytest_benchmark", "hypothesis")
+_NEEDED = ("torch", "numpy", "pytest")
+# Parts that need one of these are left out without it.
+_USEFUL = (
+    *("PIL", "safetensors", "rich", "tyro"),
+    *("triton", "torchvision", "nvidia.dali", "matplotlib", "pytest_benchmark", "hypothesis"),
+)
 _LEAST_TORCH = (2, 11)
 _LEAST_FREE_GIB = 4
 

@@ -147,18 +147,26 @@ def place(config: Config, num_classes: int = 10) -> tuple[nn.Module, Runtime]:
     if runtime.route == "fused":
         model = fastres.fuse(model, verbose=False)
     runtime.place(model)
+    torch.backends.cudnn.benchmark = not config.deterministic
     return model, runtime
 
 
 def build(
-    rung: str, model_name: str, batch_size: int, device: torch.device, num_classes: int = 10
+    rung: str,
+    model_name: str,
+    batch_size: int,
+    device: torch.device,
+    num_classes: int = 10,
+    **options: Any,
 ) -> Rung:
     """Build a rung and train its first step, which compiles and captures whatever there is.
+
+    Further options are those of `Config`.
 
     Raises:
         Unavailable: when this machine cannot have it.
     """
-    config = make_config(rung, device, model=model_name, batch_size=batch_size)
+    config = make_config(rung, device, model=model_name, batch_size=batch_size, **options)
     model, runtime = place(config, num_classes)
     model.train()
     step = TrainStep(model, config, runtime, _TOTAL_STEPS)

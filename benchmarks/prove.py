@@ -32,7 +32,12 @@ __all__ = ["Outcome", "judge", "main"]
 
 # A part that was told to stop has this long to write down what it has.
 _GRACE_S = 6.0
-_TEST_LINE = re.compile(r"^\S+::\S.* (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
+_WORDS = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
+# Of pytest alone, and of the workers of pytest-xdist.
+_TEST_LINES = (
+    re.compile(rf"^\S+::\S.* {_WORDS}\b", re.MULTILINE),
+    re.compile(rf"^\[gw\d+\] \[ *\d+%\] {_WORDS} \S+::", re.MULTILINE),
+)
 _NOTHING_COLLECTED = 5
 
 
@@ -51,7 +56,7 @@ class Outcome:
 
 def judge(code: int, cut: bool, log: str) -> tuple[str, str]:
     """Return status and detail of a part from its exit code, whether it was cut, and its output."""
-    counts = Counter(_TEST_LINE.findall(log))
+    counts = Counter(word for line in _TEST_LINES for word in line.findall(log))
     said = ", ".join(f"{number} {word.lower()}" for word, number in sorted(counts.items()))
     last = next((line for line in reversed(log.splitlines()) if line.strip()), "")
     if counts["FAILED"] or counts["ERROR"]:
@@ -263,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: --out {options.out}: {error.strerror}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    proof = Proof(options.out, options.budget, options.data_dir)
+    proof = Proof(options.out.resolve(), options.budget, options.data_dir)
     interrupted = False
     try:
         machine = _check_machine(proof)

@@ -12,6 +12,10 @@ __all__ = ["ROOT", "Part", "missing_imports", "plan_parts"]
 ROOT = Path(__file__).resolve().parents[1]
 
 _PYTEST = ("pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=")
+# One file that cannot be imported here must not void the others.
+_PARITY_TESTS = (*_PYTEST, "--continue-on-collection-errors")
+# Compiling kernels takes most of their time, and shares the GPU well.
+_WORKERS = ("-n", "8")
 # What breaks first when a kernel is wrong comes first.
 _TEST_ORDER = ("test_kernels_block", "test_fused", "test_fuse", "test_kernels", "test_step", "")
 _PARITY = ("test_kernels", "test_fuse", "test_step")
@@ -108,7 +112,7 @@ def _roofline(model: str, batch_size: int) -> Part:
     case = ("--model", model, "--batch-size", str(batch_size), "--seconds", "{SECONDS}")
     files = ("--results", "{OUT}", "--out", f"{{OUT}}/roofline_{model}.png")
     command = ("benchmarks.roofline", *case, *files)
-    return Part(f"roofline {model}", command, 1, 15, needs=("rich", "matplotlib"))
+    return Part(f"roofline {model}", command, 1, 15, needs=("rich", "matplotlib", "tyro"))
 
 
 def plan_parts(*, on_gpu: bool, data_dir: Path | None = None) -> list[Part]:
@@ -134,13 +138,14 @@ def plan_parts(*, on_gpu: bool, data_dir: Path | None = None) -> list[Part]:
     data = []
     if data_dir is not None:
         command = ("fastres.train", "--dry-run", "--data-dir", str(data_dir.resolve()))
-        data = [Part("data", command, 1, 20)]
+        data = [Part("data", command, 1, 20, needs=("tyro",))]
     if not on_gpu:
-        parity = (*_PYTEST, "-m", "not gpu and not slow", *kernels)
+        parity = (*_PARITY_TESTS, "-m", "not gpu and not slow", *kernels)
         first = [Part("parity", parity, 1.5, 8, notes=notes), _roofline("resnet20", 128)]
         return [*data, *first, model, ops, loaders, train, _roofline("resnet18", 64)]
-    by_gpu = (*_PYTEST, "-m", "gpu and not slow", *marked)
-    by_kernels = (*_PYTEST, "-m", "not gpu and not slow", *kernels)
+    workers = _WORKERS if is_installed("xdist") else ()
+    by_gpu = (*_PARITY_TESTS, *workers, "-m", "gpu and not slow", *marked)
+    by_kernels = (*_PARITY_TESTS, *workers, "-m", "not gpu and not slow", *kernels)
     tune = ("fastres.kernels.tune", "--budget", "{SECONDS}", "--out", "{OUT}/launch_table.json")
     return [
         Part("parity on the GPU", by_gpu, 3, 20, notes=notes),

@@ -27,6 +27,7 @@ Sample = Callable[[], float]
 """Runs one round and returns how many seconds one call in it took."""
 
 GRAPH_REPLAYS = 10
+_HOT_CALLS = 8
 # A GPU drained after every short step would show the latency of launches instead of their rate.
 _SHORTEST_SAMPLE_S = {"cpu": 2e-3, "cuda": 5e-2}
 _MOST_CALLS = 200
@@ -144,8 +145,11 @@ def graph_sample(
             call()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
+    # Hot calls follow each other in the graph, or the gaps between its launches would be timed too.
+    num_calls = 1 if cold else _HOT_CALLS
     with torch.cuda.graph(graph, stream=stream):
-        call()
+        for _ in range(num_calls):
+            call()
     num_flushed = 2 * torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(num_flushed if cold else 0, dtype=torch.int8, device=device)
 
@@ -161,7 +165,8 @@ def graph_sample(
             graph.replay()
             end.record()
         torch.cuda.synchronize(device)
-        return sum(start.elapsed_time(end) for start, end in marks) / 1e3 / GRAPH_REPLAYS
+        total = sum(start.elapsed_time(end) for start, end in marks)
+        return total / 1e3 / GRAPH_REPLAYS / num_calls
 
     return sample
 

@@ -3,6 +3,7 @@
 import interpreter  # noqa: F401, I001 - before anything imports Triton
 
 import os
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,17 @@ def pytest_configure() -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def pytest_runtest_makereport(call: pytest.CallInfo) -> None:
+    """End a worker of pytest-xdist whose GPU failed: a new one takes over what is left.
+
+    After an illegal access every further call in the same process fails.
+    """
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    if is_worker and call.excinfo is not None and "CUDA error" in str(call.excinfo.value):
+        print(call.excinfo.value, file=sys.__stderr__, flush=True)
+        os._exit(1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

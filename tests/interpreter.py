@@ -17,6 +17,9 @@ DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The yardstick in float32 must not round to TF32 behind its back; tests of TF32 turn it on.
+torch.backends.cudnn.allow_tf32 = False
+
 
 def _replace_language_once():
     """Make Triton's interpreter replace the functions of its language once, not in every call.

@@ -99,7 +99,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("way", [(), ("--fast", "--amp", "off", "--route", "eager")], ids=["plain", "fast"])
+WAYS = {"plain": (), "fast": ("--fast", "--amp", "off", "--route", "eager")}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_a_step_is_that_of_the_mean_gradient(tmp_path, way, one_thread):
     out = tmp_path / "step"
     train_by(2, out, "--epochs", "0.25", *way)

@@ -159,9 +159,14 @@ def test_running_statistics_may_move_together():
     torch.testing.assert_close(
         dict(together.named_buffers()), dict(alone.named_buffers()), rtol=0, atol=0
     )
-    with pytest.raises(ValueError, match="stop"), running_statistics_together():
-        together(images())
-        raise ValueError("stop")
+
+    def stop():
+        with running_statistics_together():
+            together(images())
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        stop()
     alone(images())
     assert together.bn1.num_batches_tracked == 2
     assert alone.bn1.num_batches_tracked == 3
@@ -192,7 +197,8 @@ def test_bottleneck_and_sequential():
         nn.BatchNorm2d(5),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-    ).double()
+    )
+    model = model.double().to(DEVICE)
     faster = fuse(model, verbose=False)
     assert isinstance(faster, FusedSequential)
     assert faster.fused_runs == {0: 3, 4: 2}
@@ -206,8 +212,8 @@ def test_bottleneck_and_sequential():
 @pytest.mark.usefixtures("plain")
 def test_conv_bn_add_relu_module():
     torch.manual_seed(0)
-    module = ConvBNAddReLU(3, 16, stride=2).double()
-    x, residual = images().double(), torch.randn(4, 16, 4, 4).double()
+    module = ConvBNAddReLU(3, 16, stride=2).double().to(DEVICE)
+    x, residual = images().double(), torch.randn(4, 16, 4, 4).double().to(DEVICE)
     wanted = F.relu(copy.deepcopy(module.bn)(module.conv(x)) + residual)
     torch.testing.assert_close(module(x, residual), wanted, rtol=1e-9, atol=1e-9)
 

@@ -200,7 +200,7 @@ def test_200_steps_fused_and_eager_end_alike_on_a_gpu():
             step.model.conv1.weight.mul_(scale)
         return train(step, 200, 32).unfold(0, 20, 20).mean(1)
 
-    eager = [curve(model, 1 + scale) for scale in (0.0, 2.0**-8, -(2.0**-8), 2.0**-7)]
+    eager = [curve(model, 1 + units * 2.0**-8) for units in (0, 1, -1, 2, -2, 3, -3, 4, -4)]
     pairs = [(a - b).abs().max() for i, a in enumerate(eager) for b in eager[:i]]
     got = curve(fuse(model, verbose=False))
     assert eager[0][-1] < eager[0][0] / 2

@@ -69,7 +69,7 @@ def calls_of(run):
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("training", [True, False])
 def test_the_fused_net_has_the_fused_head(training):
-    model = create_model("resnet8", seed=0).double().train(training)
+    model = create_model("resnet8", seed=0).double().to(DEVICE).train(training)
     faster = fuse(model, verbose=False)
     assert list(faster.state_dict()) == list(model.state_dict())
     x = normal(2, 3, 8, 8).double()
@@ -114,7 +114,8 @@ def test_a_classifier_that_is_seen_or_replaced_is_called_itself():
 def test_torchvisions_head_is_fused_where_it_is_a_global_mean():
     resnet = pytest.importorskip("torchvision.models.resnet")
     torch.manual_seed(0)
-    model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=4).double().eval()
+    model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=4)
+    model = model.double().to(DEVICE).eval()
     x = normal(2, 3, 32, 32).double()
     with torch.no_grad():
         for pool, is_fused in (

@@ -38,6 +38,14 @@ CERTIFICATE = {
         (-9, True, "", "cut", "its time was over"),
         (1, False, "Traceback\nValueError: x\n", "failed", "exit code 1: ValueError: x"),
         (0, False, "t.py::a ERROR\n", "failed", "1 error"),
+        (
+            0,
+            False,
+            "[gw0] [ 50%] PASSED t.py::a \n[gw1] [100%] PASSED t.py::b[x y] \n",
+            "ok",
+            "2 passed",
+        ),
+        (1, False, "[gw11] [  5%] FAILED t.py::a \nFAILED t.py::a - x\n", "failed", "1 failed"),
         (5, False, "no tests ran\n", "left out", "nothing to run on this machine"),
     ],
 )
@@ -175,7 +183,7 @@ def test_the_machine_check_names_what_is_wrong(tmp_path):
     ]
     assert environment.find_faults(good | {"gpu": None, "nvidia_smi": False}) == []
     assert "older" in environment.find_faults(good | {"versions": {"torch": "2.9.1"}})[0]
-    assert environment.find_faults(good | {"missing": ["tyro"]}) == ["tyro is not installed"]
+    assert environment.find_faults(good | {"missing": ["pytest"]}) == ["pytest is not installed"]
     assert "1.0 GiB" in environment.find_faults(good | {"gpu": {"free_gib": 1.0}})[0]
     assert environment.is_installed("torch")
     assert not environment.is_installed("no_such_package.part")

@@ -99,6 +99,21 @@ def test_the_learning_rate_of_a_step_follows_the_schedule():
     assert seen == pytest.approx([0.35, 0.25, 0.15, 0.05])
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_fused_optimizer_steps_like_the_plain_one(optimizer):
+    """At rates that change; the plain SGD gets its rate as a number, and reads no tensor back."""
+    config = SMALL.replace(optimizer=optimizer, schedule="cosine", lr=0.01)
+    steps = {way: make(config, 3, fused_optimizer=way) for way in (False, True)}
+    for step in steps.values():
+        for number in range(3):
+            step(number, *batch(number))
+    reads = isinstance(steps[False].optimizer.rule.param_groups[0]["lr"], float)
+    assert reads == (optimizer == "sgd")
+    for name, weight in steps[False].model.named_parameters():
+        other = steps[True].model.get_parameter(name)
+        torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_the_average_is_applied_and_taken_back():
     step = make(SMALL.replace(ema=0.5))
     weight = step.model.get_parameter("conv1.weight")

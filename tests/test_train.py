@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastres import evaluate as evaluate_command
 from fastres import train as train_command
+from fastres.data.loaders import dali_missing
 from fastres.engine import checkpoint
 from fastres.engine.step import TrainStep
 from fastres.kernels import cpu
@@ -364,6 +365,8 @@ def test_fast_on_a_cpu_takes_the_resident_loader(capsys):
 @pytest.mark.gpu
 @pytest.mark.parametrize("loader", ["dali", "resident"])
 def test_fast_trains_on_the_gpu(loader, tmp_path):
+    if loader == "dali" and dali_missing():
+        pytest.skip(dali_missing())
     options = ["--epochs", "3", "--threads", "4", "--loader", loader]
     assert train(*TINY, "--fast", *options, "--out", tmp_path / "fast") == 0
     summary = json.loads((tmp_path / "fast" / "summary.json").read_text())

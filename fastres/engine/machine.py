@@ -144,7 +144,8 @@ def versions() -> dict[str, str | None]:
     """Return the versions of Python and of the packages that decide speed and numbers."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     installed = {
-        dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()
+        (dist.metadata["Name"] or "").lower(): dist.version
+        for dist in importlib.metadata.distributions()
     }
     for package in _PACKAGES:
         names = [
@@ -155,10 +156,13 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout that fastres runs from, marked where it has changes."""
+    """Return the commit of the checkout that fastres runs from, marked where it has changes.
+
+    Of a copy without history: what the environment variable FASTRES_COMMIT says.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists() or not shutil.which("git"):
-        return None
+        return os.environ.get("FASTRES_COMMIT") or None
 
     def git(*arguments: str) -> str:
         return subprocess.run(

@@ -1,6 +1,7 @@
 """The optimizer and its schedule, with the learning rate as a tensor on the device.
 
-A CUDA graph replays fixed arguments; a rate that lives in a tensor can change between replays.
+A CUDA graph replays fixed arguments; a rate that lives in a tensor can change between replays. Only
+torch's plain SGD is given a number: it would read the tensor back once a parameter.
 """
 
 import math
@@ -66,12 +67,16 @@ class Optimizer:
             self.rule = torch.optim.SGD(
                 groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused
             )
+        self._reads_lr = not fused and config.optimizer == "sgd"
         for group in self.rule.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = config.lr if self._reads_lr else self.lr
 
     def set_lr(self, factor: float) -> None:
         """Set the learning rate to `factor` times its peak, without waiting for the device."""
         self.lr.fill_(self.peak * factor)
+        if self._reads_lr:
+            for group in self.rule.param_groups:
+                group["lr"] = self.peak * factor
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state as flat tensors named "<parameter>.<entry>", not copied."""

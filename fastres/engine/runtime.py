@@ -103,8 +103,10 @@ def resolve_runtime(config: Config, model: nn.Module, processes: Processes = ALO
     _choose_layout(config, runtime, model)
     _choose_route(config, runtime)
     _choose_graph(config, runtime)
-    runtime.fused_optimizer = config.fast
-    runtime.note("optimizer", "fused" if config.fast else "one tensor at a time", config.optimizer)
+    # The plain optimizer reads its rate on the host, which no graph can.
+    runtime.fused_optimizer = config.fast or runtime.graph
+    kind = "fused" if runtime.fused_optimizer else "one tensor at a time"
+    runtime.note("optimizer", kind, config.optimizer)
     _choose_loader(config, runtime)
     return runtime
 

@@ -147,9 +147,7 @@ def block_folded(
 def move_running_statistics(pairs: Sequence[Pair], batches: Sequence[BatchStats]) -> None:
     """Move the running statistics towards those of the batch, as nn.BatchNorm2d does."""
     moves = [
-        (bn, batch)
-        for (_, bn), batch in zip(pairs, batches, strict=True)
-        if bn.track_running_stats
+        (bn, batch) for (_, bn), batch in zip(pairs, batches, strict=True) if bn.track_running_stats
     ]
     waiting = None if torch.compiler.is_compiling() else _moves.get()
     if waiting is None:
@@ -184,9 +182,8 @@ def _move(moves: Sequence[tuple[nn.BatchNorm2d, BatchStats]]) -> None:
     counts = [cast(Tensor, bn.num_batches_tracked) for bn, _ in moves]
     torch._foreach_add_(counts, 1)
     running = [cast(Tensor, t) for bn, _ in moves for t in (bn.running_mean, bn.running_var)]
-    seen = [
-        t.to(r.dtype) for t, r in zip((t for _, batch in moves for t in batch), running, strict=True)
-    ]
+    seen = [t for _, batch in moves for t in batch]
+    seen = [value.to(average.dtype) for value, average in zip(seen, running, strict=True)]
     if momentum is not None:
         torch._foreach_lerp_(running, seen, momentum)
         return
