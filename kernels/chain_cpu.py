@@ -86,14 +86,14 @@ def _sizes(x: Tensor, layer: ConvBN) -> tuple[int, ...]:
 
 
 def _vectors(*sizes: int) -> Tensor:
-    return torch.empty(sizes, dtype=torch.float32)
+    return torch.empty(sizes, dtype=torch.float32, device="cpu")
 
 
 def _empty_output(x: Tensor, layer: ConvBN) -> Tensor:
     """An uninitialised y of a direct convolution."""
     n, _, h, w = x.shape
     size = (n, layer.w.shape[0], h // layer.stride, w // layer.stride)
-    return torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+    return torch.empty(size, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
 
 
 def _apply(
@@ -193,7 +193,7 @@ def _reduce(
 ) -> tuple[Tensor, Sums]:
     """`reduce` into g, which may be dout itself."""
     k = dout.shape[1]
-    sums = torch.empty((2, k), dtype=torch.float64)
+    sums = torch.empty((2, k), dtype=torch.float64, device="cpu")
     projected_sums = None if projected is None else torch.empty_like(sums)
     from_y = mask is not None and mask.dim() == 2
     cpu.call(
@@ -254,7 +254,9 @@ def _direct_backward(
     filters = to_nhwc(layer.w)
     dw = torch.empty_like(filters)
     dx = torch.empty_like(x) if need_dx else None
-    sums = None if before is None else torch.empty((2, x.shape[1]), dtype=torch.float64)
+    sums = (
+        None if before is None else torch.empty((2, x.shape[1]), dtype=torch.float64, device="cpu")
+    )
     cpu.call(
         "conv_backward",
         *dy,
@@ -308,10 +310,14 @@ def conv_folded(
 
 
 def is_direct_block(
-    x: Tensor, layers: Sequence[ConvBN], scale_shifts: Sequence[Tensor], projection: ConvBN | None
+    x: Tensor,
+    layers: Sequence[ConvBN],
+    scale_shifts: Sequence[Tensor],
+    projection: ConvBN | None,
+    add_input: bool,
 ) -> bool:
     """Whether `block_folded` knows a block. Layers that do not fit together it does not know."""
-    if len(layers) != 2 or x.dim() != 4 or x.dtype != torch.bfloat16:
+    if len(layers) != 2 or x.dim() != 4 or layers[0].w.dim() != 4 or x.dtype != torch.bfloat16:
         return False
     (n, c, h, w), (first, second) = x.shape, layers
     k, stride = first.w.shape[0], first.stride
@@ -327,6 +333,7 @@ def is_direct_block(
         and c != 3
         and second.stride == 1
         and (projection is None or projection.stride == stride)
+        and (projection is not None or not add_input or (c == k and stride == 1))
         and all(_is_direct_size(h, w, layer) for layer in everything if layer is not second)
         and _is_direct_size(h // stride, w // stride, second)
     )

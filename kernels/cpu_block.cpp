@@ -15,9 +15,9 @@ namespace {
 
 // A convolution and its folded batch norm.
 struct Layer {
-  Layer(const bf16* w, const float* scale_shift, const Shape& s)
-      : s(s),
-        scale_shift(scale_shift),
+  Layer(const bf16* w, const float* fold, const Shape& shape)
+      : s(shape),
+        scale_shift(fold),
         packed(pack<false>(w, s.taps, s.in, s.out)),
         run((s.stride == 1 ? dense : strided)(s.taps, s.in, s.out_width(), s.out)) {}
 

@@ -21,12 +21,12 @@ __all__ = ["can_run_eager", "run_eager"]
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
-def can_run_eager(x: Tensor) -> bool:
-    """Whether x is an ordinary tensor that the CPU kernels compute on, and nobody traces it."""
+def can_run_eager(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether all are ordinary tensors, the CPU kernels compute on x, and nobody traces them."""
     is_traced = (
         torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
     )
-    if is_traced or type(x) not in _PLAIN_TENSORS:
+    if is_traced or not all(type(t) in _PLAIN_TENSORS for t in (x, *others) if t is not None):
         return False
     return choose_backend(x) is chain_cpu
 

@@ -4,7 +4,8 @@
     fastres::conv_bn_add_relu_fwd, _bwd    out = relu(bn(conv(x)) + residual)
     fastres::residual_block_fwd, _bwd      out = relu(bn(conv(.. relu(bn(conv(x))))) + shortcut)
     fastres::conv_bn_folded                out = relu(a * conv(x) + b + residual), for inference
-    residual_block_folded                  several of those in a row, one kernel on a CPU
+
+`residual_block_folded` is no op of its own: several of the last, or one kernel on a CPU.
 
 The three training ops have one signature and one implementation, `chain.py`; their names tell a
 profile what a model runs. Ops change none of their inputs: they return the statistics of the batch,
@@ -118,11 +119,6 @@ def _output_size(x: Tensor, w: Tensor, stride: int, padding: int) -> tuple[int, 
     return x.shape[0], w.shape[0], p, q
 
 
-def _conv_output(x: Tensor, w: Tensor, stride: int, padding: int) -> Tensor:
-    """An uninitialised conv(x, w)."""
-    return _empty_nhwc(x, *_output_size(x, w, stride, padding))
-
-
 def _forward_fake(
     x: Tensor,
     residual: Tensor | None,
@@ -137,7 +133,9 @@ def _forward_fake(
     source = out = x
     for i in range(num_layers):
         projects = shortcut == "projected" and i == num_layers - 1
-        y = _conv_output(x if projects else source, params[3 * i], *geometry[2 * i : 2 * i + 2])
+        given = x if projects else source
+        size = _output_size(given, params[3 * i], *geometry[2 * i : 2 * i + 2])
+        y = _empty_nhwc(given, *size)
         source = y
         out = out if projects else y
         vector = y.new_empty((y.shape[1],), dtype=stat_dtype(y.dtype))
@@ -225,7 +223,7 @@ def _run(
     params = [tensor for layer in layers for tensor in layer[:3]]
     geometry = [number for layer in layers for number in (layer.stride, layer.padding)]
     eps = [layer.eps for layer in layers]
-    if can_run_eager(x):
+    if can_run_eager(x, residual, *params):
         out, stats = run_eager(x, residual, params, geometry, eps, shortcut, relu)
         return out, [BatchStats(*pair) for pair in stats]
     out, saved = op(x, residual, params, geometry, eps, shortcut, relu)
@@ -333,7 +331,7 @@ def _folded_fake(
     padding: int,
     relu: bool,
 ) -> Tensor:
-    return _conv_output(x, w, stride, padding)
+    return _empty_nhwc(x, *_output_size(x, w, stride, padding))
 
 
 _conv_bn_folded = custom_op(
@@ -363,7 +361,7 @@ def conv_bn_folded(
 
     Raises: ValueError: when a tensor's shape, dtype or layout is not as above.
     """
-    run = _folded_impl if can_run_eager(x) else _conv_bn_folded
+    run = _folded_impl if can_run_eager(x, layer.w, scale_shift, residual) else _conv_bn_folded
     return run(x, layer.w, scale_shift, residual, layer.stride, layer.padding, relu)
 
 
@@ -386,11 +384,13 @@ def residual_block_folded(
 
     Returns, raises: as `conv_bn_folded`; ValueError too where a layer has no scale_shift.
     """
-    count = len(layers) + (projection is not None)
-    if len(scale_shifts) != count:
-        raise ValueError(f"{count} layers need as many scale_shifts, got {len(scale_shifts)}")
-    if can_run_eager(x) and chain_cpu.is_direct_block(x, layers, scale_shifts, projection):
-        return chain_cpu.block_folded(x, layers, scale_shifts, projection, add_input)
+    everything = [*layers] if projection is None else [*layers, projection]
+    if not layers or len(scale_shifts) != len(everything):
+        raise ValueError(f"got {len(scale_shifts)} scale_shifts for {len(everything)} layers")
+    block = (x, layers, scale_shifts, projection, add_input)
+    operands = (*(layer.w for layer in everything), *scale_shifts)
+    if can_run_eager(x, *operands) and chain_cpu.is_direct_block(*block):
+        return chain_cpu.block_folded(*block)
     shortcut = x if add_input else None
     if projection is not None:
         shortcut = conv_bn_folded(x, projection, scale_shifts[-1], relu=False)

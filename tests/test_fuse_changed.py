@@ -119,6 +119,25 @@ def test_a_change_is_seen(make, change, training):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("kept", [("running_mean", "running_var"), ()], ids=["kept", "none"])
+def test_statistics_may_be_missing(kept, momentum, training):
+    model = resnet8().to(DEVICE).double()
+    faster = fuse(model, verbose=False)
+    results = []
+    for net in (model, faster):
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = momentum
+                for name in {"running_mean", "running_var", "num_batches_tracked"} - {*kept}:
+                    setattr(module, name, None)
+        with torch.no_grad():
+            out = net.train(training)(images().double())
+        results.append([out, *net.buffers()])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8])
 def test_images_of_another_dtype_are_refused_as_by_torch(dtype, training):
     faster = fuse(sequential().to(DEVICE), verbose=False).train(training)

@@ -201,8 +201,10 @@ def test_folded_block(name):
 def test_a_folded_block_needs_a_scale_and_shift_for_every_layer():
     case = Case("projected")
     folds = [torch.stack([layer.weight, layer.bias]) for layer in case.layers]
-    with pytest.raises(ValueError, match="3 layers need as many scale_shifts, got 2"):
+    with pytest.raises(ValueError, match="got 2 scale_shifts for 3 layers"):
         fused.residual_block_folded(case.x, case.layers, folds, projection=case.projection)
+    with pytest.raises(ValueError, match="got 0 scale_shifts for 0 layers"):
+        fused.residual_block_folded(case.x, [], [])
 
 
 @pytest.mark.usefixtures("plain")

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from interpreter import HAS_GPU
+from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastres.kernels import chain_cpu, cpu, dispatch, fused
@@ -76,3 +77,57 @@ def test_compiled_is_eager():
         net(images(0)).square().sum().backward()
     for a, b in zip(faster.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_copies_of_a_net_are_compiled_once():
+    net = fuse(create_model("resnet8", seed=0), verbose=False).train()
+    counter = CompileCounter()
+    torch.compiler.reset()
+    for _ in range(3):
+        torch.compile(copy.deepcopy(net), backend=counter, fullgraph=True)(images(0))
+    assert counter.frame_count == 1
+
+
+class Wrapper(torch.Tensor):
+    """A tensor whose numbers lie in another one, as those of a DTensor or a quantised weight do."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.size(), inner.stride(), dtype=inner.dtype, device=inner.device
+        )
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        def unwrap(value):
+            return value.inner if isinstance(value, cls) else value
+
+        return op(*torch.utils._pytree.tree_map(unwrap, args), **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_filters_without_numbers_of_their_own_are_left_to_torch():
+    generator = torch.Generator().manual_seed(0)
+
+    def filters():
+        values = torch.randn(16, 16, 3, 3, generator=generator) / 12
+        return values.bfloat16().contiguous(memory_format=torch.channels_last)
+
+    x = torch.randn(2, 16, 8, 8, generator=generator).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last)
+    layers = [ConvBN(filters(), torch.ones(16), torch.zeros(16), 1, 1) for _ in range(2)]
+    fold = torch.ones(2, 16)
+    wrapped = [layer._replace(w=Wrapper(layer.w)) for layer in layers]
+    torch.testing.assert_close(
+        fused.conv_bn_folded(x, wrapped[0], fold), fused.conv_bn_folded(x, layers[0], fold)
+    )
+    torch.testing.assert_close(
+        fused.residual_block_folded(x, wrapped, [fold] * 2),
+        fused.residual_block_folded(x, layers, [fold] * 2),
+    )
+    torch.testing.assert_close(
+        fused.conv_bn_relu(x, wrapped[0])[0], fused.conv_bn_relu(x, layers[0])[0]
+    )

@@ -4,7 +4,9 @@ import pytest
 import torch
 from cpu_cases import BF16, Case, cpu_route, has_cpu_kernels  # noqa: F401
 from interpreter import strict_memory  # noqa: F401
+from numerics import assert_like_eager
 
+import fastres
 from fastres.kernels import chain_cpu, cpu, fused
 
 pytestmark = pytest.mark.usefixtures("has_cpu_kernels", "strict_memory")
@@ -95,20 +97,107 @@ def test_a_folded_block_of_other_layouts():
     assert torch.equal(t.run(), wanted)
 
 
+# What is changed: the index of a layer and its fields, or a fold.
+UNFIT_LAYERS = {
+    "inner channels": (1, {"w": torch.zeros(32, 16, 3, 3, dtype=BF16)}),
+    "dtype": (0, {"w": torch.zeros(32, 16, 3, 3)}),
+    "number": (0, {"w": torch.tensor(1.0, dtype=BF16)}),
+    "channels of the projection": (2, {"w": torch.zeros(16, 16, 1, 1, dtype=BF16)}),
+    "stride of the second": (1, {"stride": 2}),
+    "stride of the projection": (2, {"stride": 1}),
+    "padding of the first": (0, {"padding": 0}),
+    "padding of the second": (1, {"padding": 0}),
+    "padding of the projection": (2, {"padding": 1}),
+}
+UNFIT_FOLDS = {
+    "fp64": torch.ones(2, 32, dtype=torch.float64),
+    "too short": torch.ones(2, 16),
+    "one row": torch.ones(32),
+}
+
+
 @pytest.mark.usefixtures("cpu_route")
-@pytest.mark.parametrize(
-    ("index", "change"),
-    [
-        (1, {"w": torch.zeros(32, 16, 3, 3, dtype=BF16)}),
-        (0, {"w": torch.zeros(32, 16, 3, 3)}),
-        (2, {"w": torch.zeros(16, 16, 1, 1, dtype=BF16)}),
-    ],
-)
-def test_a_folded_block_whose_layers_do_not_fit_is_refused(index, change):
+@pytest.mark.parametrize("name", UNFIT_LAYERS)
+def test_a_folded_block_whose_layers_do_not_fit_is_refused(name):
+    index, change = UNFIT_LAYERS[name]
     t = BlockCase("projected")
     t.layers[index] = t.layers[index]._replace(**change)
+    with pytest.raises((ValueError, RuntimeError)):
+        t.run()
+
+
+@pytest.mark.usefixtures("cpu_route")
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("name", UNFIT_FOLDS)
+def test_a_folded_block_whose_scale_and_shift_do_not_fit_is_refused(name, index):
+    t = BlockCase("projected")
+    t.folds[index] = UNFIT_FOLDS[name]
     with pytest.raises(ValueError, match="must"):
         t.run()
+
+
+@pytest.mark.usefixtures("cpu_route")
+@pytest.mark.parametrize("name", ["plain", "plain, strided"])
+def test_an_input_that_is_no_shortcut_is_refused(name):
+    t = BlockCase(name)
+    t.kind = "input"
+    with pytest.raises(ValueError, match="the shortcut must have shape"):
+        t.run()
+
+
+@pytest.mark.usefixtures("cpu_route")
+def test_a_block_of_images_has_one_kernel_a_layer(called):
+    """A stem's three channels are stored as four, which the kernel of a block does not know."""
+    t = BlockCase("projected")
+    first = Case((3, 3, 6, 32, 32, 3, 2), BF16)
+    t.x, t.layers[0], t.kind = first.x, first.layer, "none"
+    del t.layers[2], t.folds[2]
+    out = t.run()
+    assert "block_folded" not in called
+    assert torch.equal(out, t.layer_by_layer(chain_cpu.conv_folded))
+
+
+@pytest.mark.usefixtures("cpu_route")
+def test_a_thread_takes_many_images():
+    """Its scratch memory is used again, and what stood in it must not show."""
+    t = BlockCase("projected")
+    wanted = t.run()
+    t.x = t.x.repeat(5, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(t.run(), wanted.repeat(5, 1, 1, 1))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("cpu_route")
+@pytest.mark.parametrize("name", ["plain20", "resnet8"])
+def test_evaluated_nets_have_blocks_of_one_kernel(name, called):
+    model = fastres.create_model(name, seed=0).to(memory_format=torch.channels_last).eval()
+    faster = fastres.fuse(model, verbose=False)
+    images = torch.randn(3, 3, 32, 32).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=BF16):
+            got, eager = faster(images), model(images)
+        truth = model.double()(images.double())
+    assert_like_eager("logits", got, eager, truth, BF16)
+    if cpu.has_direct_conv():
+        assert called.count("block_folded") == {"plain20": 9, "resnet8": 3}[name]
+
+
+@pytest.mark.usefixtures("cpu_route")
+def test_results_lie_on_the_cpu_whatever_the_default_device():
+    t = BlockCase("projected")
+    wanted, layer = t.run(), t.layers[1]._replace(w=t.layers[1].w.requires_grad_())
+    out, _ = fused.conv_bn_relu(wanted, layer)
+    (grad,) = torch.autograd.grad(out.float().sum(), layer.w)
+    with torch.device("meta"):
+        assert torch.equal(t.run(), wanted)
+        again, _ = fused.conv_bn_relu(wanted, layer)
+        (grad_again,) = torch.autograd.grad(again.float().sum(), layer.w)
+    assert torch.equal(again, out)
+    assert torch.equal(grad_again, grad)
 
 
 @pytest.mark.usefixtures("cpu_route")

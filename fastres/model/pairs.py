@@ -132,7 +132,7 @@ def conv_bn_folded(x: Tensor, pair: Pair, *, relu: bool, residual: Tensor | None
 def block_folded(
     x: Tensor, pairs: Sequence[Pair], *, projection: Pair | None, add_input: bool
 ) -> Tensor:
-    """A residual block with the running statistics, in one op."""
+    """A residual block with the running statistics."""
     everything = pairs if projection is None else [*pairs, projection]
     layers, scale_shifts = zip(*(_fold_once(pair, x) for pair in everything), strict=True)
     return fused.residual_block_folded(
@@ -147,7 +147,9 @@ def block_folded(
 def move_running_statistics(pairs: Sequence[Pair], batches: Sequence[BatchStats]) -> None:
     """Move the running statistics towards those of the batch, as nn.BatchNorm2d does."""
     moves = [
-        (bn, batch) for (_, bn), batch in zip(pairs, batches, strict=True) if bn.track_running_stats
+        (bn, batch)
+        for (_, bn), batch in zip(pairs, batches, strict=True)
+        if bn.track_running_stats and bn.running_mean is not None
     ]
     waiting = None if torch.compiler.is_compiling() else _moves.get()
     if waiting is None:
@@ -158,7 +160,10 @@ def move_running_statistics(pairs: Sequence[Pair], batches: Sequence[BatchStats]
 
 @contextmanager
 def running_statistics_together() -> Iterator[None]:
-    """Move the running statistics of all layers at the end of the `with` block, in a few calls."""
+    """Move the running statistics of all layers at the end of the `with` block, in a few calls.
+
+    Inside they are what they were before it, and an exception leaves them so.
+    """
     moves: list[tuple[nn.BatchNorm2d, BatchStats]] = []
     token = _moves.set(moves)
     try:
@@ -168,24 +173,34 @@ def running_statistics_together() -> Iterator[None]:
     _move(moves)
 
 
+def _are_alike(norms: Sequence[nn.BatchNorm2d]) -> bool:
+    """Whether the statistics of all can move in one call: one momentum, and nobody moves twice."""
+    # A compiler would take down which norms these are, and compile anew for every other net.
+    if torch.compiler.is_compiling() or norms[0].momentum is None:
+        return False
+    is_same = all(bn.momentum == norms[0].momentum for bn in norms)
+    return is_same and len({id(bn) for bn in norms}) == len(norms)
+
+
 @torch.no_grad()
 def _move(moves: Sequence[tuple[nn.BatchNorm2d, BatchStats]]) -> None:
     if not moves:
         return
-    momentum = moves[0][0].momentum
-    is_alike = momentum is not None and all(bn.momentum == momentum for bn, _ in moves)
-    if len(moves) > 1 and not (is_alike and len({id(bn) for bn, _ in moves}) == len(moves)):
-        # One by one: others may have another momentum, and one used twice moves twice.
+    if len(moves) > 1 and not _are_alike([bn for bn, _ in moves]):
         for move in moves:
             _move([move])
         return
-    counts = [cast(Tensor, bn.num_batches_tracked) for bn, _ in moves]
-    torch._foreach_add_(counts, 1)
+    momentum = moves[0][0].momentum
+    counts = [bn.num_batches_tracked for bn, _ in moves if bn.num_batches_tracked is not None]
+    if counts:
+        torch._foreach_add_(counts, 1)
     running = [cast(Tensor, t) for bn, _ in moves for t in (bn.running_mean, bn.running_var)]
     seen = [t for _, batch in moves for t in batch]
     seen = [value.to(average.dtype) for value, average in zip(seen, running, strict=True)]
     if momentum is not None:
         torch._foreach_lerp_(running, seen, momentum)
+        return
+    if not counts:
         return
     # Without a momentum the running statistics are the plain average of all batches.
     step = counts[0].to(running[0].dtype).reciprocal()
@@ -217,6 +232,8 @@ def can_train(x: Tensor, pairs: Iterable[Pair]) -> bool:
 def can_fold(x: Tensor, pairs: Sequence[Pair], residual: Tensor | None = None) -> bool:
     """Whether all batch norms use running statistics and nobody wants a gradient."""
     if x.shape[0] == 0 or any(pair.bn.training or not _is_plain(x, pair) for pair in pairs):
+        return False
+    if any(pair.bn.running_mean is None or pair.bn.running_var is None for pair in pairs):
         return False
     if not torch.is_grad_enabled():
         return True
