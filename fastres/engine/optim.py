@@ -67,6 +67,10 @@ class Optimizer:
             self.rule = torch.optim.SGD(
                 groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused
             )
+            if fused and config.momentum:
+                # Torch leaves a new buffer uninitialised where a loss scaler skips its first step.
+                for param in params:
+                    self.rule.state[param]["momentum_buffer"] = torch.zeros_like(param)
         self._reads_lr = not fused and config.optimizer == "sgd"
         for group in self.rule.param_groups:
             group["lr"] = config.lr if self._reads_lr else self.lr
