@@ -15,6 +15,7 @@ from benchmarks.rows import (
     summarize,
     write_results,
 )
+from fastres.engine import machine
 
 CERTIFICATE = {
     "machine": {"gpu": None, "cpu": "Some (R) CPU", "cores": 2, "cpu_vectors": "avx2"},
@@ -69,6 +70,14 @@ def test_runs_that_differ_in_seed_alone_become_one_row(tmp_path):
         "eager fp32 nchw torch",
         "eager fp32 channels_last torch",
     }
+
+
+def test_a_copy_without_history_is_told_its_commit(monkeypatch):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setenv("FASTRES_COMMIT", "0123456789ab")
+    assert make_certificate("bf16", ["python", "-m", "x"])["commit"] == "0123456789ab"
+    monkeypatch.delenv("FASTRES_COMMIT")
+    assert machine.commit() is None
 
 
 def test_runs_of_different_commits_are_not_mixed(tmp_path, capsys):
