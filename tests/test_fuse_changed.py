@@ -66,6 +66,32 @@ def exchange_a_norm(net):
     net.layer1[0].bn1 = nn.GroupNorm(2, net.layer1[0].conv1.out_channels)
 
 
+def exchange_a_convolution(net, **options):
+    old = net.layer1[0].conv1
+    new = nn.Conv2d(old.in_channels, old.out_channels, 3, bias=False, **options)
+    new.load_state_dict(old.state_dict())
+    net.layer1[0].conv1 = new
+
+
+def reflect_the_border(net):
+    exchange_a_convolution(net, padding=1, padding_mode="reflect")
+
+
+def dilate_a_convolution(net):
+    exchange_a_convolution(net, padding=2, dilation=2)
+
+
+def stretch_a_filter(net):
+    net.conv1 = nn.Conv2d(3, net.conv1.out_channels, (3, 5), padding=(1, 2), bias=False)
+    nn.init.constant_(net.conv1.weight, 0.1)
+
+
+def stride_along_one_axis(net):
+    weight = net.conv1.weight
+    net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, (1, 2), padding=1, bias=False)
+    net.conv1.weight = weight
+
+
 def exchange_the_activation(net):
     for module in (net, net.layer1[0]):
         module.relu = nn.GELU()
@@ -86,6 +112,10 @@ CHANGES = [
     (resnet8, add_a_bias),
     (resnet8, freeze_the_running_statistics),
     (resnet8, exchange_a_norm),
+    (resnet8, reflect_the_border),
+    (resnet8, dilate_a_convolution),
+    (resnet8, stretch_a_filter),
+    (resnet8, stride_along_one_axis),
     (torchvision_net, exchange_the_activation),
     (sequential, exchange_the_last),
     (sequential, drop_the_norm),

@@ -104,6 +104,9 @@ def test_an_epoch_left_early_does_not_disturb_the_next(data, loader):
     served = load(data, loader)
     for _ in served:
         break
+    assert served.epoch == 1
+    follows = next(iter(served))[0].clone()
+    assert torch.equal(follows, next(load(data, loader).serve(1))[0])
     again = [images for images, _ in served.serve(1)]
     fresh = [images for images, _ in load(data, loader).serve(1)]
     assert all(torch.equal(a, b) for a, b in zip(again, fresh, strict=True))

@@ -12,6 +12,7 @@ from fastres.config import Config
 from fastres.engine.optim import Optimizer, lr_factor
 from fastres.engine.runtime import Runtime
 from fastres.engine.step import TrainStep, WeightAverage
+from fastres.engine.trainer import count_steps
 
 CPU = torch.device("cpu")
 SMALL = Config(model="resnet8", width=0.5, lr=0.1, batch_size=8, warmup=0.0, schedule="constant")
@@ -88,6 +89,14 @@ def test_batch_norm_and_biases_do_not_decay():
 )
 def test_schedules(schedule, progress, factor):
     assert lr_factor(schedule, progress, warmup=0.1) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps_per_epoch", "steps"),
+    [(1.1, 390, 429), (2.2, 25, 55), (0.25, 10, 3), (1e-3, 10, 1), (1 / 3, 3, 1), (12, 390, 4680)],
+)
+def test_a_fraction_of_an_epoch_has_no_step_of_rounding(epochs, steps_per_epoch, steps):
+    assert count_steps(epochs, steps_per_epoch) == steps
 
 
 def test_the_learning_rate_of_a_step_follows_the_schedule():

@@ -29,7 +29,7 @@ from fastres.model.resnet import create_model
 from fastres.model.summary import ModelSummary, summarize
 from fastres.model.whiten import whiten_stem
 
-__all__ = ["Stopped", "Trainer"]
+__all__ = ["Stopped", "Trainer", "count_steps"]
 
 
 class Stopped(Exception):
@@ -52,6 +52,11 @@ class Progress:
     evaluation_rate: float = 0.0
     best_val_accuracy: float = -1.0
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def count_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Return the steps of a run: begun ones count, those that a rounding error begins do not."""
+    return max(1, math.ceil(round(epochs * steps_per_epoch, 6)))
 
 
 class Trainer:
@@ -151,7 +156,7 @@ class Trainer:
         )
         batches = self.processes.share(batches)
         self.steps_per_epoch = len(batches)
-        self.total_steps = max(1, math.ceil(config.epochs * self.steps_per_epoch))
+        self.total_steps = count_steps(config.epochs, self.steps_per_epoch)
         runtime.place(self.model)
         self.model.train()
         self.step = TrainStep(self.model, config, runtime, self.total_steps, self.processes)

@@ -208,17 +208,27 @@ def _move(moves: Sequence[tuple[nn.BatchNorm2d, BatchStats]]) -> None:
         average.lerp_(value, step)
 
 
+def _has_equal_sides(size: Any) -> bool:
+    return isinstance(size, tuple) and size[0] == size[1]
+
+
 def _is_plain(x: Tensor, pair: Pair) -> bool:
     """Whether the op computes on x what calling the two modules would.
 
-    A fused net can be changed: hooked, pruned, given another norm, or images of another dtype. Then
-    the modules themselves are called, and raise what they raise.
+    A fused net can be changed: hooked, pruned, given another convolution or norm, or images of
+    another dtype. Then the modules themselves are called, and raise what they raise.
     """
     conv, bn = pair
     return (
         type(conv) is nn.Conv2d
         and type(bn) is nn.BatchNorm2d
         and conv.bias is None
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and _has_equal_sides(conv.stride)
+        and _has_equal_sides(conv.padding)
+        and bn.affine
         and (x.dtype == conv.weight.dtype or _is_cast(x))
         and not (is_seen(conv) or is_seen(bn))
     )

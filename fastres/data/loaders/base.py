@@ -87,7 +87,8 @@ class Loader(ABC):
 
     `images` are (B, 3, 32, 32) float32 with channels-last strides, normalised; `labels` are (B,)
     int64; both on `device`. Each pass over the loader serves the epoch `self.epoch` and leaves the
-    next one there, so a plain `for` loop repeated n times sees n different epochs.
+    next one there as it begins, so a `for` loop repeated n times sees n different epochs, even when
+    left early. One pass at a time: passes of one loader share its workers.
 
     Attributes:
         name: "torch", "resident" or "dali", as in the options.
@@ -106,8 +107,9 @@ class Loader(ABC):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from self.serve(self.epoch)
+        epoch = self.epoch
         self.epoch += 1
+        yield from self.serve(epoch)
 
     @abstractmethod
     def serve(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
