@@ -14,6 +14,7 @@ from data_fixtures import image_folder
 from fastres import cli, evaluate, train
 from fastres.config import Config, validate
 from fastres.engine.record import RunFolder
+from fastres.engine.step import TrainStep
 from fastres.engine.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,3 +166,26 @@ def test_a_checkpoint_of_other_options_is_refused(change, run, tmp_path, capsys)
     error = capsys.readouterr().err
     assert f"than its config.json names: {next(iter(change))}" in error
     assert error.count("\n") == 1
+
+
+def test_a_resumed_run_says_how_its_steps_were_made(tmp_path, monkeypatch):
+    """The way of the steps, not that of the process that looked at the finished run last."""
+    out = tmp_path / "run"
+
+    def summary():
+        found = json.loads((out / "summary.json").read_text())
+        return [found[key] for key in ("fast", "channels_last", "precision", "processes")]
+
+    with monkeypatch.context() as patch:
+        compute = TrainStep.__call__
+
+        def interrupted(self, step, images, labels):
+            compute(self, step, images, labels)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        patch.setattr(TrainStep, "__call__", interrupted)
+        assert run_train(*SYNTHETIC, "--out", out) == 130
+    assert run_train("--resume", "--channels-last", "on", "--out", out) == 0
+    assert summary() == [False, "mixed", "fp32", 1]
+    assert run_train("--resume", "--fast", "--amp", "off", "--out", out) == 0
+    assert summary() == [False, "mixed", "fp32", 1]

@@ -52,6 +52,7 @@ class Progress:
     evaluation_rate: float = 0.0
     best_val_accuracy: float = -1.0
     rows: list[dict[str, Any]] = field(default_factory=list)
+    way: dict[str, Any] = field(default_factory=dict)
 
 
 def count_steps(epochs: float, steps_per_epoch: int) -> int:
@@ -183,6 +184,11 @@ class Trainer:
     def _train_epoch(self) -> None:
         """Train to the end of the epoch, or of the run; evaluate, record and save."""
         progress = self.progress
+        # How the steps were made; a run that goes on in another way is a mixture.
+        progress.way = {
+            key: value if progress.way.get(key, value) == value else "mixed"
+            for key, value in self._way().items()
+        }
         epoch, first = divmod(progress.step, self.steps_per_epoch)
         last = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
         batches = _Part(self.train_loader, epoch, first, last)
@@ -259,8 +265,21 @@ class Trainer:
         self.folder.write_json("summary.json", summary)
         return summary
 
+    def _way(self) -> dict[str, Any]:
+        """Return how this process trains, as the summary says it."""
+        return {
+            "fast": self.config.fast,
+            "route": self.runtime.route,
+            "loader": self.runtime.loader,
+            "device": self.runtime.device.type,
+            "precision": self.runtime.precision,
+            "channels_last": self.runtime.channels_last,
+            "graph": self.runtime.graph,
+            "processes": self.processes.size,
+        }
+
     def _summarize(self) -> dict[str, Any]:
-        config, runtime, progress = self.config, self.runtime, self.progress
+        config, progress = self.config, self.progress
         final = progress.rows[-1]
         chosen = final
         if config.val:
@@ -276,14 +295,7 @@ class Trainer:
             "parameters": self.summary.params,
             "recipe": config.recipe,
             "seed": config.seed,
-            "fast": config.fast,
-            "route": runtime.route,
-            "loader": runtime.loader,
-            "device": runtime.device.type,
-            "precision": runtime.precision,
-            "channels_last": runtime.channels_last,
-            "graph": runtime.graph,
-            "processes": self.processes.size,
+            **(self._way() | progress.way),
             "batch_size": config.batch_size,
             "epochs": config.epochs,
             "test_accuracy": chosen["test_accuracy"],
