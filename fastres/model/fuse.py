@@ -25,7 +25,7 @@ from fastres.model.layers import (
     FusedSequential,
     pool_classify,
 )
-from fastres.model.pairs import Pair, conv_bn, is_plain_relu, is_seen
+from fastres.model.pairs import Pair, conv_bn, has_equal_sides, is_plain_relu, is_seen
 from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, ResNet9
 
 __all__ = ["fuse"]
@@ -199,8 +199,7 @@ def _why_not_pair(conv: nn.Module, bn: nn.Module) -> str | None:
         return f"{type(conv).__name__} before {type(bn).__name__}"
     if is_seen(conv) or is_seen(bn):
         return "a hook on convolution or batch norm"
-    sizes = (conv.stride, conv.padding)
-    is_square = all(isinstance(size, tuple) and len(set(size)) == 1 for size in sizes)
+    is_square = has_equal_sides(conv.stride, conv.padding)
     faults = {
         f"{conv.groups} groups": conv.groups != 1,
         f"dilation {conv.dilation}": set(conv.dilation) != {1},

@@ -26,6 +26,7 @@ __all__ = [
     "constant_parameters",
     "conv_bn",
     "conv_bn_folded",
+    "has_equal_sides",
     "is_plain_relu",
     "is_seen",
     "move_running_statistics",
@@ -208,8 +209,9 @@ def _move(moves: Sequence[tuple[nn.BatchNorm2d, BatchStats]]) -> None:
         average.lerp_(value, step)
 
 
-def _has_equal_sides(size: Any) -> bool:
-    return isinstance(size, tuple) and size[0] == size[1]
+def has_equal_sides(*sizes: Any) -> bool:
+    """Whether every stride or padding is a pair of equal numbers: no word, no rectangle."""
+    return all(isinstance(size, tuple) and len(set(size)) == 1 for size in sizes)
 
 
 def _is_plain(x: Tensor, pair: Pair) -> bool:
@@ -226,8 +228,7 @@ def _is_plain(x: Tensor, pair: Pair) -> bool:
         and conv.groups == 1
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
-        and _has_equal_sides(conv.stride)
-        and _has_equal_sides(conv.padding)
+        and has_equal_sides(conv.stride, conv.padding)
         and bn.affine
         and (x.dtype == conv.weight.dtype or _is_cast(x))
         and not (is_seen(conv) or is_seen(bn))
