@@ -14,10 +14,10 @@ bench:  ## measure on this machine
 	$(PYTHON) -m pytest benchmarks/
 
 bench-compare:  ## this tree against another revision: make bench-compare REV=HEAD~1 [ARGS=...]
-	$(PYTHON) -m benchmarks.compare $(REV) $(ARGS)
+	$(PYTHON) -m benchmarks.prove.compare $(REV) $(ARGS)
 
 bench-check:  ## measure, and fail where a row is slower than recorded on this machine
-	$(PYTHON) -m benchmarks.check $(ARGS)
+	$(PYTHON) -m benchmarks.prove.check $(ARGS)
 
 roofline:  ## what this machine can do, and how much of it a training step does
 	$(PYTHON) -m benchmarks.roofline $(ARGS)

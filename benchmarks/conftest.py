@@ -4,7 +4,7 @@ pytest benchmarks/                        everything that this machine can do
 pytest benchmarks/ --quick                the same in a minute, on small cases
 pytest benchmarks/ -k cpu                 the CPU ladder, in three minutes
 pytest benchmarks/ -m slow                the CPU ladder with torch.compile
-pytest benchmarks/ --benchmark-json F     keep the times; `benchmarks.collect` makes rows of F
+pytest benchmarks/ --benchmark-json F     keep the times; `report.collect` makes rows of F
 """
 
 import os
@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.lab import Lab, Measured, Prepared, Started
-from benchmarks.ladder import Unavailable, here
-from benchmarks.ladder_cases import load_data
-from benchmarks.rows import make_certificate
-from benchmarks.tables import baseline_among
-from benchmarks.timing import REPLAY
+from benchmarks.harness.ablation import Unavailable, here
+from benchmarks.harness.rows import make_certificate
+from benchmarks.harness.scheduler import Lab, Measured, Prepared, Started
+from benchmarks.harness.timing import REPLAY
+from benchmarks.report.tables import baseline_among
+from benchmarks.suites.ablation_cases import load_data
 from fastres.engine import machine
 
 # Seconds from the start of pytest to the last measurement; winding up comes on top.
@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marks; show medians where pytest-benchmark has a dozen columns."""
-    # Again, because benchmarks.compare runs these suites in trees whose pyproject lacks the marks.
+    # Again, because prove.compare runs these suites in trees whose pyproject lacks the marks.
     config.addinivalue_line("markers", "share(seconds): what a group wants of the budget")
     config.addinivalue_line("markers", "full: left out by --quick")
     config.addinivalue_line("markers", "quick: in --quick alone")

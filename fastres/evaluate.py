@@ -16,8 +16,8 @@ from fastres.cli import guarded, parse
 from fastres.config import Config, Switch, from_json, validate
 
 if TYPE_CHECKING:
-    from fastres.engine.record import RunFolder
-    from fastres.engine.screen import Screen
+    from fastres.engine.console import Screen
+    from fastres.engine.run_dir import RunFolder
 
 __all__ = ["EvaluateOptions", "main"]
 
@@ -66,9 +66,9 @@ def _run(argv: list[str]) -> int:
     options = parse(
         EvaluateOptions, "python -m fastres.evaluate", _DESCRIPTION, argv, EvaluateOptions()
     )
+    from fastres.engine.console import Screen
     from fastres.engine.machine import keep_freed_memory
-    from fastres.engine.record import RunFolder
-    from fastres.engine.screen import Screen
+    from fastres.engine.run_dir import RunFolder
 
     if options.fast:
         keep_freed_memory()

@@ -19,9 +19,9 @@ from fastres.errors import UsageError
 from fastres.recipes import from_recipe
 
 if TYPE_CHECKING:
+    from fastres.engine.console import Screen
     from fastres.engine.distributed import Processes
-    from fastres.engine.record import RunFolder
-    from fastres.engine.screen import Screen
+    from fastres.engine.run_dir import RunFolder
 
 __all__ = ["TrainOptions", "main"]
 
@@ -117,8 +117,8 @@ def _train(config: Config, options: TrainOptions) -> int:
 
 
 def _train_with(processes: "Processes", config: Config, options: TrainOptions) -> int:
-    from fastres.engine.record import RunFolder, default_folder
-    from fastres.engine.screen import Screen, layer_table
+    from fastres.engine.console import Screen, layer_table
+    from fastres.engine.run_dir import RunFolder, default_folder
     from fastres.engine.trainer import Stopped, Trainer
 
     screen = Screen(quiet_stdout=options.json, silent=not processes.is_main)

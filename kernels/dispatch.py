@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.kernels import chain_cpu, chain_plain
-from fastres.kernels.chain import Chain, Shortcut
-from fastres.kernels.reference import ConvBN
+from fastres.kernels.block import Chain, Shortcut
+from fastres.kernels.cpu import backend as cpu_backend
+from fastres.kernels.reference import backend as reference_backend
+from fastres.kernels.reference.block import ConvBN
 
 __all__ = [
     "choose_backend",
@@ -31,7 +32,7 @@ def _triton_backend() -> ModuleType | None:
     """The Triton steps, or None where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("fastres.kernels.chain_triton")
+    return importlib.import_module("fastres.kernels.gpu.backend")
 
 
 @functools.cache
@@ -52,7 +53,7 @@ def choose_backend(x: Tensor) -> Any:
     """The steps that run on x, a module with the functions of `chain.Backend`; see fused.py."""
     if runs_on_triton(x):
         return _triton_backend()
-    return chain_cpu if chain_cpu.runs_on(x) else chain_plain
+    return cpu_backend if cpu_backend.runs_on(x) else reference_backend
 
 
 def make_chain(

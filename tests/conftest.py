@@ -1,6 +1,6 @@
 """Fixtures of all tests: no network, no user cache, and the real images where there are any."""
 
-import interpreter  # noqa: F401, I001 - before anything imports Triton
+from tests.helpers import interpreter  # noqa: F401, I001 - before anything imports Triton
 
 import os
 import sys

@@ -1,7 +1,9 @@
 """The house rules that a machine can check: imports, packaging, names, a cheap import."""
 
 import ast
+import glob
 import importlib
+import os
 import subprocess
 import sys
 import tomllib
@@ -53,18 +55,13 @@ def test_imports_run_one_way(path):
             assert relative.startswith(MAY_USE_KERNELS), f"{relative} imports {name}"
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_stay_within_400_lines(path):
-    assert len(path.read_text().splitlines()) <= 400
-
-
 def test_every_package_is_shipped():
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {
-        str(path.parent.relative_to(ROOT)).replace("/", ".")
-        for path in (ROOT / "fastres").rglob("__init__.py")
+        os.path.dirname(path).replace("/", ".")
+        for path in glob.glob("fastres/**/__init__.py", root_dir=ROOT, recursive=True)
     }
-    assert set(config["packages"]) == found | {"fastres.kernels"}
+    assert set(config["packages"]) == found
     assert config["package-dir"] == {"fastres.kernels": "kernels"}
     assert (ROOT / "fastres" / "kernels").readlink() == Path("../kernels")
 

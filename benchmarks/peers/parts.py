@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Subset
 
 import fastres
-from benchmarks.ladder import fixed_batch
-from benchmarks.rounds import serve, wait_for_start
+from benchmarks.harness.ablation import fixed_batch
+from benchmarks.harness.worker_pool import serve, wait_for_start
 
 __all__ = ["Data", "first_loss", "load_data", "make_train_loader", "parse", "run"]
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fastres.data.archive import GZIP_MAGIC, looks_like_a_web_page, md5_of
-from fastres.data.cifar import LAYOUTS
 from fastres.data.progress import progress_bar
+from fastres.data.readers.archive import GZIP_MAGIC, looks_like_a_web_page, md5_of
+from fastres.data.readers.cifar import LAYOUTS
 from fastres.errors import FailureError
 
 __all__ = ["Remote", "download_cifar", "offline", "remotes"]

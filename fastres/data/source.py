@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from fastres.data.cache import cache_folder, cached
-from fastres.data.cifar import CifarFiles, find_cifar
 from fastres.data.dataset import Dataset, ImageSet
 from fastres.data.download import download_cifar
-from fastres.data.folder import ImageFolder, find_image_folder
+from fastres.data.readers.cifar import CifarFiles, find_cifar
+from fastres.data.readers.folder import ImageFolder, find_image_folder
 from fastres.data.synthetic import SYNTHETIC_VERSION, synthetic_dataset
 from fastres.errors import FailureError, UsageError
 

@@ -13,7 +13,7 @@ from fastres.data.plan import NO_AUGMENTATION
 from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.runtime import Runtime
 from fastres.engine.step import Totals
-from fastres.model.pairs import constant_parameters
+from fastres.model.conv_bn import constant_parameters
 
 __all__ = ["Score", "evaluate", "evaluation_loader"]
 

@@ -11,7 +11,7 @@ from fastres.data.loaders import choose_loader
 from fastres.engine import machine
 from fastres.engine.distributed import ALONE, Processes
 from fastres.errors import UsageError
-from fastres.model.backend import cpu_kernels_missing, fused_kernels
+from fastres.model.kernel_status import cpu_kernels_missing, fused_kernels
 
 __all__ = ["Choice", "Runtime", "resolve_runtime"]
 

@@ -17,8 +17,8 @@ from fastres.engine.checkpoint import load_weights, take_section
 from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.optim import Optimizer, lr_factor
 from fastres.engine.runtime import Runtime
-from fastres.model.layers import SmoothCrossEntropy
-from fastres.model.pairs import running_statistics_together
+from fastres.model.conv_bn import running_statistics_together
+from fastres.model.fused_modules import SmoothCrossEntropy
 
 __all__ = ["Totals", "TrainStep", "WeightAverage"]
 

@@ -16,12 +16,12 @@ from fastres.data.loaders import Batches, Loader, build_loader
 from fastres.data.plan import Augmentation
 from fastres.data.source import load_dataset, split_validation
 from fastres.engine import checkpoint, machine
+from fastres.engine.console import Screen
 from fastres.engine.curves import draw_curves
 from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.evaluation import Score, evaluate, evaluation_loader
-from fastres.engine.record import RunFolder, provenance
+from fastres.engine.run_dir import RunFolder, provenance
 from fastres.engine.runtime import resolve_runtime
-from fastres.engine.screen import Screen
 from fastres.engine.step import TrainStep
 from fastres.errors import FailureError
 from fastres.model.fuse import fuse

@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastres.model.layers import (
+from fastres.model.conv_bn import Pair, conv_bn, has_equal_sides, is_plain_relu, is_seen
+from fastres.model.fused_modules import (
     ConvBNReLU,
     FusedBasicBlock,
     FusedBlock,
@@ -25,7 +26,6 @@ from fastres.model.layers import (
     FusedSequential,
     pool_classify,
 )
-from fastres.model.pairs import Pair, conv_bn, has_equal_sides, is_plain_relu, is_seen
 from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, ResNet9
 
 __all__ = ["fuse"]

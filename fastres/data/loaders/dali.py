@@ -15,8 +15,8 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 from torch import Tensor
 
+from fastres.data.augmentation import shared_tensor
 from fastres.data.loaders.base import Batches, Loader
-from fastres.data.pixels import shared_tensor
 from fastres.data.plan import IMAGE_SIZE, Plan
 
 __all__ = ["DaliLoader"]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fastres.data.augmentation import TensorPlan, augment, normalize, shared_tensor, to_raw_scale
 from fastres.data.loaders.base import Batches, Loader
-from fastres.data.pixels import TensorPlan, augment, normalize, shared_tensor, to_raw_scale
 from fastres.data.plan import Plan
 
 __all__ = ["TorchLoader"]

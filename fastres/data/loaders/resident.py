@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from fastres.data.augmentation import TensorPlan, augment, normalize, shared_tensor, to_raw_scale
 from fastres.data.loaders.base import Batches, Loader
-from fastres.data.pixels import TensorPlan, augment, normalize, shared_tensor, to_raw_scale
 
 __all__ = ["ResidentLoader"]
 
@@ -16,7 +16,7 @@ def _find_kernel(device: torch.device) -> Callable[..., Tensor] | None:
     """The Triton kernel that makes a batch, or None where there is no GPU or no Triton."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    from fastres.kernels.augment import augment_normalize
+    from fastres.kernels.gpu.augment import augment_normalize
 
     return augment_normalize
 

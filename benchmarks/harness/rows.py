@@ -1,0 +1,177 @@
+"""The one form of a result: rows in a CSV file and a JSON sidecar with their birth certificate.
+
+A file is named <what>_<machine>_<dtype>_torch<version>_<date>.csv and is never changed afterwards;
+a second measurement of a day gets a number behind the date.
+A row holds one metric of one case by one provider: median (or the only value), lowest, highest and
+the number of measurements.
+"""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from fastres.engine import machine
+
+__all__ = [
+    "RESULTS",
+    "Row",
+    "clocks",
+    "machine_key",
+    "make_certificate",
+    "newest",
+    "read_file",
+    "read_results",
+    "summarize",
+    "write_results",
+]
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one case.
+
+    Attributes:
+        suite: the kind of measurement: train, loaders, ...
+        case: what was measured, with everything that the result depends on but the provider.
+        provider: who did it: a route, a loader, a peer.
+        metric: test_accuracy, train_seconds, images_per_second, ...
+        unit: of the values.
+        n: number of measurements.
+        median, low, high: over them.
+    """
+
+    suite: str
+    case: str
+    provider: str
+    metric: str
+    unit: str
+    n: int
+    median: float
+    low: float
+    high: float
+
+
+def summarize(
+    suite: str, case: str, provider: str, metric: str, unit: str, values: Sequence[float]
+) -> Row:
+    """Make the row of repeated measurements."""
+    middle = statistics.median(values)
+    rounded = (float(f"{value:.6g}") for value in (middle, min(values), max(values)))
+    return Row(suite, case, provider, metric, unit, len(values), *rounded)
+
+
+def make_certificate(dtype: str, command: Sequence[str]) -> dict[str, Any]:
+    """Return the birth certificate of measurements that this process, or its child, made now.
+
+    Args:
+        dtype: of the measurements, for the name of the file: fp32, bf16, mixed, ...
+        command: the words that repeat them.
+    """
+    return {
+        "machine": machine.describe_machine(),
+        "clocks": clocks(),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "dtype": dtype,
+        "command": shlex.join(command),
+    }
+
+
+def clocks() -> dict[str, Any]:
+    """Return clocks in MHz as the system reports them right now, and the GPU's power limit."""
+    found: dict[str, Any] = {}
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    cores = [float(value) for value in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", text, re.MULTILINE)]
+    if cores:
+        found["cpu_mhz"] = [min(cores), max(cores)]
+    names = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+        try:
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return found
+        values = answer.stdout.splitlines()[0].split(",") if answer.stdout else []
+        found |= dict(zip(names, map(str.strip, values), strict=False))
+    return found
+
+
+def machine_key(certificate: dict[str, Any]) -> tuple:
+    """Return what decides speed about the machine of a certificate: only equal keys compare."""
+    keys = ("gpu", "cpu", "cpu_vectors", "cpu_bf16", "cores")
+    return tuple(certificate["machine"].get(key) for key in keys)
+
+
+def write_results(
+    what: str, rows: Iterable[Row], certificate: dict[str, Any], folder: Path = RESULTS
+) -> Path:
+    """Write rows and their sidecar to a new pair of files.
+
+    Args:
+        what: first part of the name.
+        rows: at least one.
+        certificate: machine, versions, commit, date, command and dtype of the measurements.
+        folder: where results are kept.
+
+    Returns:
+        The path of the CSV file; no file that exists is touched.
+    """
+    where = certificate["machine"]
+    name = where["gpu"] or f"{where['cpu']} {where['cores']} cores"
+    parts = [
+        what,
+        re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
+        certificate["dtype"],
+        f"torch{certificate['versions']['torch']}",
+        certificate["date"][:10],
+    ]
+    stem = "_".join(parts)
+    names = (f"{stem}.csv" if i == 1 else f"{stem}-{i}.csv" for i in count(1))
+    path = next(folder / name for name in names if not (folder / name).exists())
+    with path.open("x", newline="") as stream:
+        writer = csv.DictWriter(stream, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    path.with_suffix(".json").write_text(json.dumps(certificate, indent=2) + "\n")
+    return path
+
+
+def read_file(path: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Return the rows of one CSV file and their certificate."""
+    kinds = get_type_hints(Row)
+    with path.open(newline="") as stream:
+        records = list(csv.DictReader(stream))
+    rows = [Row(**{name: kind(record[name]) for name, kind in kinds.items()}) for record in records]
+    return rows, json.loads(path.with_suffix(".json").read_text())
+
+
+def read_results(folder: Path = RESULTS) -> list[tuple[Row, dict[str, Any]]]:
+    """Return every row with the certificate of its file, oldest file first."""
+    files = [(path.name, *read_file(path)) for path in folder.glob("*.csv")]
+    files.sort(key=lambda file: (file[2]["date"], file[0]))
+    return [(row, certificate) for _, rows, certificate in files for row in rows]
+
+
+def newest(
+    results: Iterable[tuple[Row, dict[str, Any]]],
+) -> list[tuple[Row, dict[str, Any]]]:
+    """Keep the last row of every suite, case, provider, metric and machine, in the given order."""
+    kept: dict[tuple, tuple[Row, dict[str, Any]]] = {}
+    for row, certificate in results:
+        where = machine_key(certificate)
+        kept[row.suite, row.case, row.provider, row.metric, where] = (row, certificate)
+    return list(kept.values())

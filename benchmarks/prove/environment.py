@@ -1,0 +1,101 @@
+"""What a proof runs on: `python -m benchmarks.prove.environment --out FILE.json`.
+
+Prints versions, processor, GPU, clocks and free memory, and one line for everything that stands
+against a proof. Exit code 1 where something needed is missing.
+"""
+
+import argparse
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.rows import make_certificate
+
+__all__ = ["find_faults", "is_installed", "main"]
+
+_NEEDED = ("torch", "numpy", "pytest")
+# Parts that need one of these are left out without it.
+_USEFUL = (
+    *("PIL", "safetensors", "rich", "tyro"),
+    *("triton", "torchvision", "nvidia.dali", "matplotlib", "pytest_benchmark", "hypothesis"),
+)
+_LEAST_TORCH = (2, 11)
+_LEAST_FREE_GIB = 4
+
+
+def is_installed(module: str) -> bool:
+    """Tell whether `module` can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _gpu() -> dict[str, Any] | None:
+    """Describe the GPU that torch would use, or return None."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+        "memory_gib": round(total / 2**30, 1),
+        "free_gib": round(free / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def find_faults(found: dict[str, Any]) -> list[str]:
+    """Say what in a description of `main` stands against a proof."""
+    faults = [f"{name} is not installed" for name in found["missing"] if name in _NEEDED]
+    torch_version = found["versions"]["torch"]
+    if torch_version:
+        numbers = tuple(int(part) for part in torch_version.split("+")[0].split(".")[:2])
+        if numbers < _LEAST_TORCH:
+            faults.append(f"torch {torch_version} is older than 2.11")
+    gpu = found["gpu"]
+    if gpu is None and found["nvidia_smi"]:
+        faults.append("there is an NVIDIA driver here and torch finds no usable GPU")
+    if gpu is not None and gpu["free_gib"] < _LEAST_FREE_GIB:
+        faults.append(f"{gpu['free_gib']} GiB of GPU memory are free, {_LEAST_FREE_GIB} are needed")
+    return faults
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Describe the machine and return 0 where a proof can run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.prove.environment", description=__doc__
+    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the description")
+    options = parser.parse_args(argv)
+    missing = [name for name in (*_NEEDED, *_USEFUL) if not is_installed(name)]
+    certificate = make_certificate("mixed", ["python", "-m", "benchmarks.prove.environment"])
+    found: dict[str, Any] = {
+        **certificate,
+        "gpu": None if "torch" in missing else _gpu(),
+        "nvidia_smi": shutil.which("nvidia-smi") is not None,
+        "missing": missing,
+    }
+    found["faults"] = find_faults(found)
+    options.out.write_text(json.dumps(found, indent=2) + "\n")
+    for key in ("machine", "clocks", "versions", "gpu", "commit"):
+        print(f"{key}: {found[key]}")
+    for name in missing:
+        print(f"not installed: {name}")
+    for fault in found["faults"]:
+        print(f"fault: {fault}")
+    return 1 if found["faults"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

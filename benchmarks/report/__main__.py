@@ -1,0 +1,7 @@
+"""`python -m benchmarks.report`."""
+
+import sys
+
+from benchmarks.report.documents import main
+
+sys.exit(main())

@@ -1,0 +1,196 @@
+"""The report card of the kernels as rows, and as the tables of docs/kernel-card.md.
+
+    python -m fastres.kernels.tools.codegen --arch sm_80 sm_90 sm_100 --json CARDS
+    python -m benchmarks.report.codegen collect CARDS     rows of benchmarks/results
+    python -m benchmarks.report.codegen page [--check]    the page, from the newest rows
+
+A row holds one number of one launch; its provider is the GPU architecture. Nothing here was
+measured on a GPU: registers and instructions are the compiler's, bytes and operations are declared
+by the launch, and the roofline is an ESTIMATE from both.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.harness.rows import Row, make_certificate, newest, read_results, write_results
+from fastres.kernels.tools import codegen
+
+__all__ = ["fill", "main", "rows_of"]
+
+SUITE = "kernel_card"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernel-card.md"
+COMMAND = ("python", "-m", "fastres.kernels.tools.codegen", "--arch", *codegen.ARCHITECTURES)
+
+# What depends on the architecture, and what a launch declares whatever it runs on.
+_UNITS = {
+    "registers": "per thread",
+    "spills": "instructions",
+    "shared_bytes": "B",
+    "tensor_core_instructions": "instructions",
+    "pixel_load_bits": "bits",
+    "roofline_us_estimate": "us, estimated",
+    "launches": "per step",
+    "declared_bytes": "B",
+    "declared_flops": "FLOP",
+}
+_DECLARED = ("launches", "declared_bytes", "declared_flops")
+_CASE = ("precision", "model", "layer", "kernel", "variant", "tile", "configured_by")
+_BLOCK = re.compile(r"(<!-- kernel card: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+class Launch(NamedTuple):
+    """One launch of the card: the words of its case, and its numbers by metric."""
+
+    words: dict[str, str]
+    numbers: dict[str, float]
+
+
+def rows_of(cards: Iterable[dict[str, Any]]) -> list[Row]:
+    """Turn the JSON of the inspect command into rows; what is declared is kept once."""
+    rows: dict[tuple[str, str, str], Row] = {}
+    seen: set[str] = set()
+    for card in cards:
+        case = " | ".join(str(card[word]) for word in _CASE)
+        skipped = _DECLARED if case in seen else ()
+        for metric, unit in _UNITS.items():
+            value = card[metric]
+            if value is not None and metric not in skipped:
+                key = (case, card["arch"], metric)
+                rows[key] = Row(SUITE, case, card["arch"], metric, unit, 1, *[float(value)] * 3)
+        seen.add(case)
+    return list(rows.values())
+
+
+def _launches(results: Sequence[tuple[Row, dict[str, Any]]]) -> dict[str, list[Launch]]:
+    """The newest card of every architecture: its launches, in the order of the rows."""
+    rows = [row for row, _ in newest(results) if row.suite == SUITE]
+    declared = {(row.case, row.metric): row.median for row in rows if row.metric in _DECLARED}
+    found: dict[str, dict[str, Launch]] = {}
+    for row in rows:
+        words = dict(zip(_CASE, row.case.split(" | "), strict=True))
+        shared = {name: declared[row.case, name] for name in _DECLARED}
+        launches = found.setdefault(row.provider, {})
+        launches.setdefault(row.case, Launch(words, shared)).numbers[row.metric] = row.median
+    return {arch: list(launches.values()) for arch, launches in found.items()}
+
+
+def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = "|" + " --- |" * len(header)
+    return "\n".join([f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(x)} |" for x in lines)])
+
+
+def _bits(values: Sequence[float]) -> str:
+    return f"{min(values):.0f}" if values else ""
+
+
+def worst_table(launches: dict[str, list[Launch]]) -> str:
+    """One line a kernel and architecture: the worst of all its launches."""
+    lines = []
+    kernels = sorted({launch.words["kernel"] for every in launches.values() for launch in every})
+    for kernel in kernels:
+        for arch in codegen.ARCHITECTURES:
+            of_kernel = [x for x in launches.get(arch, []) if x.words["kernel"] == kernel]
+            if not of_kernel:
+                continue
+            numbers = {name: [x.numbers[name] for x in of_kernel] for name in list(_UNITS)[:4]}
+            # The images that a stem reads have 3 channels, so no wide load fits them.
+            deep = [x for x in of_kernel if x.words["layer"] != "stem"]
+            bits = [x.numbers["pixel_load_bits"] for x in deep if "pixel_load_bits" in x.numbers]
+            is_conv = kernel.startswith("conv")
+            lines.append(
+                [
+                    kernel.removesuffix("_kernel"),
+                    arch,
+                    str(len(of_kernel)),
+                    f"{max(numbers['registers']):.0f}",
+                    f"{max(numbers['spills']):.0f}",
+                    f"{max(numbers['shared_bytes']) / 1024:.1f}",
+                    f"{min(numbers['tensor_core_instructions']):.0f}" if is_conv else "",
+                    _bits(bits),
+                ]
+            )
+    header = ["kernel", "GPU", "launches", "registers", "spills", "shared memory, KiB"]
+    return _markdown([*header, "tensor-core instructions, at least", "pixel loads, bits"], lines)
+
+
+def launch_table(launches: Iterable[Launch]) -> str:
+    """One line a launch of the heuristics: form, layer, tile and all numbers."""
+    lines = [
+        [
+            words["kernel"].removesuffix("_kernel"),
+            words["variant"],
+            f"{words['model']} {words['layer']}",
+            words["tile"],
+            f"{numbers['launches']:.0f}",
+            f"{numbers['registers']:.0f}",
+            f"{numbers['shared_bytes'] / 1024:.1f}",
+            f"{numbers['tensor_core_instructions']:.0f}",
+            f"{numbers['pixel_load_bits']:.0f}" if "pixel_load_bits" in numbers else "",
+            f"{numbers['declared_bytes'] / 1e6:.3g}",
+            f"{numbers['declared_flops'] / 1e6:.3g}",
+            f"{numbers['roofline_us_estimate']:.3g}",
+        ]
+        for words, numbers in launches
+        if words["configured_by"] == "heuristics"
+    ]
+    header = ["kernel", "form", "layer", "tile", "times", "regs", "KiB", "tensor cores"]
+    header += ["pixel loads, bits", "MB", "MFLOP", "roofline, us (ESTIMATE)"]
+    return _markdown(header, lines)
+
+
+def fill(page: str, results: Sequence[tuple[Row, dict[str, Any]]]) -> str:
+    """Return `page` with every block `<!-- kernel card: NAME -->` written anew.
+
+    NAME is `worst`, or an architecture whose launches are listed.
+    """
+    launches = _launches(results)
+
+    def block(match: re.Match[str]) -> str:
+        opening, name, closing = match.groups()
+        made = worst_table(launches) if name == "worst" else launch_table(launches.get(name, []))
+        return f"{opening}\n{made}\n\n{closing}"
+
+    return _BLOCK.sub(block, page)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write rows, or write or check the page."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report.codegen",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    collect = kinds.add_parser("collect", help="write rows")
+    collect.add_argument("cards", type=Path, help="JSON of the inspect command")
+    page = kinds.add_parser("page", help="write the page from the rows")
+    page.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
+    options = parser.parse_args(argv)
+    if options.kind == "collect":
+        try:
+            cards = json.loads(options.cards.read_text())
+            if not isinstance(cards, list) or not cards:
+                raise ValueError("no cards of the inspect command")
+            dtype = "-".join(sorted({card["precision"] for card in cards}))
+            certificate = make_certificate(dtype, [*COMMAND, "--json", "CARDS"])
+            print(write_results(SUITE, rows_of(cards), certificate))
+        except (OSError, ValueError, KeyError) as error:
+            print(f"error: {options.cards}: {error}", file=sys.stderr)
+            return 2
+        return 0
+    text = PAGE.read_text()
+    filled = fill(text, read_results())
+    if filled != text:
+        print(f"{PAGE.name}: {'differs from the rows' if options.check else 'written'}")
+        if not options.check:
+            PAGE.write_text(filled)
+    return 1 if options.check and filled != text else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""Turn measurements into results.
+
+`python -m benchmarks.report.collect runs WHAT RUN [RUN ...]` takes finished runs,
+`python -m benchmarks.report.collect benchmarks WHAT FILE.json` a report of pytest --benchmark-json,
+`python -m benchmarks.report.collect proof DIR` every row of a proof, see benchmarks.prove.proof.
+
+Runs that differ in nothing but seed and route become one row a metric with n measurements.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.rows import (
+    RESULTS,
+    Row,
+    machine_key,
+    newest,
+    read_file,
+    read_results,
+    summarize,
+    write_results,
+)
+
+__all__ = ["Ceilings", "ceilings_of", "main", "rows_of", "rows_of_report"]
+
+_METRICS = {
+    "test_accuracy": "%",
+    "test_loss": "nats",
+    "train_seconds": "s",
+    "images_per_second": "images/s",
+    "evaluation_images_per_second": "images/s",
+    "peak_memory_mib": "MiB",
+}
+
+
+def _case(summary: dict[str, Any]) -> str:
+    return (
+        f"{summary['dataset']} {summary['train_images']} {summary['model']} "
+        f"w{summary['width']:g} {summary['recipe']} {summary['epochs']:g} epochs "
+        f"batch {summary['batch_size']}"
+    )
+
+
+def _provider(summary: dict[str, Any]) -> str:
+    layout = "channels_last" if summary["channels_last"] else "nchw"
+    return f"{summary['route']} {summary['precision']} {layout} {summary['loader']}"
+
+
+def rows_of(summaries: Sequence[dict[str, Any]]) -> list[Row]:
+    """Group run summaries by case and provider, one row a metric."""
+    groups = defaultdict(list)
+    for summary in summaries:
+        groups[_case(summary), _provider(summary)].append(summary)
+    return [
+        summarize("train", case, provider, metric, unit, [float(run[metric]) for run in runs])
+        for (case, provider), runs in groups.items()
+        for metric, unit in _METRICS.items()
+    ]
+
+
+# Operations/s by dtype and bytes/s that a machine was measured to reach at most.
+Ceilings = tuple[dict[str, float], float]
+
+_WHOLE_RUNS = ("accuracy", "whole run", "start-up", "compile")
+_RATES = (
+    ("images", "images_per_second", "images/s", 1),
+    ("bytes", "bandwidth", "GB/s", 1e9),
+    ("flops", "arithmetic", "GFLOP/s", 1e9),
+)
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def ceilings_of(certificate: dict[str, Any], folder: Path = RESULTS) -> Ceilings | None:
+    """Return the ceilings of a certificate's machine from `folder`; None: not measured yet."""
+    here = machine_key(certificate)
+    found = {
+        row.case: row.median * 1e9
+        for row, other in newest(read_results(folder))
+        if row.suite == "ceilings" and machine_key(other) == here
+    }
+    products = {
+        case.removeprefix("matrix product, "): rate
+        for case, rate in found.items()
+        if case.startswith("matrix product, ")
+    }
+    copy = found.get("copy, large")
+    return (products, copy) if products and copy else None
+
+
+def rows_of_report(
+    report: dict[str, Any], folder: Path = RESULTS
+) -> tuple[list[Row], dict[str, Any]]:
+    """Turn a report of pytest --benchmark-json into rows and their certificate.
+
+    A benchmark's extra_info says what a call works on: `images`, `bytes`, `flops`; every such
+    amount gives a rate. The share of the roofline needs ceilings of this machine among the
+    results of `folder`.
+    """
+    certificate = report["certificate"] | {"date": report["datetime"]}
+    ceilings = ceilings_of(certificate, folder)
+    rows = [row for benchmark in report["benchmarks"] for row in _rows_of(benchmark, ceilings)]
+    dtypes = {benchmark["extra_info"]["dtype"] for benchmark in report["benchmarks"]} - {"any"}
+    names = sorted({_SHORT.get(dtype, dtype) for dtype in dtypes})
+    certificate["dtype"] = "-".join(names) or "any"
+    certificate["clock"] = sorted({b["extra_info"]["clock"] for b in report["benchmarks"]})
+    return rows, certificate
+
+
+def _rows_of(benchmark: dict[str, Any], ceilings: Ceilings | None) -> Iterator[Row]:
+    """Yield the rows of one provider of one case."""
+    info, seconds = benchmark["extra_info"], benchmark["stats"]["data"]
+
+    def row(metric: str, unit: str, value: Callable[[float], float]) -> Row:
+        values = [value(s) for s in seconds]
+        return summarize(info["suite"], info["case"], info["provider"], metric, unit, values)
+
+    def amount(metric: str, unit: str, *values: float) -> Row:
+        return summarize(info["suite"], info["case"], info["provider"], metric, unit, values)
+
+    if info["suite"] in _WHOLE_RUNS:
+        yield row("seconds", "s", lambda s: s)
+        if len(seconds) > 1:
+            yield replace(amount("seconds_mean", "s", statistics.mean(seconds)), n=len(seconds))
+            yield replace(amount("seconds_sd", "s", statistics.stdev(seconds)), n=len(seconds))
+    else:
+        yield row("time", "ms", lambda s: 1e3 * s)
+    for key, metric, unit, scale in _RATES:
+        if key in info:
+            yield row(metric, unit, lambda s, work=info[key] / scale: work / s)  # type: ignore[misc]
+    floor = _floor(info, ceilings)
+    if floor:
+        yield row("roofline_share", "%", lambda s: 100 * floor / s)
+    base = info.get("baseline_seconds")
+    if base and info.get("waits"):
+        yield row("loader_share", "%", lambda s: 100 * (1 - base / s))
+    if base and info["provider"].startswith("first_step"):
+        yield row("import_share", "%", lambda s: 100 * base / s)
+    if "evaluation_rates" in info:
+        rates = info["evaluation_rates"]
+        yield amount("evaluation_images_per_second", "images/s", *rates)
+        training = (info["images"] / s for s in seconds)
+        ratios = (rate / own for rate, own in zip(rates, training, strict=True))
+        yield amount("evaluation_over_training", "x", *ratios)
+    for key, metric in (("peak_bytes", "peak_memory"), ("resident_bytes", "resident_memory")):
+        if key in info:
+            yield amount(metric, "MiB", info[key] / 2**20)
+    if info.get("test_accuracy"):
+        yield amount("test_accuracy", "%", *info["test_accuracy"])
+        yield amount("train_seconds", "s", *info["train_seconds"])
+
+
+def _floor(info: dict[str, Any], ceilings: Ceilings | None) -> float | None:
+    """Seconds under which a call that declares its bytes and operations cannot be."""
+    dtype = _SHORT.get(info["dtype"], info["dtype"])
+    if ceilings is None or "bytes" not in info or dtype not in ceilings[0]:
+        return None
+    products, copy = ceilings
+    return max(info["bytes"] / copy, info["flops"] / products[dtype])
+
+
+def _collect_runs(what: str, folders: Sequence[Path]) -> Path:
+    summaries = [json.loads((run / "summary.json").read_text()) for run in folders]
+    for key in ("machine", "versions", "commit"):
+        if any(summary[key] != summaries[0][key] for summary in summaries):
+            raise ValueError(f"the runs differ in their {key}; collect them apart")
+    certificate = {key: summaries[-1][key] for key in ("machine", "versions", "commit", "date")}
+    certificate |= {
+        "dtype": "-".join(sorted({summary["precision"] for summary in summaries})),
+        "command": [summary["command"] for summary in summaries],
+        "seeds": [summary["seed"] for summary in summaries],
+        "dataset_fingerprint": sorted({summary["dataset_fingerprint"] for summary in summaries}),
+    }
+    return write_results(what, rows_of(summaries), certificate)
+
+
+def _collect_benchmarks(what: str, path: Path) -> Path:
+    report = json.loads(path.read_text())
+    if not isinstance(report, dict) or not {"benchmarks", "certificate"} <= report.keys():
+        raise ValueError(f"{path} is no report of these suites")
+    rows, certificate = rows_of_report(report)
+    if not rows:
+        raise ValueError(f"{path} holds no benchmark that ended well")
+    return write_results(what, rows, certificate)
+
+
+def _collect_proof(folder: Path) -> list[Path]:
+    """Take over every file of rows, in new files under the same names."""
+    found = sorted(folder.glob("*.csv"))
+    if not found:
+        raise ValueError(f"{folder} is no folder with rows")
+    written = []
+    for path in found:
+        # <what>_<machine>_<dtype>_<torch>_<date>; only `what` may hold the separator.
+        what = path.stem.rsplit("_", 4)[0]
+        written.append(write_results(what, *read_file(path)))
+    return written
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write results and print the paths of their files."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report.collect", description=__doc__
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    runs = kinds.add_parser("runs", help="finished run folders")
+    runs.add_argument("what", help="first part of the file name")
+    runs.add_argument("folders", nargs="+", type=Path)
+    benchmarks = kinds.add_parser("benchmarks", help="a report of pytest --benchmark-json")
+    benchmarks.add_argument("what", help="first part of the file name: the suite's file")
+    benchmarks.add_argument("report", type=Path)
+    proof = kinds.add_parser("proof", help="the folder of a proof")
+    proof.add_argument("folder", type=Path)
+    options = parser.parse_args(argv)
+    try:
+        if options.kind == "runs":
+            paths = [_collect_runs(options.what, options.folders)]
+        elif options.kind == "benchmarks":
+            paths = [_collect_benchmarks(options.what, options.report)]
+        else:
+            paths = _collect_proof(options.folder)
+    except KeyError as error:
+        print(f"error: a run lacks the entry {error}: other versions wrote it", file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path in paths:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Which ladders are trained with data flowing, by whom, and the command lines of the processes."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+import fastres
+from benchmarks.harness import ablation
+from benchmarks.harness.ablation import Unavailable, here, low_precision, why_not
+from fastres.data.dataset import Dataset
+
+__all__ = ["CASES", "OFTEN", "PEERS", "LadderCase", "data_words", "load_data"]
+
+PEERS = {
+    "peer_fp32": "benchmarks.peers.eager_fp32",
+    "peer_amp": "benchmarks.peers.eager_amp",
+    "peer_compiled": "benchmarks.peers.compiled",
+}
+# The pairs whose ratio is claimed somewhere: they train in every turn, the others in every third.
+OFTEN = ("peer_fp32", "amp", "fast")
+_ALL = (*PEERS, *ablation.RUNGS)
+_COMPILED = ("peer_compiled", "compile")
+
+
+@dataclass(frozen=True)
+class LadderCase:
+    """One ladder.
+
+    Attributes:
+        name: of the case among the tests, where `-k cpu` selects by it.
+        device, model, batch_size: what trains.
+        steps: in a round.
+        seconds: that it wants of the budget, starting the processes included.
+        providers: who takes part.
+        quick: whether it belongs to --quick, and to nothing else.
+        slow: whether it is measured by `-m slow` alone.
+    """
+
+    name: str
+    device: str
+    model: str
+    batch_size: int
+    steps: int
+    seconds: float
+    providers: tuple[str, ...]
+    quick: bool = False
+    slow: bool = False
+
+    @property
+    def words(self) -> str:
+        """The case of its rows, without the data."""
+        compiled = ", torch.compile" if self.slow else ""
+        return f"{self.device} {self.model} batch {self.batch_size}{compiled}"
+
+    def command(self, provider: str, data_dir: str | None) -> tuple[str, list[str]]:
+        """Return module and arguments of the process of a provider.
+
+        Raises:
+            Unavailable: where the provider cannot be had.
+        """
+        _refuse(provider, self.device)
+        words = data_words(self.device, self.model, self.batch_size, self.steps, data_dir)
+        if provider in PEERS:
+            return PEERS[provider], words
+        return "benchmarks.harness.ablation_worker", ["--rung", provider, *words]
+
+
+# A CPU compiles ResNet-20 for a minute: torch.compile has a ladder of its own there, and the other
+# is repeated in three minutes. A step of ResNet-18 takes a CPU a second, so few climb it.
+CASES = (
+    LadderCase(
+        "cpu resnet20", "cpu", "resnet20", 128, 4, 60, tuple(p for p in _ALL if p not in _COMPILED)
+    ),
+    LadderCase(
+        "cpu resnet18", "cpu", "resnet18", 64, 1, 45,
+        ("peer_fp32", "channels_last", "amp", "fused", "fast"),
+    ),
+    LadderCase(
+        "compiled resnet20", "cpu", "resnet20", 128, 4, 180,
+        ("peer_fp32", "amp", *_COMPILED, "fast"), slow=True,
+    ),
+    LadderCase("cuda resnet20", "cuda", "resnet20", 512, 40, 45, _ALL),
+    LadderCase("cuda resnet18", "cuda", "resnet18", 256, 20, 45, _ALL),
+    LadderCase("resnet8", here().type, "resnet8", 64, 2, 10, ("peer_fp32", "fast"), quick=True),
+)  # fmt: skip
+
+
+def _refuse(provider: str, device: str) -> None:
+    """Raise Unavailable where a provider of a ladder cannot be had."""
+    on_gpu = here().type == "cuda"
+    if device == "cuda" and not on_gpu:
+        raise Unavailable("needs an NVIDIA GPU")
+    if device == "cpu" and on_gpu:
+        raise Unavailable("hide the GPU with CUDA_VISIBLE_DEVICES= to see the CPU's ladder")
+    if provider == "peer_compiled":
+        reason = why_not("compile", torch.device(device))
+        if reason:
+            raise Unavailable(reason)
+    if provider in ablation.RUNGS:
+        ablation.make_config(provider, torch.device(device))
+    elif provider != "peer_fp32" and device == "cpu":
+        low_precision(torch.device(device))
+
+
+def data_words(
+    device: str, model: str, batch_size: int, steps: int, data_dir: str | None
+) -> list[str]:
+    """The command line that every provider of a ladder understands."""
+    words = ["--device", device, "--model", model, "--batch-size", str(batch_size)]
+    words += ["--rounds", str(steps)]
+    return [*words, "--data-dir", data_dir] if data_dir else words
+
+
+@functools.lru_cache(maxsize=1)
+def load_data(data_dir: str | None) -> Dataset:
+    """The dataset of all suites: that in `data_dir`, or the synthetic one."""
+    return fastres.load_dataset("auto" if data_dir else "synthetic", data_dir)

@@ -1,0 +1,237 @@
+"""The fused ops on the layers of real networks: inputs, every way through them, bytes and flops."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres.kernels import ops
+from fastres.kernels.conv_shape import ConvShape, resnet18_convs, resnet20_convs
+from fastres.kernels.reference.block import ConvBN, bn_fold_ref, stat_dtype
+
+__all__ = ["Inputs", "OpCase", "Pass", "all_cases", "eager", "fused_op", "make_inputs"]
+
+Pass = Literal["forward", "backward", "both"]
+Op = Literal["conv_bn_relu", "conv_bn_add_relu", "residual_block", "conv_bn_folded"]
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """A fused op on one layer, or on one block, of a network.
+
+    Attributes:
+        op: which.
+        layers: the convolutions of the main path.
+        projection: the convolution of the shortcut.
+        residual: whether a tensor is added: the input of the block, or a given one.
+    """
+
+    op: Op
+    net: str
+    layer: str
+    layers: tuple[ConvShape, ...]
+    projection: ConvShape | None = None
+    residual: bool = False
+
+    @property
+    def name(self) -> str:
+        """Op, network and layer, in one word each."""
+        return f"{self.op} {self.net} {self.layer}"
+
+    @property
+    def num_out(self) -> int:
+        """Elements of the result."""
+        return self.layers[-1].num_y
+
+    def flops(self, what: Pass) -> int:
+        """Operations of the convolutions; backward has two products where forward has one."""
+        convs = [*self.layers, self.projection] if self.projection else self.layers
+        return {"forward": 1, "backward": 2, "both": 3}[what] * sum(c.flops for c in convs)
+
+    def num_bytes(self, what: Pass, itemsize: int) -> int:
+        """Bytes of activations and filters that the fused scheme has to move.
+
+        Every kernel reads its operands once and writes its result once, and no activation between
+        the layers of a block is stored; numbers per channel are not counted. The same count
+        stands for every route, so GB/s compare times. 7 + 18 tensors for a basic block.
+        """
+        forward, backward = self._forward_elements(), 0
+        if self.op != "conv_bn_folded":
+            backward = self._backward_elements()
+        count = {"forward": forward, "backward": backward, "both": forward + backward}[what]
+        return count * itemsize
+
+    def _forward_elements(self) -> int:
+        shortcut = self.num_out if self.residual or self.projection else 0
+        if self.op == "conv_bn_folded":
+            (conv,) = self.layers
+            return conv.num_x + conv.num_w + conv.num_y + shortcut
+        convs = [*self.layers, self.projection] if self.projection else self.layers
+        products = sum(conv.num_x + conv.num_w + conv.num_y for conv in convs)
+        return products + self.layers[-1].num_y + shortcut + self.num_out
+
+    def _backward_elements(self) -> int:
+        joins = self.residual or self.projection is not None
+        # The reduction reads dout, y and, where something was added, the mask, and writes g.
+        total = (4 if joins else 3) * self.num_out
+        for i, conv in enumerate(self.layers):
+            inner = i > 0
+            # dgrad: g, y; the mask's y or the shortcut's gradient; dx. wgrad: g, y, the input.
+            adds = conv.num_x if inner or self.op == "residual_block" else 0
+            total += 2 * conv.num_y + adds + conv.num_x + conv.num_w
+            total += 2 * conv.num_y + conv.num_x + conv.num_w
+        if self.projection:
+            conv = self.projection
+            total += conv.num_y + 2 * (2 * conv.num_y + conv.num_x + conv.num_w)
+        return total
+
+
+def _named(net: str, batch: int) -> dict[str, ConvShape]:
+    convs = resnet20_convs(batch) if net == "resnet20" else resnet18_convs(batch)
+    return {conv.name.replace(" ", "_"): conv.shape for conv in convs}
+
+
+def _make_cases(net: str, batch: int) -> Iterator[OpCase]:
+    """Yield every fused op on the layers of a net of basic blocks."""
+    shapes = _named(net, batch)
+    for layer, shape in shapes.items():
+        if "projection" not in layer:
+            yield OpCase("conv_bn_relu", net, layer, (shape,))
+            yield OpCase("conv_bn_folded", net, layer, (shape,))
+    for layer, shape in shapes.items():
+        if layer.startswith("stage") and "_" not in layer:
+            yield OpCase("conv_bn_add_relu", net, layer, (shape,), residual=True)
+            yield OpCase("residual_block", net, layer, (shape, shape), residual=True)
+            if f"{layer}_down" in shapes:
+                down, projection = shapes[f"{layer}_down"], shapes[f"{layer}_projection"]
+                yield OpCase("residual_block", net, f"{layer}_down", (down, shape), projection)
+
+
+def _make_bottlenecks(batch: int) -> Iterator[OpCase]:
+    """Yield the plain blocks of ResNet-50: 1x1 narrow, 3x3, 1x1 wide."""
+    for stage in range(4):
+        size, narrow = 32 >> stage, 64 << stage
+        layers = (
+            ConvShape(batch, size, size, 4 * narrow, narrow, 1, 1, padding=0),
+            ConvShape(batch, size, size, narrow, narrow),
+            ConvShape(batch, size, size, narrow, 4 * narrow, 1, 1, padding=0),
+        )
+        yield OpCase("residual_block", "resnet50", f"stage{stage + 1}", layers, residual=True)
+
+
+def all_cases(batches: dict[str, int]) -> list[OpCase]:
+    """Every op of every network, at that network's batch size."""
+    cases = [
+        *_make_cases("resnet20", batches["resnet20"]),
+        *_make_cases("resnet18", batches["resnet18"]),
+        *_make_bottlenecks(batches["resnet50"]),
+    ]
+    order = ("residual_block", "conv_bn_relu", "conv_bn_add_relu", "conv_bn_folded")
+    return sorted(cases, key=lambda case: order.index(case.op))
+
+
+@dataclass
+class Inputs:
+    """What an op is called with; the tensors to differentiate require gradients."""
+
+    x: Tensor
+    layers: list[ConvBN]
+    projection: ConvBN | None
+    residual: Tensor | None
+    dout: Tensor
+
+    def learned(self) -> list[Tensor]:
+        """Everything with a gradient: x, the residual, the parameters of every layer."""
+        layers = [*self.layers, self.projection] if self.projection else self.layers
+        given = [] if self.residual is None else [self.residual]
+        return [self.x, *given, *(tensor for layer in layers for tensor in layer[:3])]
+
+    def require_grad(self) -> "Inputs":
+        """Make `learned` differentiable, in place."""
+        for tensor in self.learned():
+            tensor.requires_grad_()
+        return self
+
+
+def make_inputs(
+    case: OpCase, dtype: torch.dtype, device: torch.device, *, nhwc: bool, batch: int | None = None
+) -> Inputs:
+    """Seeded inputs of unit scale, the same numbers in every dtype and layout.
+
+    Args:
+        case: shapes.
+        dtype: of activations and filters; numbers are rounded to bfloat16 first, so that all
+            dtypes hold the same.
+        device: where.
+        nhwc: whether tensors are channels_last.
+        batch: another batch size than the case's.
+    """
+    generator = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+
+    def pixels(n: int, *size: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn((n, *size), generator=generator) * scale
+        return values.bfloat16().to(dtype).to(device, memory_format=layout)
+
+    def layer(conv: ConvShape) -> ConvBN:
+        w = pixels(conv.K, conv.C, conv.R, conv.S, scale=conv.RSC**-0.5)
+        weight = 1 + 0.1 * torch.randn(conv.K, generator=generator)
+        bias = torch.randn(conv.K, generator=generator)
+        wide = stat_dtype(dtype)
+        vectors = (weight.to(device, wide), bias.to(device, wide))
+        return ConvBN(w, *vectors, conv.stride, conv.padding)
+
+    first, last = case.layers[0], case.layers[-1]
+    n = batch or first.N
+    out_size = (n, last.K, last.P, last.Q)
+    given = case.residual and case.op != "residual_block"
+    return Inputs(
+        x=pixels(n, first.C, first.H, first.W),
+        layers=[layer(conv) for conv in case.layers],
+        projection=None if case.projection is None else layer(case.projection),
+        residual=pixels(*out_size) if given else None,
+        dout=pixels(*out_size),
+    )
+
+
+def _eager_layer(x: Tensor, layer: ConvBN) -> Tensor:
+    y = F.conv2d(x, layer.w, stride=layer.stride, padding=layer.padding)
+    return F.batch_norm(y, None, None, layer.weight, layer.bias, True, 0.1, layer.eps)
+
+
+def eager(case: OpCase, inputs: Inputs) -> Tensor:
+    """The op as the reference network computes it."""
+    if case.op == "conv_bn_folded":
+        (layer,) = inputs.layers
+        y = F.conv2d(inputs.x, layer.w, stride=layer.stride, padding=layer.padding)
+        mean, var = torch.zeros_like(layer.bias), torch.ones_like(layer.bias)
+        z = F.batch_norm(y, mean, var, layer.weight, layer.bias, False, 0.1, layer.eps)
+        return F.relu(z)
+    z = inputs.x
+    for layer in inputs.layers[:-1]:
+        z = F.relu(_eager_layer(z, layer))
+    z = _eager_layer(z, inputs.layers[-1])
+    if inputs.projection is not None:
+        z = z + _eager_layer(inputs.x, inputs.projection)
+    elif case.residual:
+        z = z + (inputs.x if inputs.residual is None else inputs.residual)
+    return F.relu(z)
+
+
+def fused_op(case: OpCase, inputs: Inputs) -> Tensor:
+    """The same by the fused op."""
+    layers: Sequence[ConvBN] = inputs.layers
+    if case.op == "conv_bn_folded":
+        (layer,) = layers
+        rstd = torch.full_like(layer.bias, (1 + layer.eps) ** -0.5)
+        fold = bn_fold_ref(torch.zeros_like(layer.bias), rstd, layer.weight, layer.bias)
+        return ops.conv_bn_folded(inputs.x, layer, fold)
+    if case.op == "conv_bn_relu":
+        return ops.conv_bn_relu(inputs.x, layers[0])[0]
+    if case.op == "conv_bn_add_relu":
+        assert inputs.residual is not None
+        return ops.conv_bn_add_relu(inputs.x, layers[0], inputs.residual)[0]
+    return ops.residual_block(inputs.x, layers, projection=inputs.projection)[0]

@@ -1,0 +1,244 @@
+"""Fused layers: the reference's modules with another way through them.
+
+A fused module is a subclass of the module that it speeds up and overrides `forward` alone. It has
+the same children, parameters, buffers and state_dict keys, because it inherits them, and where it
+cannot fuse it falls back to `super().forward`: the reference itself.
+
+    training     one op a block, statistics of the batch; the running ones are moved here
+    evaluation   batch norms folded into their convolutions, where no gradient is wanted
+    otherwise    the reference: evaluation with gradients, batch norms frozen one by one, no images
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres.kernels import ops
+from fastres.kernels.ops_head import is_worth_an_op, pool_linear, smooth_cross_entropy
+from fastres.kernels.reference.block import stat_dtype
+from fastres.model.conv_bn import (
+    Pair,
+    block_folded,
+    can_fold,
+    can_train,
+    cast_dtype,
+    conv_bn,
+    conv_bn_folded,
+    is_plain_relu,
+    is_seen,
+    move_running_statistics,
+    to_layer,
+    to_pixels,
+)
+from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, ResNet9
+
+__all__ = [
+    "ConvBNAddReLU",
+    "ConvBNReLU",
+    "FusedBasicBlock",
+    "FusedBlock",
+    "FusedBottleneck",
+    "FusedResNet",
+    "FusedResNet9",
+    "FusedSequential",
+    "SmoothCrossEntropy",
+    "pool_classify",
+]
+
+
+class ConvBNReLU(nn.Module):
+    """out = relu(bn(conv(x))), children `conv` and `bn`.
+
+    Args:
+        in_channels: C.
+        out_channels: K.
+        kernel_size: odd; the convolution is padded to keep the map's size at stride 1.
+        stride: of the convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1):
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False
+        )
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
+        return conv_bn(x, Pair(self.conv, self.bn))
+
+
+class ConvBNAddReLU(ConvBNReLU):
+    """out = relu(bn(conv(x)) + residual), children `conv` and `bn`."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        """Map (N, in_channels, H, W) and the shape of the result to that shape."""
+        return conv_bn(x, Pair(self.conv, self.bn), residual=residual)
+
+
+class FusedSequential(nn.Sequential):
+    """A Sequential in which every run of conv, bn (, relu) of `fused_runs` is one op.
+
+    Attributes:
+        fused_runs: {index of a convolution: length of its run, 2 or 3}. A slice has none: it is a
+            new Sequential, and its modules run one by one.
+    """
+
+    fused_runs: Mapping[int, int] = MappingProxyType({})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the modules in order."""
+        modules = list(self)
+        i = 0
+        while i < len(modules):
+            run = modules[i : i + self.fused_runs.get(i, 1)]
+            if len(run) == 1:
+                x = run[0](x)
+            else:
+                x = conv_bn(x, Pair(*cast(Any, run[:2])), relu=is_plain_relu(run[-1]))
+                if len(run) == 3 and not is_plain_relu(run[-1]):
+                    x = run[-1](x)
+            i += len(run)
+        return x
+
+
+class FusedBlock(nn.Module):
+    """The fused way through a residual block; mixed in before the class of the block.
+
+    Attributes:
+        depth: convolutions of the main path, named conv1, bn1, conv2, bn2 and so on.
+        fused_downsample: whether `downsample` is a convolution and a batch norm to be fused.
+    """
+
+    depth: int
+    fused_downsample = True
+
+    def _pairs(self) -> tuple[list[Pair], Pair | None]:
+        """The pairs of the main path, and that of the projection."""
+        pairs = [
+            Pair(getattr(self, f"conv{i}"), getattr(self, f"bn{i}"))
+            for i in range(1, self.depth + 1)
+        ]
+        downsample: Any = self.downsample
+        is_pair = isinstance(downsample, nn.Sequential) and len(downsample) == 2
+        if self.fused_downsample and is_pair and not is_seen(downsample):
+            return pairs, Pair(*downsample)
+        return pairs, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x as the block does."""
+        pairs, projection = self._pairs()
+        everything = [*pairs, projection] if projection is not None else pairs
+        if hasattr(self, "relu") and not is_plain_relu(self.relu):
+            return super().forward(x)
+        if can_train(x, everything):
+            return self._train(x, pairs, projection)
+        if can_fold(x, everything):
+            return self._evaluate(x, pairs, projection)
+        return super().forward(x)
+
+    def _given_shortcut(self, x: Tensor, projection: Pair | None) -> Tensor | None:
+        """What a downsample that is not fused makes of x."""
+        if projection is not None or self.downsample is None or not self._adds():
+            return None
+        return to_pixels(cast(nn.Module, self.downsample)(x))
+
+    def _adds(self) -> bool:
+        """Whether there is a shortcut: the reference's plain nets have none."""
+        return bool(getattr(self, "residual", True))
+
+    def _train(self, x: Tensor, pairs: list[Pair], projection: Pair | None) -> Tensor:
+        out, stats = ops.residual_block(
+            to_pixels(x),
+            [to_layer(pair, x) for pair in pairs],
+            projection=None if projection is None else to_layer(projection, x),
+            residual=self._given_shortcut(x, projection),
+            add_input=self._adds(),
+        )
+        move_running_statistics([*pairs, projection] if projection else pairs, stats)
+        return out
+
+    def _evaluate(self, x: Tensor, pairs: list[Pair], projection: Pair | None) -> Tensor:
+        shortcut = self._given_shortcut(x, projection)
+        if shortcut is None:
+            return block_folded(x, pairs, projection=projection, add_input=self._adds())
+        *inner, last = pairs
+        for pair in inner:
+            x = conv_bn_folded(x, pair, relu=True)
+        # A shortcut that is not fused may want a gradient.
+        return conv_bn(x, last, residual=shortcut)
+
+
+class FusedBasicBlock(FusedBlock, BasicBlock):
+    """`BasicBlock`, fused."""
+
+    depth = 2
+
+
+class FusedBottleneck(FusedBlock, Bottleneck):
+    """`Bottleneck`, fused."""
+
+    depth = 3
+
+
+def pool_classify(x: Tensor, fc: nn.Module) -> Tensor:
+    """`fc(mean over pixels of x)`, in one op where fc is a plain nn.Linear and kernels run on x.
+
+    Args:
+        x: (N, C, H, W).
+        fc: the classifier; the op uses its parameters as they are, in float32 under autocast.
+            Where somebody sees its output through a hook it is called itself.
+
+    Returns: (N, classes) in the dtype that autocast gives a linear layer.
+    """
+    if type(fc) is nn.Linear and not is_seen(fc) and x.shape[0] > 0 and is_worth_an_op(x):
+        pixels = x.contiguous(memory_format=torch.channels_last)
+        return pool_linear(pixels, fc.weight, fc.bias).to(cast_dtype(x))
+    return fc(x.mean(dim=(2, 3)))
+
+
+class SmoothCrossEntropy(nn.Module):
+    """`nn.CrossEntropyLoss(label_smoothing=...)`, in one op where kernels run on the logits.
+
+    In float32 whatever the dtype of the logits. The op cannot wait to see labels that are no class
+    and makes the loss NaN for them; elsewhere torch raises.
+
+    Args:
+        label_smoothing: share of the target spread evenly over all classes, 0 to 1.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0):
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Map logits (N, classes) and labels (N,) int64 to the mean loss ()."""
+        if is_worth_an_op(logits):
+            return smooth_cross_entropy(logits, labels, self.label_smoothing)
+        wide = logits.to(stat_dtype(logits.dtype))
+        return F.cross_entropy(wide, labels, label_smoothing=self.label_smoothing)
+
+
+class FusedResNet(ResNet):
+    """`ResNet` with a fused stem and head; its blocks are fused on their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, 3, H, W) to logits (N, num_classes)."""
+        x = conv_bn(x, Pair(self.conv1, self.bn1))
+        for stage in self.stages:
+            x = getattr(self, stage)(x)
+        return pool_classify(x, self.fc)
+
+
+class FusedResNet9(ResNet9):
+    """`ResNet9` with a fused stem; its blocks are fused on their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, 3, H, W) to logits (N, num_classes)."""
+        x = conv_bn(x, Pair(self.conv1, self.bn1))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.amax(dim=(2, 3))) * self.logit_scale

@@ -1,0 +1,36 @@
+"""Which kernels the fused modules would run on this machine, said in words."""
+
+import importlib.util
+
+import torch
+
+from fastres.kernels.cpu import build as cpu_build
+from fastres.kernels.dispatch import is_interpreted
+
+__all__ = ["cpu_kernels_missing", "fused_kernels"]
+
+
+def cpu_kernels_missing() -> str | None:
+    """Say why the fused CPU kernels would not be the fast route here, or return None.
+
+    The first call on a machine compiles them, which takes some seconds.
+    """
+    if is_interpreted():
+        return "TRITON_INTERPRET is set, and Triton's interpreter would take their place"
+    if cpu_build.unavailable() is not None:
+        return cpu_build.unavailable()
+    return None if cpu_build.has_direct_conv() else "the processor has no AVX-512 bf16 instructions"
+
+
+def fused_kernels(device: torch.device) -> str:
+    """Name what the fused modules compute with on `device`."""
+    if device.type == "cuda":
+        has_triton = importlib.util.find_spec("triton") is not None
+        return "Triton kernels" if has_triton else "plain torch: no Triton here"
+    if is_interpreted():
+        return "Triton kernels in the interpreter, because TRITON_INTERPRET is set"
+    if cpu_build.unavailable() is not None:
+        return f"plain torch: {cpu_build.unavailable()}"
+    if cpu_kernels_missing() is not None:
+        return f"CPU kernels around oneDNN's convolutions: {cpu_kernels_missing()}"
+    return "CPU kernels: bf16 convolutions with batch norm, ReLU and shortcut in one pass"

@@ -1,0 +1,280 @@
+"""Input gradient of a convolution: dx[nhw, c] = sum over rsk of dy'[nhw, rsk] * w[k, r, s, c].
+
+    prologue   dy' = dy, or c0 * g + c1 * y + c2 (batch-norm backward) formed while loading
+    epilogue   dx = sum (+ shortcut gradient); or, where x = relu(bn(y_prev)), the gradient of that
+               batch norm, g = dx * (x > 0), with its sums of g and g * (y_prev - mean)
+
+Letters: dy (N, P, Q, K), w (K, R, S, C), dx (N, H, W, C); p = (h + padding - r) / stride.
+
+Stride u: a pixel (h, w) meets only the taps r = h + padding, s = w + padding modulo u. Pixels are
+therefore dealt into u * u phases (second grid axis), each a dense convolution with its own few
+taps: no arithmetic is wasted on the taps that a stride skips. A phase without taps stores zeros.
+
+Bytes: dy (or g and y) and w read once, dx written once; the epilogue reads the shortcut gradient,
+y_prev and, unless the mask is recomputed from y_prev, x. The masked gradient g replaces dx: no pass
+is spent on the ReLU or on the reductions of the next batch norm.
+
+Numerics: dy is rounded to its dtype before the product, as an unfused batch norm would store it;
+sums in fp32; the reductions use g as rounded, because that g is what is read back. Deterministic.
+Source: own derivation; the algebra of cuDNN's dgrad-drelu-dbn graphs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastres.kernels.conv_shape import ConvShape
+from fastres.kernels.gpu.checks import (
+    BNInput,
+    FoldedGrad,
+    TileSums,
+    check_activation,
+    check_bn_input,
+    check_filter,
+    check_folded_grad,
+    empty_nhwc,
+    index_dtype,
+    nhwc_strides,
+)
+from fastres.kernels.gpu.conv_tma import dgrad_in_boxes
+from fastres.kernels.gpu.epilogue import store_gradient_tile
+from fastres.kernels.gpu.launch import Form, Traffic, launch, num_bytes
+from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
+from fastres.kernels.gpu.primitives import (
+    dot_fp32,
+    form_dy,
+    pixel_offsets,
+    round_to,
+)
+
+__all__ = ["conv_dgrad"]
+
+
+@triton.jit
+def _conv_dgrad_kernel(
+    g_ptr,  # (N, P, Q, K) in: dy, or the gradient g that dy is formed from
+    y_ptr,  # (N, P, Q, K) in: with g and coefficients; None: dy is read
+    coefficients_ptr,  # (3, K) fp32 in: c0, c1, c2; None: dy is read
+    w_ptr,  # (K, R, S, C) in: dense, dtype of dy
+    dx_ptr,  # (N, H, W, C) out: dx, or g of the batch norm before x
+    shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
+    y_prev_ptr,  # (N, H, W, C) in: input of the batch norm before x; None: plain dx
+    mean_ptr,  # (C,) fp32 in: mean of y_prev
+    prev_ab_ptr,  # (2, C) fp32 in: the ReLU's mask is a * y_prev + b > 0
+    out_ptr,  # (N, H, W, C) in: x itself, the mask is x > 0; None: the mask is recomputed
+    sum_g_ptr,  # (C, num_tiles) fp32 out
+    sum_gy_ptr,  # (C, num_tiles) fp32 out
+    num_rows,  # pixels of one phase
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    G_STRIDES: tl.constexpr,
+    Y_STRIDES: tl.constexpr,
+    DX_STRIDES: tl.constexpr,
+    SHORTCUT_STRIDES: tl.constexpr,
+    Y_PREV_STRIDES: tl.constexpr,
+    OUT_STRIDES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    FORM_DY: tl.constexpr = coefficients_ptr is not None
+    TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    PHASE_H: tl.constexpr = (H + STRIDE - 1) // STRIDE
+    PHASE_W: tl.constexpr = (W + STRIDE - 1) // STRIDE
+
+    pid = tl.program_id(0)
+    phase = tl.program_id(1)
+    tile_m = pid // TILES_N
+    rows = tile_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = rows // (PHASE_H * PHASE_W)
+    h = rows // PHASE_W % PHASE_H * STRIDE + phase // STRIDE
+    w = rows % PHASE_W * STRIDE + phase % STRIDE
+    mask_nhw = (rows < num_rows) & (h < H) & (w < W)
+    mask_c = offs_c < C
+
+    # The taps of this phase are r0, r0 + STRIDE, ...; its pixels meet tap r0 in output row p0.
+    r0 = (phase // STRIDE + PADDING) % STRIDE
+    s0 = (phase % STRIDE + PADDING) % STRIDE
+    taps_r = (R - r0 + STRIDE - 1) // STRIDE
+    taps_s = (S - s0 + STRIDE - 1) // STRIDE
+    p0 = (h + PADDING) // STRIDE
+    q0 = (w + PADDING) // STRIDE
+    rows_g = pixel_offsets(n, p0, q0, G_STRIDES)
+    rows_y = pixel_offsets(n, p0, q0, Y_STRIDES)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for rsk in range(0, taps_r * taps_s * K, BLOCK_K):
+        offs_rsk = rsk + tl.arange(0, BLOCK_K)
+        offs_k = offs_rsk % K
+        tap_r = offs_rsk // K // taps_s
+        tap_s = offs_rsk // K % taps_s
+        mask_rsk = tap_r < taps_r
+        p = p0[:, None] - tap_r[None, :]
+        q = q0[:, None] - tap_s[None, :]
+        mask_dy = mask_nhw[:, None] & mask_rsk[None, :] & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
+        taps_g = offs_k - tap_r * G_STRIDES[1] - tap_s * G_STRIDES[2]
+        dy = tl.load(
+            g_ptr + rows_g[:, None] + taps_g[None, :], mask=mask_dy, other=0.0
+        )  # [BLOCK_M, BLOCK_K]
+        offs_rs = (r0 + tap_r * STRIDE) * S + s0 + tap_s * STRIDE
+        filters = tl.load(
+            w_ptr + (offs_k * (R * S) + offs_rs)[:, None] * C + offs_c[None, :],
+            mask=mask_rsk[:, None] & mask_c[None, :],
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_N]
+        # Prologue: batch-norm backward; taps outside dy stay 0, although c2 is not.
+        if FORM_DY:
+            taps_y = offs_k - tap_r * Y_STRIDES[1] - tap_s * Y_STRIDES[2]
+            y = tl.load(y_ptr + rows_y[:, None] + taps_y[None, :], mask=mask_dy, other=0.0)
+            formed = form_dy(dy, y, coefficients_ptr, offs_k, K, mask_dy, mask_rsk)
+            dy = round_to(formed, dy.dtype)
+        acc = dot_fp32(dy, filters, acc, PRECISION)
+
+    # Epilogue.
+    num_tiles_m = tl.cdiv(num_rows, BLOCK_M)
+    store_gradient_tile(
+        acc,
+        (n * H + h) * W + w,
+        mask_nhw,
+        offs_c,
+        phase * num_tiles_m + tile_m,
+        num_tiles_m * STRIDE * STRIDE,
+        dx_ptr,
+        shortcut_ptr,
+        y_prev_ptr,
+        mean_ptr,
+        prev_ab_ptr,
+        out_ptr,
+        sum_g_ptr,
+        sum_gy_ptr,
+        H,
+        W,
+        C,
+        DX_STRIDES,
+        SHORTCUT_STRIDES,
+        Y_PREV_STRIDES,
+        OUT_STRIDES,
+    )
+
+
+def conv_dgrad(
+    dy: torch.Tensor | FoldedGrad,
+    w: torch.Tensor,
+    input_size: tuple[int, int],
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    shortcut: torch.Tensor | None = None,
+    bn_input: BNInput | None = None,
+    allow_tf32: bool = False,
+    config: ConvConfig | None = None,
+) -> tuple[torch.Tensor, TileSums | None]:
+    """`dx = conv_transpose(dy, w) + shortcut`; with bn_input `g = dx * (x > 0)` and its sums.
+
+    Args:
+        dy: (N, K, P, Q) channels_last gradient, gaps allowed; or a `FoldedGrad` that forms it.
+        w: (K, C, R, S) dense channels_last, dtype of dy.
+        input_size: (H, W) of the convolution's input, which a stride leaves open.
+        stride: the forward convolution's.
+        padding: the forward convolution's.
+        shortcut: (N, C, H, W) channels_last, gaps allowed, dtype of dy: added before the mask.
+        bn_input: how x was made; given, the result is the gradient of that batch norm's output.
+        allow_tf32: let fp32 products be rounded to TF32.
+        config: tiles; by default those of the launch table.
+
+    Returns: dx (or g): (N, C, H, W) dense channels_last, dtype of dy; the `TileSums` of g, or None.
+
+    Raises: ValueError: when a tensor's shape, dtype, device or layout is not as above.
+
+    Numerics: dy formed in fp32 and rounded once; sums in fp32; dx rounded once. Deterministic.
+    """
+    g, y, coefficients = check_folded_grad(dy)
+    shape = _dgrad_shape(g, w, input_size, stride, padding)
+    size = (shape.N, shape.C, shape.H, shape.W)
+    if shortcut is not None:
+        check_activation("shortcut", shortcut, size, g.dtype)
+    prev = check_bn_input(bn_input, size, g.dtype)
+
+    config = config or conv_config("dgrad", shape, g.dtype, g.device, tf32=allow_tf32)
+    form = dgrad_in_boxes(config, shape, g, y, w) or _gathered(config, shape, g, y, w)
+    num_rows = shape.N * triton.cdiv(shape.H, stride) * triton.cdiv(shape.W, stride)
+    tiles_m = triton.cdiv(num_rows, config.block_m)
+    dx = empty_nhwc(g, *size)
+    sum_g = sum_gy = None
+    if bn_input is not None:
+        sum_g = g.new_empty((shape.C, stride**2 * tiles_m), dtype=torch.float32)
+        sum_gy = torch.empty_like(sum_g)
+    args = {
+        **form.args,
+        "coefficients_ptr": coefficients,
+        "dx_ptr": dx,
+        "shortcut_ptr": shortcut,
+        "y_prev_ptr": prev.y,
+        "mean_ptr": prev.mean,
+        "prev_ab_ptr": prev.scale_shift,
+        "out_ptr": prev.out,
+        "sum_g_ptr": sum_g,
+        "sum_gy_ptr": sum_gy,
+        "num_rows": num_rows,
+        **shape.constexprs(),
+        "DX_STRIDES": nhwc_strides(dx),
+        "SHORTCUT_STRIDES": nhwc_strides(shortcut),
+        "Y_PREV_STRIDES": nhwc_strides(prev.y),
+        "OUT_STRIDES": nhwc_strides(prev.out),
+        "PRECISION": "tf32" if allow_tf32 else "ieee",
+        "INDEX": index_dtype(g, y, dx, shortcut, prev.y, prev.out, sum_g),
+        **config.constexprs(),
+    }
+    launch(
+        form.kernel,
+        form.grid,
+        args,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        traffic=Traffic(
+            reads=num_bytes(g, y, coefficients, w, shortcut, *prev),
+            writes=num_bytes(dx, sum_g, sum_gy),
+            flops=shape.flops,
+        ),
+    )
+    return dx, None if sum_g is None or sum_gy is None else TileSums(sum_g, sum_gy)
+
+
+def _dgrad_shape(
+    g: torch.Tensor, w: torch.Tensor, input_size: tuple[int, int], stride: int, padding: int
+) -> ConvShape:
+    """The shape of the convolution whose output gradient is g, once all three fit."""
+    check_filter(w, g.dtype)
+    n, k, p, q = g.shape
+    w_k, c, r, s = w.shape
+    if w_k != k:
+        raise ValueError(f"w must have {k} output channels as dy has, got {w_k}")
+    shape = ConvShape(n, *input_size, c, k, r, s, stride, padding)
+    if (p, q) != (shape.P, shape.Q):
+        raise ValueError(
+            f"input_size {input_size} gives an output of {(shape.P, shape.Q)}, but dy has {(p, q)}"
+        )
+    return shape
+
+
+def _gathered(
+    config: ConvConfig, shape: ConvShape, g: torch.Tensor, y: torch.Tensor | None, w: torch.Tensor
+) -> Form:
+    """The launch that gathers its pixels: one program a tile of each phase."""
+    u = shape.stride
+    num_rows = shape.N * triton.cdiv(shape.H, u) * triton.cdiv(shape.W, u)
+    tiles = triton.cdiv(num_rows, config.block_m) * triton.cdiv(shape.C, config.block_n)
+    args = {"g_ptr": g, "y_ptr": y, "w_ptr": w}
+    strides = {"G_STRIDES": nhwc_strides(g), "Y_STRIDES": nhwc_strides(y)}
+    return Form(_conv_dgrad_kernel, (tiles, u * u), args | strides)

@@ -1,0 +1,295 @@
+"""Convolutions that load pixels in boxes: what conv_fprop.py and conv_dgrad.py do, at stride 1.
+
+    fprop   y[npq, k]  = sum over rsc of x'[n, p + r - padding, q + s - padding, c] * w[k, rsc]
+    dgrad   dx[nhw, c] = sum over rsk of dy'[n, h + padding - r, w + padding - s, k] * w[k, rsc]
+
+A tile of consecutive pixels is a box: a part of an image row, whole rows, or whole images. A tap
+(r, s) shifts the box, and the copy engine of Hopper and later GPUs (TMA) fetches it through a
+tensor descriptor at one instruction of one thread: no addresses, no border comparisons, and zeros
+for all that lies outside the tensor. Where no operand is formed, the products read it from shared
+memory and no thread ever holds it. Prologues and epilogues are those of the gather form; tiles hold
+the same pixels in the same order, so statistics have the same tiles too.
+
+The grid may be persistent (`ConvConfig.programs`): each program walks over tiles, and the loops
+over tiles and taps are flattened into one, so a tile's first boxes load during the epilogue before.
+
+Limits: stride 1; pixels and filter rows of a multiple of 16 bytes; tiles that are whole boxes
+(`ConvConfig.pixel_box`); a GPU with the engine. All else is gathered, with the same tiles.
+
+A 3x3 filter still fetches every pixel nine times, from the L2 cache. One box with a halo cannot
+serve the nine taps: Triton has no slice of a tile or of shared memory. Three boxes of depth 3 * C
+over overlapping windows (3 * C channels, C apart) are no way out: a window across the border of an
+image would meet the neighbouring row instead of zeros, and CUDA documents every stride of a tensor
+map as spanning the dimension inside it.
+
+Numerics: those of the gather form; only the order of the sum differs. Deterministic.
+Source: own derivation; the CUDA driver API's tensor maps for what a descriptor can hold.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastres.kernels.conv_shape import ConvOp, ConvShape
+from fastres.kernels.gpu.checks import nhwc_strides
+from fastres.kernels.gpu.epilogue import store_gradient_tile, store_output_tile
+from fastres.kernels.gpu.launch import Form
+from fastres.kernels.gpu.launch_config import ConvConfig, PixelBox
+from fastres.kernels.gpu.primitives import affine, dot_fp32, form_dy, relu, round_to
+
+__all__ = ["dgrad_in_boxes", "fprop_in_boxes"]
+
+# Bytes to which a descriptor's address and strides are aligned.
+ALIGNMENT = 16
+
+
+@triton.jit
+def _are_inside(pixels, SHIFT_H, SHIFT_W, ROWS: tl.constexpr, COLUMNS: tl.constexpr, H, W):
+    """Which pixels of ROWS x COLUMNS images lie inside an H x W image once shifted; [rows, 1]."""
+    h = pixels // COLUMNS % ROWS + SHIFT_H
+    w = pixels % COLUMNS + SHIFT_W
+    return ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+
+
+@triton.jit
+def _conv_fprop_box_kernel(
+    x_desc,  # (N, H, W, C) in: boxes of BLOCK_M pixels x BLOCK_K channels
+    in_ab_ptr,  # (2, C) fp32 in: prologue relu(a * x + b); None: x as it is
+    w_desc,  # (K, R * S, C) in: boxes of BLOCK_N x 1 x BLOCK_K
+    y_ptr,  # (N, P, Q, K) out: dtype of x
+    stats_ptr,  # (2, K, num_tiles_m) fp32 out: mean and M2 of every tile; None: not wanted
+    out_ab_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
+    residual_ptr,  # (N, P, Q, K) in: added after out_ab; None: nothing added
+    num_npq,
+    num_tiles,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    STRIDE: tl.constexpr,  # 1
+    PADDING: tl.constexpr,
+    Y_STRIDES: tl.constexpr,
+    RESIDUAL_STRIDES: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    SCALE_SHIFT_INPUT: tl.constexpr = in_ab_ptr is not None
+    TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    BLOCKS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=PERSISTENT):
+        tile_m = tile // TILES_N
+        first_k = tile % TILES_N * BLOCK_N
+        first = tile_m.to(INDEX) * BLOCK_M
+        n = (first // (P * Q)).to(tl.int32)
+        h0 = (first // Q % P).to(tl.int32) - PADDING
+        w0 = (first % Q).to(tl.int32) - PADDING
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for step in range(0, R * S * BLOCKS_C):
+            tap = step // BLOCKS_C
+            c = step % BLOCKS_C * BLOCK_K
+            x = x_desc.load([n, h0 + tap // S, w0 + tap % S, c]).reshape(BLOCK_M, BLOCK_K)
+            w = w_desc.load([first_k, tap, c]).reshape(BLOCK_N, BLOCK_K)
+            # Prologue: the zeros around the image are those of x, and relu(b) is not 0.
+            if SCALE_SHIFT_INPUT:
+                offs_c = c + tl.arange(0, BLOCK_K)
+                z = relu(affine(x, in_ab_ptr, offs_c, C, offs_c < C))
+                if PADDING > 0:
+                    pixels = first + tl.arange(0, BLOCK_M)
+                    inside = _are_inside(pixels, tap // S - PADDING, tap % S - PADDING, P, Q, H, W)
+                    z = tl.where(inside, z, 0.0)
+                x = round_to(z, x.dtype)
+            acc = dot_fp32(x, w.T, acc, PRECISION)
+
+        # Epilogue.
+        store_output_tile(
+            acc,
+            tile_m,
+            num_npq,
+            first_k + tl.arange(0, BLOCK_N),
+            y_ptr,
+            stats_ptr,
+            out_ab_ptr,
+            residual_ptr,
+            K,
+            P,
+            Q,
+            Y_STRIDES,
+            RESIDUAL_STRIDES,
+            RELU,
+            INDEX,
+        )
+
+
+@triton.jit
+def _conv_dgrad_box_kernel(
+    g_desc,  # (N, P, Q, K) in: boxes of BLOCK_M pixels x BLOCK_K channels of dy, or of g
+    y_desc,  # (N, P, Q, K) in: the same of y; None: dy is read
+    coefficients_ptr,  # (3, K) fp32 in: c0, c1, c2; None: dy is read
+    w_desc,  # (K, R * S, C) in: boxes of BLOCK_K x 1 x BLOCK_N
+    dx_ptr,  # (N, H, W, C) out: dx, or g of the batch norm before x
+    shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
+    y_prev_ptr,  # (N, H, W, C) in: input of the batch norm before x; None: plain dx
+    mean_ptr,  # (C,) fp32 in: mean of y_prev
+    prev_ab_ptr,  # (2, C) fp32 in: the ReLU's mask is a * y_prev + b > 0
+    out_ptr,  # (N, H, W, C) in: x itself, the mask is x > 0; None: the mask is recomputed
+    sum_g_ptr,  # (C, num_tiles_m) fp32 out
+    sum_gy_ptr,  # (C, num_tiles_m) fp32 out
+    num_rows,
+    num_tiles,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    STRIDE: tl.constexpr,  # 1
+    PADDING: tl.constexpr,
+    DX_STRIDES: tl.constexpr,
+    SHORTCUT_STRIDES: tl.constexpr,
+    Y_PREV_STRIDES: tl.constexpr,
+    OUT_STRIDES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    FORM_DY: tl.constexpr = coefficients_ptr is not None
+    TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=PERSISTENT):
+        tile_m = tile // TILES_N
+        first_c = tile % TILES_N * BLOCK_N
+        first = tile_m.to(INDEX) * BLOCK_M
+        n0 = (first // (H * W)).to(tl.int32)
+        p0 = (first // W % H).to(tl.int32) + PADDING
+        q0 = (first % W).to(tl.int32) + PADDING
+        rows = first + tl.arange(0, BLOCK_M)
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for step in range(0, R * S * BLOCKS_K):
+            tap = step // BLOCKS_K
+            k = step % BLOCKS_K * BLOCK_K
+            place = [n0, p0 - tap // S, q0 - tap % S, k]
+            dy = g_desc.load(place).reshape(BLOCK_M, BLOCK_K)
+            filters = w_desc.load([k, tap, first_c]).reshape(BLOCK_K, BLOCK_N)
+            # Prologue: batch-norm backward; taps outside dy stay 0, although c2 is not.
+            if FORM_DY:
+                y = y_desc.load(place).reshape(BLOCK_M, BLOCK_K)
+                offs_k = k + tl.arange(0, BLOCK_K)
+                inside = _are_inside(rows, PADDING - tap // S, PADDING - tap % S, H, W, P, Q)
+                formed = form_dy(dy, y, coefficients_ptr, offs_k, K, inside, offs_k < K)
+                dy = round_to(formed, dy.dtype)
+            acc = dot_fp32(dy, filters, acc, PRECISION)
+
+        # Epilogue.
+        store_gradient_tile(
+            acc,
+            rows,
+            rows < num_rows,
+            first_c + tl.arange(0, BLOCK_N),
+            tile_m,
+            tl.cdiv(num_rows, BLOCK_M),
+            dx_ptr,
+            shortcut_ptr,
+            y_prev_ptr,
+            mean_ptr,
+            prev_ab_ptr,
+            out_ptr,
+            sum_g_ptr,
+            sum_gy_ptr,
+            H,
+            W,
+            C,
+            DX_STRIDES,
+            SHORTCUT_STRIDES,
+            Y_PREV_STRIDES,
+            OUT_STRIDES,
+        )
+
+
+def fprop_in_boxes(
+    config: ConvConfig, shape: ConvShape, x: torch.Tensor, w: torch.Tensor
+) -> Form | None:
+    """How conv(x, w) is launched with boxes; None where config or operands want a gather."""
+    box = _box_of(config, "fprop", shape, x, w)
+    if box is None:
+        return None
+    grid, args = _walk(config, "fprop", shape)
+    args["x_desc"] = _pixel_boxes(x, box, config.block_k)
+    args["w_desc"] = _filter_boxes(w, config.block_n, config.block_k)
+    return Form(_conv_fprop_box_kernel, grid, args)
+
+
+def dgrad_in_boxes(
+    config: ConvConfig, shape: ConvShape, g: torch.Tensor, y: torch.Tensor | None, w: torch.Tensor
+) -> Form | None:
+    """How the input gradient is launched with boxes of g and y; None where it is gathered."""
+    box = _box_of(config, "dgrad", shape, g, w, *([] if y is None else [y]))
+    if box is None:
+        return None
+    grid, args = _walk(config, "dgrad", shape)
+    args["g_desc"] = _pixel_boxes(g, box, config.block_k)
+    args["y_desc"] = None if y is None else _pixel_boxes(y, box, config.block_k)
+    args["w_desc"] = _filter_boxes(w, config.block_k, config.block_n)
+    return Form(_conv_dgrad_box_kernel, grid, args)
+
+
+def _box_of(
+    config: ConvConfig, op: ConvOp, shape: ConvShape, *operands: torch.Tensor
+) -> PixelBox | None:
+    """The box of pixels of a tile, if the configuration, the operands and the GPU allow one."""
+    box = config.pixel_box(op, shape)
+    allowed = all(_can_be_described(t) for t in operands) and _has_copy_engine(operands[0].device)
+    return box if allowed else None
+
+
+def _can_be_described(tensor: torch.Tensor) -> bool:
+    """Whether its address and strides are multiples of what a descriptor demands."""
+    places = (tensor.data_ptr(), *(s * tensor.element_size() for s in nhwc_strides(tensor)))
+    return all(place % ALIGNMENT == 0 for place in places)
+
+
+def _has_copy_engine(device: torch.device) -> bool:
+    """Hopper and later have it; the interpreter and the meta device do as if."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _walk(
+    config: ConvConfig, op: ConvOp, shape: ConvShape
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The grid, and the arguments by which its programs walk over the tiles."""
+    gemm = shape.gemm(op)
+    num_tiles = triton.cdiv(gemm.m, config.block_m) * triton.cdiv(gemm.n, config.block_n)
+    programs = min(config.programs or num_tiles, num_tiles)
+    return (programs,), {"num_tiles": num_tiles, "PERSISTENT": programs < num_tiles}
+
+
+def _pixel_boxes(tensor: torch.Tensor, box: PixelBox, block_c: int) -> TensorDescriptor:
+    """An (N, C, H, W) channels_last tensor as boxes of pixels x `block_c` channels."""
+    n, c, h, w = tensor.shape
+    return TensorDescriptor(tensor, [n, h, w, c], [*nhwc_strides(tensor), 1], [*box, block_c])
+
+
+def _filter_boxes(w: torch.Tensor, block_k: int, block_c: int) -> TensorDescriptor:
+    """Filters (K, R * S, C) as boxes of `block_k` filters x one tap x `block_c` channels."""
+    k, c, r, s = w.shape
+    return TensorDescriptor(w, [k, r * s, c], [r * s * c, c, 1], [block_k, 1, block_c])

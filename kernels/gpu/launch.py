@@ -1,0 +1,149 @@
+"""How every kernel is started: one function that counts, records and launches.
+
+Each launcher describes its launch completely (kernel, grid, arguments, tile configuration, bytes
+and flops) and hands it to `launch`. Inside `recording()` the description is kept as a `Launch`,
+and on meta tensors nothing else happens: so the byte budget of a whole network, and the machine
+code of every kernel it starts, can be examined at full size on a machine without a GPU.
+
+    with recording() as launches:
+        conv_fprop(x_meta, w_meta, padding=1, store_stats=True)
+    launches[0].traffic.bytes, launches[0].grid, launches[0].args["BLOCK_M"]
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+__all__ = [
+    "Form",
+    "Launch",
+    "Traffic",
+    "launch",
+    "num_bytes",
+    "recording",
+]
+
+_recorder: ContextVar[list["Launch"] | None] = ContextVar("fastres_launch_recorder", default=None)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a launch cannot avoid: each operand byte once, and the arithmetic asked for.
+
+    Re-reading through the caches (the nine taps of a 3x3 filter) and padding to tiles are not
+    counted: this is the numerator of a roofline, not a simulation.
+    """
+
+    reads: int
+    writes: int
+    flops: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read and written."""
+        return self.reads + self.writes
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(
+            self.reads + other.reads, self.writes + other.writes, self.flops + other.flops
+        )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: everything needed to count it, compile it or run it again.
+
+    A record holds its tensors; record on the meta device unless the values matter.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    traffic: Traffic
+
+    @property
+    def name(self) -> str:
+        """The kernel's name without its leading underscore."""
+        return self.kernel.__name__.removeprefix("_")
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor among the arguments, those behind descriptors too, by parameter."""
+        return _tensors(self.args)
+
+
+def _tensors(args: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    bases = {
+        name: value.base if isinstance(value, TensorDescriptor) else value
+        for name, value in args.items()
+    }
+    return {name: base for name, base in bases.items() if isinstance(base, torch.Tensor)}
+
+
+class Form(NamedTuple):
+    """One of the kernels that an operation has: its grid and the arguments that are its alone."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect the launches made inside the `with` block, in order; real tensors still run."""
+    launches: list[Launch] = []
+    token = _recorder.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorder.reset(token)
+
+
+def num_bytes(*tensors: torch.Tensor | None) -> int:
+    """Bytes of the elements of all given tensors; None counts nothing."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: Mapping[str, Any],
+    *,
+    num_warps: int,
+    num_stages: int,
+    traffic: Traffic,
+) -> None:
+    """Start `kernel` on `grid`, on the device of its tensors.
+
+    Raises: ValueError: when the tensors lie on more than one device, or on a CPU while the
+        kernels are not interpreted.
+    """
+    devices = {tensor.device for tensor in _tensors(args).values()}
+    if len(devices) != 1:
+        raise ValueError(
+            f"{kernel.__name__}: all tensors must be on one device, got {sorted(map(str, devices))}"
+        )
+    launches = _recorder.get()
+    if launches is not None:
+        launches.append(Launch(kernel, grid, args, num_warps, num_stages, traffic))
+    (device,) = devices
+    if device.type == "meta":
+        return
+    if device.type == "cpu" and isinstance(kernel, triton.JITFunction):
+        raise ValueError(
+            f"{kernel.__name__}: Triton kernels run on CPU tensors only when TRITON_INTERPRET=1 "
+            "is set before triton is imported; use fastres.kernels.reference.block otherwise"
+        )
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)
+    else:
+        kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)

@@ -1,0 +1,310 @@
+"""Launch configurations: looked up in a committed table, else given by rules. Never tuned live.
+
+The table `launch_table.json` beside this file holds what was measured, by GPU name as torch
+spells it, then by "op/dtype/batch/layer":
+
+    {"schema": 1, "gpus": {"NVIDIA H200": {"fprop/bfloat16/n512/h32w32c16k16r3s3u1p1":
+        {"route": "triton", "block_m": 128, "block_n": 16, "block_k": 32,
+         "num_warps": 4, "num_stages": 4, "split_k": 1, "loads": "gather", "programs": 0}}}}
+
+A layer measured at other batch sizes only is served by the nearest of them. A GPU or layer that the
+table does not know gets `heuristic_config`, whose reasons stand beside its numbers.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+
+from fastres.kernels.conv_shape import ConvOp, ConvShape
+
+__all__ = [
+    "ConvConfig",
+    "Loads",
+    "PixelBox",
+    "Route",
+    "RowConfig",
+    "assume_entries",
+    "box_config",
+    "conv_config",
+    "gpu_name",
+    "heuristic_config",
+    "load_table",
+    "row_config",
+    "table_key",
+]
+
+# FASTRES_LAUNCH_TABLE names another table than the committed one: what a machine tuned for itself.
+TABLE_PATH = Path(
+    os.environ.get("FASTRES_LAUNCH_TABLE") or Path(__file__).with_name("launch_table.json")
+)
+TABLE_SCHEMA = 1
+
+# Elements of a box in each of its dimensions, at most.
+MAX_BOX = 256
+
+# Multiprocessors of an H100 or H200: the programs that fill a GPU once.
+NUM_SMS = 132
+
+Route = Literal["triton", "cudnn"]
+Loads = Literal["gather", "box"]
+
+_assumed: ContextVar[Mapping[str, "ConvConfig"] | None] = ContextVar(
+    "fastres_assumed_entries", default=None
+)
+
+
+class PixelBox(NamedTuple):
+    """Consecutive pixels that are a box: images x rows x columns, powers of two."""
+
+    n: int
+    h: int
+    w: int
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Tiles and route of one convolution kernel.
+
+    split_k: parts of a wgrad reduction. loads: how fprop and dgrad load pixels: "gather" from any
+    address, or "box" through tensor descriptors, where `pixel_box` finds one. programs: of a
+    persistent grid that walks over the tiles of boxes; 0 starts one a tile.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 1
+    route: Route = "triton"
+    loads: Loads = "gather"
+    programs: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_k", "num_warps"):
+            value = getattr(self, name)
+            least = 1 if name == "num_warps" else 16
+            if value < least or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two >= {least}, got {value}")
+        for name in ("num_stages", "split_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.route not in get_args(Route):
+            raise ValueError(f"route must be one of {get_args(Route)}, got {self.route!r}")
+        if self.loads not in get_args(Loads):
+            raise ValueError(f"loads must be one of {get_args(Loads)}, got {self.loads!r}")
+        if self.programs < 0 or (self.programs and self.loads != "box"):
+            raise ValueError(
+                f"programs must be 0, or above with box loads, got {self.programs} ({self.loads})"
+            )
+
+    @property
+    def words(self) -> str:
+        """For people: tile, warps, stages, parts of a reduction, boxes, programs of a walk."""
+        text = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
+        text += f" k{self.split_k}"
+        if self.loads == "box":
+            text += f" box p{self.programs}" if self.programs else " box"
+        return text
+
+    def constexprs(self) -> dict[str, int]:
+        """The tile as the kernels' compile-time arguments."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
+    def pixel_box(self, op: ConvOp, shape: ConvShape) -> PixelBox | None:
+        """The box of pixels that a tile is: a part of a row, whole rows or whole images.
+
+        None with gathered loads, for wgrad, for strides, and where tiles of block_m pixels are no
+        boxes, such as rows of 7 pixels.
+        """
+        if self.loads != "box" or op == "wgrad" or shape.stride != 1:
+            return None
+        height, width = (shape.P, shape.Q) if op == "fprop" else (shape.H, shape.W)
+        w = min(width, self.block_m)
+        h = min(height, self.block_m // w)
+        n = self.block_m // (w * h)
+        is_whole = n * h * w == self.block_m and width % w == 0 and height % h == 0
+        fits = max(n, h, w, self.block_n, self.block_k) <= MAX_BOX
+        return PixelBox(n, h, w) if is_whole and fits else None
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Tile of an elementwise or reducing batch-norm kernel: rows (pixels) x channels."""
+
+    block_rows: int
+    block_c: int
+    num_warps: int
+
+
+def gpu_name(device: torch.device) -> str:
+    """Name of the GPU as torch spells it; "unknown" for devices that are none."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "unknown"
+
+
+@functools.cache
+def load_table(path: Path = TABLE_PATH) -> dict[str, dict[str, ConvConfig]]:
+    """Read the launch table; an absent file is an empty table.
+
+    Raises: ValueError: when the schema is not this version's, or an entry is malformed.
+    """
+    if not path.exists():
+        return {}
+    raw: dict[str, Any] = json.loads(path.read_text())
+    if raw.get("schema") != TABLE_SCHEMA:
+        raise ValueError(f"{path.name}: schema must be {TABLE_SCHEMA}, got {raw.get('schema')!r}")
+    try:
+        return {
+            gpu: {key: ConvConfig(**entry) for key, entry in entries.items()}
+            for gpu, entries in raw["gpus"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name}: malformed entry: {error}") from error
+
+
+def table_key(op: ConvOp, shape: ConvShape, dtype: torch.dtype, *, tf32: bool = False) -> str:
+    """The name under which the launch table keeps this product: op/dtype/batch/layer."""
+    precision = f"{str(dtype).removeprefix('torch.')}{'-tf32' if tf32 else ''}"
+    return f"{op}/{precision}/n{shape.N}/{shape.layer_key}"
+
+
+@contextmanager
+def assume_entries(entries: Mapping[str, ConvConfig]) -> Iterator[None]:
+    """Let `conv_config` know these entries alone inside the `with` block, whatever the GPU.
+
+    So launches can be recorded as another GPU would make them, and candidates be timed.
+    """
+    token = _assumed.set(entries)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def conv_config(
+    op: ConvOp, shape: ConvShape, dtype: torch.dtype, device: torch.device, *, tf32: bool = False
+) -> ConvConfig:
+    """The measured configuration of the nearest batch size on this GPU, else the heuristic one."""
+    entries = _assumed.get()
+    if entries is None:
+        entries = load_table().get(gpu_name(device), {})
+    prefix, _, suffix = table_key(op, shape, dtype, tf32=tf32).partition(f"/n{shape.N}/")
+    prefix, suffix = f"{prefix}/n", f"/{suffix}"
+    batches = {
+        int(key[len(prefix) : -len(suffix)]): config
+        for key, config in entries.items()
+        if key.startswith(prefix) and key.endswith(suffix)
+    }
+    if not batches:
+        return heuristic_config(op, shape, dtype, tf32=tf32)
+    return batches[min(batches, key=lambda n: abs(math.log(n / shape.N)))]
+
+
+def heuristic_config(
+    op: ConvOp, shape: ConvShape, dtype: torch.dtype, *, tf32: bool = False
+) -> ConvConfig:
+    """Tiles by rule, for GPUs and layers nobody has measured."""
+    gemm = shape.gemm(op)
+    on_tensor_cores = dtype != torch.float32 or tf32
+    if op == "wgrad":
+        return _wgrad_config(shape, on_tensor_cores)
+    if not on_tensor_cores:
+        # Ordinary fp32 multiplications keep operands and sums in registers: small tiles.
+        return ConvConfig(64, _tile(gemm.n, 32), 16, num_warps=8, num_stages=2)
+    # The narrow networks are bound by loads, not by arithmetic: shallow blocks waste least of a
+    # reduction such as 9 * 16, and more stages keep as many bytes in flight.
+    deep = (shape.C if op == "fprop" else shape.K) >= 64
+    block_k, num_stages = (64, 3) if deep else (32, 4)
+    if dtype == torch.float32:
+        block_k //= 2
+    block_n = _tile(gemm.n, 128)
+    block_m = 128
+    if _ceil_div(gemm.m, block_m) * _ceil_div(gemm.n, block_n) < 2 * NUM_SMS:
+        block_m = 64
+    # Sums and the operand that a prologue forms live in registers: 8 warps share large tiles.
+    is_large = block_m == 128 and block_n >= 64
+    num_warps = 8 if is_large or deep else 4
+    # A dgrad that forms dy stages two tiles of pixels; small GPUs have 99 KiB of shared memory.
+    if op == "dgrad" and is_large:
+        num_stages = 2
+    return ConvConfig(block_m, block_n, block_k, num_warps, num_stages)
+
+
+def box_config(
+    op: ConvOp, shape: ConvShape, dtype: torch.dtype, *, tf32: bool = False
+) -> ConvConfig | None:
+    """The heuristic tiles in boxes, for GPUs of the Hopper generation and later.
+
+    None where the shape has no boxes or its pixels and filters are no multiples of 16 bytes. Nobody
+    has timed boxes on a GPU, so the heuristics gather; the tuner tries both.
+    """
+    config = heuristic_config(op, shape, dtype, tf32=tf32)
+    # A box holds channels of one tap, where a gathered block may hold several taps of few channels.
+    channels = shape.C if op == "fprop" else shape.K
+    config = replace(config, loads="box", block_k=_tile(channels, config.block_k))
+    if op == "dgrad" and config.block_n == 128:
+        # The epilogue's operands beside the sums of a larger tile do not fit the registers.
+        config = replace(config, block_m=64, num_warps=4, num_stages=2)
+    elif config.block_m * config.block_n >= 128 * 128:
+        # The barriers of a third stage would keep a second program off the multiprocessor.
+        config = replace(config, num_stages=2)
+    elif config.block_m * config.block_n == 128 * 64:
+        # Where several programs share a multiprocessor, eight warps have a few registers too few.
+        config = replace(config, num_warps=4)
+    is_aligned = all(c * dtype.itemsize % 16 == 0 for c in (channels, shape.C))
+    return config if is_aligned and config.pixel_box(op, shape) else None
+
+
+def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:
+    """Tiles of RSC x K; the pixels are split until the GPU is full and no part is under 256.
+
+    Every part is written and read again in fp32, so one program a multiprocessor is enough.
+    """
+    gemm = shape.gemm("wgrad")
+    if on_tensor_cores:
+        # Both operands are formed in registers, so blocks are shallow; but 16 channels of dy give
+        # each thread 16 bytes to load only in a block twice as deep.
+        block_m, block_n = 64, _tile(gemm.m, 128)
+        block_k, num_stages = (64, 2) if block_n == 16 else (32, 3)
+        num_warps = 8 if block_n >= 64 else 4
+        # The addresses of a third stage of the widest tile do not fit the registers of sm_80.
+        if block_n == 128:
+            num_stages = 2
+    else:
+        block_m, block_n, block_k = 32, _tile(gemm.m, 32), 16
+        num_warps, num_stages = 4, 2
+    tiles = _ceil_div(gemm.n, block_m) * _ceil_div(gemm.m, block_n)
+    split_k = min(_ceil_div(NUM_SMS, tiles), _ceil_div(gemm.k, 256))
+    return ConvConfig(block_m, block_n, block_k, num_warps, num_stages, split_k)
+
+
+def row_config(num_rows: int, channels: int) -> RowConfig:
+    """About 4096 elements a program: 32 a thread, in four 16-byte loads of 16-bit numbers.
+
+    16 a thread in tiles of 16 channels: with 32, bn_apply with a shortcut spills on sm_90 in fp16.
+    """
+    block_c = _tile(channels, 128)
+    block_rows = min(4096 // block_c, max(16, _next_power_of_2(num_rows)))
+    return RowConfig(block_rows, block_c, num_warps=8 if block_c == 16 else 4)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _tile(extent: int, most: int) -> int:
+    """The smallest power of two that holds `extent`, between 16 and `most`."""
+    return min(most, max(16, _next_power_of_2(extent)))

@@ -1,0 +1,400 @@
+"""The fused ops as torch sees them: registration, shapes, autograd, choice of backend.
+
+    fastres::conv_bn_relu_fwd, _bwd        out = relu(bn(conv(x)))
+    fastres::conv_bn_add_relu_fwd, _bwd    out = relu(bn(conv(x)) + residual)
+    fastres::residual_block_fwd, _bwd      out = relu(bn(conv(.. relu(bn(conv(x))))) + shortcut)
+    fastres::conv_bn_folded                out = relu(a * conv(x) + b + residual), for inference
+
+`residual_block_folded` is no op of its own: several of the last, or one kernel on a CPU.
+
+The three training ops have one signature and one implementation, `chain.py`; their names tell a
+profile what a model runs. Ops change none of their inputs: they return the statistics of the batch,
+and the module moves its running averages. `custom_op` keeps them opaque to torch.compile, which so
+compiles a model on machines without a GPU driver too.
+
+CUDA tensors go through the Triton kernels, CPU tensors too under TRITON_INTERPRET=1; other CPU
+tensors in bf16 and fp32 through the CPU kernels where there is a compiler for them; everything else
+is computed in plain torch. Gradients of gradients are not defined.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from fastres.kernels.autograd import can_run_eager, run_eager
+from fastres.kernels.block import (
+    LayerState,
+    Shortcut,
+    backward,
+    check_layer,
+    check_shortcut,
+    forward,
+)
+from fastres.kernels.cpu import backend as cpu_backend
+from fastres.kernels.dispatch import choose_backend, make_chain, no_autocast, pixels
+from fastres.kernels.reference.block import ConvBN, stat_dtype
+
+__all__ = [
+    "BatchStats",
+    "conv_bn_add_relu",
+    "conv_bn_folded",
+    "conv_bn_relu",
+    "residual_block",
+    "residual_block_folded",
+]
+
+# params: w, weight, bias of every layer, the projection's last; geometry: stride, padding of each.
+_FORWARD_SCHEMA = (
+    "(Tensor x, Tensor? residual, Tensor[] params, int[] geometry, float[] eps, str shortcut, "
+    "bool relu) -> (Tensor, Tensor[])"
+)
+# saved: the fields of every LayerState in turn.
+_BACKWARD_SCHEMA = (
+    "(Tensor dout, Tensor x, Tensor? out, Tensor[] params, Tensor[] saved, int[] geometry, "
+    "str shortcut, bool relu, bool need_dx) -> Tensor[]"
+)
+_FOLDED_SCHEMA = (
+    "(Tensor x, Tensor w, Tensor scale_shift, Tensor? residual, int stride, int padding, "
+    "bool relu) -> Tensor"
+)
+_NUM_STATE = len(LayerState._fields)
+
+
+class BatchStats(NamedTuple):
+    """Statistics of one layer's y in this batch, (K,) each: what running averages are made of."""
+
+    mean: Tensor
+    unbiased_var: Tensor
+
+
+def _forward_impl(
+    x: Tensor,
+    residual: Tensor | None,
+    params: list[Tensor],
+    geometry: list[int],
+    eps: list[float],
+    shortcut: str,
+    relu: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    chain = make_chain(params, geometry, shortcut, relu, eps)
+    given = None if residual is None else pixels(residual)
+    with no_autocast(x):
+        out, states = forward(chain, pixels(x), given, choose_backend(x))
+    return out, [tensor for state in states for tensor in state]
+
+
+def _backward_impl(
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    params: list[Tensor],
+    saved: list[Tensor],
+    geometry: list[int],
+    shortcut: str,
+    relu: bool,
+    need_dx: bool,
+) -> list[Tensor]:
+    chain = make_chain(params, geometry, shortcut, relu)
+    states = [LayerState(*saved[i : i + _NUM_STATE]) for i in range(0, len(saved), _NUM_STATE)]
+    with no_autocast(x):
+        grads = backward(
+            chain, pixels(dout), pixels(x), out, states, choose_backend(x), need_dx=need_dx
+        )
+    inputs = [t for t in (grads.dx, grads.dresidual) if t is not None]
+    return [*inputs, *(tensor for layer in grads.layers for tensor in layer)]
+
+
+def _empty_nhwc(like: Tensor, *size: int) -> Tensor:
+    return torch.empty(
+        size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def _output_size(x: Tensor, w: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
+    """The size (N, K, P, Q) of conv(x, w)."""
+    p, q = ((x.shape[d] + 2 * padding - w.shape[d]) // stride + 1 for d in (2, 3))
+    return x.shape[0], w.shape[0], p, q
+
+
+def _forward_fake(
+    x: Tensor,
+    residual: Tensor | None,
+    params: list[Tensor],
+    geometry: list[int],
+    eps: list[float],
+    shortcut: str,
+    relu: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    num_layers = len(params) // 3
+    saved: list[Tensor] = []
+    source = out = x
+    for i in range(num_layers):
+        projects = shortcut == "projected" and i == num_layers - 1
+        given = x if projects else source
+        size = _output_size(given, params[3 * i], *geometry[2 * i : 2 * i + 2])
+        y = _empty_nhwc(given, *size)
+        source = y
+        out = out if projects else y
+        vector = y.new_empty((y.shape[1],), dtype=stat_dtype(y.dtype))
+        vectors = [torch.empty_like(vector) for _ in range(3)]
+        saved += [y, *vectors, vector.new_empty((2, y.shape[1]))]
+    return torch.empty_like(out), saved
+
+
+def _backward_fake(
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    params: list[Tensor],
+    saved: list[Tensor],
+    geometry: list[int],
+    shortcut: str,
+    relu: bool,
+    need_dx: bool,
+) -> list[Tensor]:
+    inputs = [_empty_nhwc(x, *x.shape)] if need_dx else []
+    if shortcut == "given":
+        inputs.append(_empty_nhwc(dout, *dout.shape))
+    grads = [_empty_nhwc(p, *p.shape) if p.dim() == 4 else torch.empty_like(p) for p in params]
+    return [*inputs, *grads]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
+    x, _, params, geometry, _, shortcut, relu = inputs
+    out, saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+    # Without a shortcut the ReLU's mask follows from y, which is kept anyway.
+    mask = None if shortcut == "none" else out
+    ctx.save_for_backward(x, mask, *params, *saved)
+    ctx.num_params = len(params)
+    ctx.arguments = (geometry, shortcut, relu)
+
+
+def _differentiate(backward_op: Callable[..., list[Tensor]]) -> Callable[..., tuple]:
+    """The autograd formula of a training op: its second half, gradients dealt to the inputs."""
+
+    def formula(ctx: Any, dout: Tensor | None, _: list[None]) -> tuple:
+        if dout is None:
+            return None, None, [None] * ctx.num_params, None, None, None, None
+        x, out, *rest = ctx.saved_tensors
+        params, saved = rest[: ctx.num_params], rest[ctx.num_params :]
+        _, shortcut, _ = ctx.arguments
+        need_dx = ctx.needs_input_grad[0]
+        grads = backward_op(dout, x, out, params, saved, *ctx.arguments, need_dx)
+        dx = grads.pop(0) if need_dx else None
+        dresidual = grads.pop(0) if shortcut == "given" else None
+        return dx, dresidual, grads, None, None, None, None
+
+    return formula
+
+
+def _register(name: str) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+    """Register `fastres::{name}_fwd` and `_bwd` and return the first."""
+    backward_op = custom_op(
+        f"fastres::{name}_bwd", _backward_impl, mutates_args=(), schema=_BACKWARD_SCHEMA
+    )
+    backward_op.register_fake(_backward_fake)
+    forward_op = custom_op(
+        f"fastres::{name}_fwd", _forward_impl, mutates_args=(), schema=_FORWARD_SCHEMA
+    )
+    forward_op.register_fake(_forward_fake)
+    forward_op.register_autograd(_differentiate(backward_op), setup_context=_setup_context)
+    return forward_op
+
+
+_conv_bn_relu = _register("conv_bn_relu")
+_conv_bn_add_relu = _register("conv_bn_add_relu")
+_residual_block = _register("residual_block")
+
+
+def _run(
+    op: Callable[..., tuple[Tensor, list[Tensor]]],
+    x: Tensor,
+    layers: Sequence[ConvBN],
+    residual: Tensor | None,
+    shortcut: Shortcut,
+    relu: bool = True,
+) -> tuple[Tensor, list[BatchStats]]:
+    """Call a training op with its layers flattened."""
+    params = [tensor for layer in layers for tensor in layer[:3]]
+    geometry = [number for layer in layers for number in (layer.stride, layer.padding)]
+    eps = [layer.eps for layer in layers]
+    if can_run_eager(x, residual, *params):
+        out, stats = run_eager(x, residual, params, geometry, eps, shortcut, relu)
+        return out, [BatchStats(*pair) for pair in stats]
+    out, saved = op(x, residual, params, geometry, eps, shortcut, relu)
+    states = [LayerState(*saved[i : i + _NUM_STATE]) for i in range(0, len(saved), _NUM_STATE)]
+    return out, [BatchStats(state.mean, state.unbiased_var) for state in states]
+
+
+def conv_bn_relu(x: Tensor, layer: ConvBN, *, relu: bool = True) -> tuple[Tensor, list[BatchStats]]:
+    """`out = relu(bn(conv(x)))` with the statistics of this batch; differentiable.
+
+    Saved for backward: x, the raw convolution output y and per-channel numbers.
+
+    Args:
+        x: (N, C, H, W) channels_last; bf16, fp16, fp32, or fp64 in plain torch.
+        layer: w (K, C, R, S) in the dtype of x; weight and bias (K,) fp32 (fp64 beside fp64).
+        relu: whether the ReLU is applied.
+
+    Returns: out: (N, K, P, Q) dense channels_last, dtype of x; the statistics of its one layer.
+
+    Raises: ValueError: when a tensor's shape, dtype or layout is not as above, or each channel has
+        a single value.
+
+    Numerics: products in the dtype of x, sums and statistics in fp32. Deterministic.
+    """
+    return _run(_conv_bn_relu, x, [layer], None, "none", relu)
+
+
+def conv_bn_add_relu(x: Tensor, layer: ConvBN, residual: Tensor) -> tuple[Tensor, list[BatchStats]]:
+    """`out = relu(bn(conv(x)) + residual)` with the statistics of this batch; differentiable.
+
+    Args:
+        x: as in `conv_bn_relu`, as are layer, the rest of the contract and the numerics.
+        layer: the convolution and its batch norm.
+        residual: (N, K, P, Q) channels_last, dtype of x.
+
+    Returns: out and the statistics of its one layer, as `conv_bn_relu`.
+    """
+    return _run(_conv_bn_add_relu, x, [layer], residual, "given")
+
+
+def residual_block(
+    x: Tensor,
+    layers: Sequence[ConvBN],
+    *,
+    projection: ConvBN | None = None,
+    residual: Tensor | None = None,
+    add_input: bool = True,
+) -> tuple[Tensor, list[BatchStats]]:
+    """`relu(bn(conv(.. relu(bn(conv(x))))) + shortcut)`: two layers basic, three bottleneck.
+
+    Fused: no activation between the layers is stored; the shortcut's gradient is added by the last
+    kernel of backward. Saved: x, out, the raw y of every convolution, per-channel numbers.
+
+    Args:
+        x: as in `conv_bn_relu`, as are the numerics.
+        layers: the main path.
+        projection: the layer that makes the shortcut from x.
+        residual: (N, K, P, Q) channels_last, dtype of x: a shortcut made elsewhere.
+        add_input: without the two above, x itself is the shortcut; False: there is none.
+
+    Returns: out: (N, K, P, Q) dense channels_last; the statistics of the layers, the projection's
+        last.
+
+    Raises: ValueError: when both projection and residual are given, or as `conv_bn_relu`.
+    """
+    if projection is not None and residual is not None:
+        raise ValueError("give at most one of projection and residual")
+    if projection is not None:
+        return _run(_residual_block, x, [*layers, projection], None, "projected")
+    if residual is not None:
+        return _run(_residual_block, x, layers, residual, "given")
+    return _run(_residual_block, x, layers, None, "input" if add_input else "none")
+
+
+def _folded_impl(
+    x: Tensor,
+    w: Tensor,
+    scale_shift: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    relu: bool,
+) -> Tensor:
+    filters = w.contiguous(memory_format=torch.channels_last)
+    if scale_shift.shape != (2, w.shape[0]):
+        raise ValueError(
+            f"scale_shift must have shape {(2, w.shape[0])}, got {tuple(scale_shift.shape)}"
+        )
+    layer = ConvBN(filters, scale_shift[0], scale_shift[1], stride, padding)
+    check_layer(x, layer)
+    given = None if residual is None else pixels(residual)
+    check_shortcut(given, x, _output_size(x, w, stride, padding))
+    with no_autocast(x):
+        return choose_backend(x).conv_folded(
+            pixels(x), layer, scale_shift.contiguous(), given, relu
+        )
+
+
+def _folded_fake(
+    x: Tensor,
+    w: Tensor,
+    scale_shift: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    relu: bool,
+) -> Tensor:
+    return _empty_nhwc(x, *_output_size(x, w, stride, padding))
+
+
+_conv_bn_folded = custom_op(
+    "fastres::conv_bn_folded", _folded_impl, mutates_args=(), schema=_FOLDED_SCHEMA
+)
+_conv_bn_folded.register_fake(_folded_fake)
+
+
+def conv_bn_folded(
+    x: Tensor,
+    layer: ConvBN,
+    scale_shift: Tensor,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
+    """`out = relu(a * conv(x) + b + residual)`: a layer of inference in one kernel; no gradient.
+
+    Args:
+        x: (N, C, H, W) channels_last; bf16, fp16, fp32, or fp64 in plain torch.
+        layer: its w (K, C, R, S), in the dtype of x, stride and padding are used.
+        scale_shift: (2, K) fp32 (fp64 beside fp64), a above b: the batch norm folded.
+        residual: (N, K, P, Q) channels_last, dtype of x; None adds nothing.
+        relu: whether the ReLU is applied.
+
+    Returns: out: (N, K, P, Q) dense channels_last, dtype of x.
+
+    Raises: ValueError: when a tensor's shape, dtype or layout is not as above.
+    """
+    run = _folded_impl if can_run_eager(x, layer.w, scale_shift, residual) else _conv_bn_folded
+    return run(x, layer.w, scale_shift, residual, layer.stride, layer.padding, relu)
+
+
+def residual_block_folded(
+    x: Tensor,
+    layers: Sequence[ConvBN],
+    scale_shifts: Sequence[Tensor],
+    *,
+    projection: ConvBN | None = None,
+    add_input: bool = True,
+) -> Tensor:
+    """`residual_block` for inference, each layer as in `conv_bn_folded`; no gradient.
+
+    Args:
+        x: as in `conv_bn_folded`, as are the layers.
+        layers: the main path.
+        scale_shifts: (2, K) of each layer, the projection's last.
+        projection: the layer that makes the shortcut from x.
+        add_input: without a projection, x itself is the shortcut; False: there is none.
+
+    Returns, raises: as `conv_bn_folded`; ValueError too where a layer has no scale_shift.
+    """
+    everything = [*layers] if projection is None else [*layers, projection]
+    if not layers or len(scale_shifts) != len(everything):
+        raise ValueError(f"got {len(scale_shifts)} scale_shifts for {len(everything)} layers")
+    block = (x, layers, scale_shifts, projection, add_input)
+    operands = (*(layer.w for layer in everything), *scale_shifts)
+    if can_run_eager(x, *operands) and cpu_backend.is_direct_block(*block):
+        return cpu_backend.block_folded(*block)
+    shortcut = x if add_input else None
+    if projection is not None:
+        shortcut = conv_bn_folded(x, projection, scale_shifts[-1], relu=False)
+    *inner, last = zip(layers, scale_shifts, strict=False)
+    for layer, scale_shift in inner:
+        x = conv_bn_folded(x, layer, scale_shift)
+    return conv_bn_folded(x, *last, residual=shortcut)

@@ -1,0 +1,75 @@
+"""A recorded launch in words, and how wide its loads can be: for the report card."""
+
+import torch
+
+from fastres.kernels.gpu.launch import Launch
+
+__all__ = ["expected_bits", "tile_words", "variant_words"]
+
+# What tells the forms of a kernel apart: parameter, and what its presence means.
+_VARIANTS = {
+    "conv_fprop_kernel": {
+        "in_ab_ptr": "bn+relu in",
+        "stats_ptr": "statistics out",
+        "out_ab_ptr": "bn out",
+        "residual_ptr": "residual",
+        "RELU": "relu out",
+    },
+    "conv_dgrad_kernel": {
+        "coefficients_ptr": "dy formed",
+        "shortcut_ptr": "shortcut added",
+        "y_prev_ptr": "relu mask and sums",
+        "out_ptr": "mask read",
+    },
+    "conv_wgrad_kernel": {"in_ab_ptr": "bn+relu in", "coefficients_ptr": "dy formed"},
+    "bn_apply_kernel": {
+        "shortcut_ptr": "shortcut",
+        "shortcut_ab_ptr": "projected",
+        "RELU": "relu",
+    },
+    "bn_backward_reduce_kernel": {
+        "out_ptr": "mask read",
+        "ab_ptr": "mask formed",
+        "y_shortcut_ptr": "projected shortcut",
+    },
+}
+
+
+def variant_words(launch: Launch) -> str:
+    """The prologue and epilogue of a launch in words."""
+    words = [
+        word
+        for name, word in _VARIANTS.get(launch.name.replace("_box", ""), {}).items()
+        if launch.args[name] is not None and launch.args[name] is not False
+    ]
+    return ", ".join(words) or "plain"
+
+
+def tile_words(launch: Launch) -> str:
+    """Tile, warps, stages; programs of a persistent grid; parts of a filter gradient's sum."""
+    sizes = [str(value) for name, value in launch.args.items() if name.startswith("BLOCK_")]
+    text = f"{'x'.join(sizes)} w{launch.num_warps} s{launch.num_stages}"
+    if launch.args.get("PERSISTENT"):
+        text += f" p{launch.grid[0]}"
+    return f"{text} k{launch.grid[1]}" if launch.name == "conv_wgrad_kernel" else text
+
+
+def expected_bits(launch: Launch) -> dict[str, int]:
+    """Width that loads of pixels and filters can have.
+
+    A load is at most 16 bytes; no wider than what stays together and aligned in memory, which is a
+    pixel's channels (6 bytes in a stem) or a filter's row; and no wider than a thread's share of
+    the tile, which can be less for the filters of a narrow layer.
+    """
+    args, expected = launch.args, {}
+    for name, tensor in args.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4 or tensor.stride(1) != 1:
+            continue
+        run = tensor.shape[1] * tensor.element_size()
+        share = 16
+        if name == "w_ptr":
+            run *= 1 if launch.name == "conv_dgrad_kernel" else tensor[0, 0].numel()
+            tile = args["BLOCK_K"] * args["BLOCK_N"] * tensor.element_size()
+            share = tile // (32 * launch.num_warps)
+        expected[name] = 8 * min(16, run & -run, max(share, tensor.element_size()))
+    return expected

@@ -1,0 +1,261 @@
+"""Machine code of a recorded launch, compiled for any NVIDIA architecture without a GPU.
+
+`specialize` describes a kernel exactly as the launch would build it (shapes as constants, 16-byte
+aligned pointers, integers divisible by 16); `compile_build` assembles it with the ptxas of the
+Triton wheel, and counts in the code what decides a kernel's speed.
+
+    with recording() as launches:
+        conv_fprop(x_meta, w_meta, padding=1)
+    code = compile_launch(launches[0], 90)
+"""
+
+import ast
+import functools
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastres.kernels.gpu import launch
+from fastres.kernels.gpu.launch import Launch
+
+__all__ = [
+    "Build",
+    "MachineCode",
+    "compile_build",
+    "compile_launch",
+    "count_instructions",
+    "disassemble",
+    "specialize",
+]
+
+POINTER_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+_LOAD = re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s")
+_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S* \[[^]]+\], \[[^]]+\], (0x\w+|\d+)")
+
+
+class Build(NamedTuple):
+    """Everything that decides the code of a kernel but the GPU; hashable and fit for pickling.
+
+    module, kernel: where the kernel is. signature: name and type of every parameter. constants:
+    (index of a parameter, its value). aligned: indices of parameters divisible by 16.
+    """
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[int, Any], ...]
+    aligned: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """Counts in the code of one kernel; instructions are counted once, loops or not.
+
+    registers: of one thread. shared_bytes: of one program. spills: loads and stores of registers
+    that did not fit. hgmma: Hopper's warpgroup products. hmma: tensor-core products of Ampere.
+    tcgen05: Blackwell's. box_loads: copies of a box by the engine of Hopper and later (TMA).
+    wide_loads: 16-byte loads from global memory by a thread; narrow_loads: all others. wide_stores
+    and narrow_stores: the same for stores. load_bits: for each pointer that the source loads from,
+    as the loading function calls it, the width of its narrowest load.
+    """
+
+    registers: int
+    shared_bytes: int
+    spills: int
+    hgmma: int
+    hmma: int
+    tcgen05: int
+    box_loads: int
+    wide_loads: int
+    narrow_loads: int
+    wide_stores: int
+    narrow_stores: int
+    load_bits: dict[str, int]
+
+    @property
+    def tensor_core_instructions(self) -> int:
+        """Matrix products of any generation."""
+        return self.hgmma + self.hmma + self.tcgen05
+
+
+def specialize(launch: Launch) -> Build:
+    """The kernel with the types and constants that Triton's launcher would give it.
+
+    Raises: ValueError: when the kernels are interpreted in this process and cannot be compiled.
+    """
+    if not isinstance(launch.kernel, triton.JITFunction):
+        raise ValueError("kernels are interpreted; unset TRITON_INTERPRET to compile them")
+    signature: list[tuple[str, str]] = []
+    constants: list[tuple[int, Any]] = []
+    divisible: list[int] = []
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.args[parameter.name]
+        aligned = isinstance(value, torch.Tensor)
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            kind, aligned = "constexpr", False
+            constants.append((i, value))
+        elif isinstance(value, torch.Tensor):
+            kind = POINTER_TYPES[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            element = POINTER_TYPES[value.base.dtype].removeprefix("*")
+            kind = f"tensordesc<{element}{list(value.block_shape)}>"
+        elif isinstance(value, int):
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        else:
+            kind = "fp32"
+        signature.append((parameter.name, kind))
+        if aligned:
+            divisible.append(i)
+    fn = launch.kernel.fn
+    return Build(
+        fn.__module__,
+        fn.__name__,
+        tuple(signature),
+        tuple(constants),
+        tuple(divisible),
+        launch.num_warps,
+        launch.num_stages,
+    )
+
+
+@functools.cache
+def _loads_of_source(path: str) -> list[tuple[int, int, str]]:
+    """Every `tl.load` of a file: first line, last line, name of the pointer.
+
+    Triton keeps what it compiled by content, so the path may be that of another checkout with the
+    same kernels, gone by now.
+    """
+    own = Path(launch.__file__).with_name(Path(path).name)
+    source = own if own.exists() else Path(path)
+    if not source.exists():
+        return []
+    found = []
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load":
+            pointer = node.args[0]
+            while isinstance(pointer, ast.BinOp):
+                pointer = pointer.left
+            found.append((node.lineno, node.end_lineno or node.lineno, ast.unparse(pointer)))
+    return found
+
+
+def _load_bits(ptx: str) -> dict[str, int]:
+    """The narrowest load of each pointer, found by the source lines that the PTX names."""
+    files = dict(re.findall(r'\.file\s+(\d+) "([^"]+)"', ptx))
+    narrowest: dict[str, int] = {}
+    for pointer, bits in _located_loads(ptx, files):
+        narrowest[pointer] = min(bits, narrowest.get(pointer, bits))
+    return narrowest
+
+
+def _located_loads(ptx: str, files: dict[str, str]) -> Iterator[tuple[str, int]]:
+    """Yield pointer and bits of every load from global memory."""
+    path, line, in_assembly = "", 0, False
+    for text in ptx.splitlines():
+        if "inline asm" in text:
+            in_assembly = "begin" in text
+        place = re.match(r"\s*\.loc\s+(\d+) (\d+)", text)
+        if place:
+            # Inside inline assembly LLVM counts its lines on from the one that holds the load.
+            if not in_assembly:
+                path, line = files[place.group(1)], int(place.group(2))
+            continue
+        load, copy = _LOAD.search(text), _COPY.search(text)
+        if load:
+            bits = int(load.group(1) or 1) * int(load.group(2))
+        elif copy:
+            bits = 8 * int(copy.group(1), 0)
+        else:
+            continue
+        for first, last, pointer in _loads_of_source(path):
+            if first <= line <= last:
+                yield pointer, bits
+
+
+def disassemble(cubin: bytes) -> tuple[str, int]:
+    """The instructions of a cubin as text, and the registers of one thread."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        sass, usage = (
+            subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+            for flag in ("-sass", "-res-usage")
+        )
+    found = re.search(r"REG:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no registers: {usage!r}")
+    return sass, int(found.group(1))
+
+
+def compile_launch(launch: Launch, compute_capability: int) -> MachineCode:
+    """Compile the kernel of a recorded launch, e.g. for 80, 90 or 100, and count its instructions.
+
+    Raises: ValueError: when the kernels are interpreted in this process and cannot be compiled.
+    """
+    return compile_build(specialize(launch), compute_capability)
+
+
+def compile_build(build: Build, compute_capability: int) -> MachineCode:
+    """Compile what `specialize` described, e.g. for 80, 90 or 100, and count its instructions."""
+    source = ASTSource(
+        getattr(importlib.import_module(build.module), build.kernel),
+        dict(build.signature),
+        {(i,): value for i, value in build.constants},
+        {(i,): [["tt.divisibility", 16]] for i in build.aligned},
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", compute_capability, 32),
+        options={"num_warps": build.num_warps, "num_stages": build.num_stages},
+    )
+    sass, registers = disassemble(compiled.asm["cubin"])
+    return MachineCode(
+        registers=registers,
+        shared_bytes=compiled.metadata.shared,
+        **count_instructions(sass),
+        load_bits=_load_bits(compiled.asm["ptx"]),
+    )
+
+
+def count_instructions(sass: str) -> dict[str, int]:
+    """What `MachineCode` counts in a disassembly, by its names."""
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, sass))
+
+    # Whole words: LTC128B asks the cache to fetch 128 bytes and is no width.
+    wide_loads = count(r"\bLDG(?:STS)?\S*\.128\b")
+    wide_stores = count(r"\bSTG\S*\.128\b")
+    return {
+        "spills": count(r"\b(?:STL|LDL)\b"),
+        "hgmma": count(r"\bHGMMA\b"),
+        "hmma": count(r"\bHMMA\b"),
+        "tcgen05": count(r"\bUTC\w*MMA\b"),
+        "box_loads": count(r"\bUTMALDG\b"),
+        "wide_loads": wide_loads,
+        "narrow_loads": count(r"\bLDG(?:STS)?\b") - wide_loads,
+        "wide_stores": wide_stores,
+        "narrow_stores": count(r"\bSTG\b") - wide_stores,
+    }

@@ -1,0 +1,347 @@
+"""The suites: what they time is checked first, times arrive unchanged, budgets hold, peers run."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.harness import ablation, error_bound, timing
+from benchmarks.harness.rows import read_results, write_results
+from benchmarks.harness.scheduler import Lab, Measured, Prepared
+from benchmarks.harness.worker_pool import Fleet
+from benchmarks.peers import compiled, eager_amp, eager_fp32, parts
+from benchmarks.report import collect
+from benchmarks.suites import bench_model, bench_ops, op_cases
+from fastres.engine import machine
+from fastres.kernels import dispatch
+from tests.helpers import numerics
+from tests.helpers.data_fixtures import image_folder
+from tests.helpers.interpreter import DEVICE
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Compute the fused ops without Triton's interpreter, as a benchmark on a CPU does."""
+    monkeypatch.setattr(dispatch, "_triton_backend", lambda: None)
+
+
+def small(name: str) -> op_cases.OpCase:
+    cases = op_cases.all_cases({"resnet20": 2, "resnet18": 1, "resnet50": 1})
+    return next(case for case in cases if case.name == name)
+
+
+def test_a_quick_suite_ends_and_becomes_rows(tmp_path):
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/suites/bench_ops.py", "--quick"]
+    command += ["-k", "conv_bn_folded", "--budget", "40", f"--benchmark-json={report}"]
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    # pytest-benchmark measures nothing in a process that believes to be one of xdist's workers.
+    env.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    content = json.loads(report.read_text())
+    rows, certificate = collect.rows_of_report(content, tmp_path)
+    folder = tmp_path / "results"
+    folder.mkdir()
+    write_results("bench_ops", rows, certificate, folder)
+    assert [row for row, _ in read_results(folder)] == rows
+    assert {"eager", "channels_last", "fused"} <= {row.provider for row in rows}
+    assert {row.metric for row in rows} == {"time", "bandwidth", "arithmetic", "peak_memory"}
+    for benchmark in content["benchmarks"]:
+        times = benchmark["stats"]["data"]
+        assert len(times) >= 3
+        assert all(1e-6 < seconds < 60 for seconds in times)
+        info = benchmark["extra_info"]
+        (row,) = (r for r in rows if (r.provider, r.metric) == (info["provider"], "time"))
+        assert row.median == pytest.approx(1e3 * benchmark["stats"]["median"], rel=1e-5)
+    assert certificate["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert "--quick" in certificate["command"]
+
+
+def test_recorded_times_pass_through_the_clock_unchanged():
+    clock, seen = timing.Replay(), []
+    clock.load([0.25, 1e-6, 3.0])
+    for _ in range(3):
+        started = clock.now()
+        clock.advance()
+        seen.append(clock.now() - started)
+    assert seen == pytest.approx([0.25, 1e-6, 3.0], rel=1e-9)
+
+
+def test_providers_take_turns_in_a_rotating_order():
+    calls = []
+
+    def provider(name, seconds):
+        return lambda: calls.append(name) or seconds
+
+    samples = {"a": provider("a", 1.0), "b": provider("b", 2.0), "c": provider("c", 3.0)}
+    times = timing.interleave(samples, 60, max_rounds=4)
+    assert times == {"a": [1.0] * 4, "b": [2.0] * 4, "c": [3.0] * 4}
+    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
+    # Who takes part in every third turn is measured over the whole time, least often thrice.
+    calls.clear()
+    times = timing.interleave(samples, 0, every={"b": 3})
+    assert "".join(calls) == "abc" + "ca" + "ca" + "abc" + "ca" + "ca" + "abc"
+    assert {name: len(rounds) for name, rounds in times.items()} == {"a": 7, "b": 3, "c": 7}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "limit_s", "rounds"), [(0.5, 60, range(4, 11)), (0, 60, [3]), (0, 0.01, [1])]
+)
+def test_rounds_end_when_the_seconds_are_spent(seconds, limit_s, rounds):
+    def slow():
+        time.sleep(0.05)
+        return 0.05
+
+    times = timing.interleave({"slow": slow}, seconds, max_rounds=60, limit_s=limit_s)
+    assert len(times["slow"]) in rounds
+
+
+def test_peak_memory_is_what_a_call_holds_at_once():
+    x = torch.randn(2**18, device=DEVICE)
+
+    def call():
+        y = x * x
+        z = y + x
+        del y
+        return z * z
+
+    call()
+    # y and z, then z and the result: 1 MiB each, and scalars on their way to the operators.
+    assert timing.peak_bytes(call, DEVICE) == pytest.approx(2 * x.nbytes, rel=0.01)
+
+
+def test_a_provider_that_fails_leaves_the_others_their_times():
+    def prepare(name):
+        if name == "wrong":
+            raise AssertionError("off by 1")
+        if name == "missing":
+            raise ablation.Unavailable("no GPU")
+        if name == "dies":
+            return Prepared(lambda: 1 / 0)
+        return Prepared(lambda: 2.0, {"images": 4}, finish=lambda: {"resident_bytes": 8})
+
+    providers = ["wrong", "missing", "dies", "right"]
+    results = Lab(60, {"group": (1.0, providers)}).measure("group", prepare)
+    assert isinstance(results["wrong"], AssertionError)
+    assert isinstance(results["missing"], ablation.Unavailable)
+    assert isinstance(results["dies"], ZeroDivisionError)
+    assert isinstance(results["right"], Measured)
+    assert results["right"].info == {"images": 4, "resident_bytes": 8}
+    assert results["right"].median == 2.0
+
+
+def test_a_group_beyond_the_budget_is_left_out_with_its_reason():
+    # A tenth of what it wants is the least that a group begins with.
+    lab = Lab(0.15, {"first": (1.0, ["a"]), "second": (1.0, ["a"])})
+    left_out = lab.measure("first", lambda name: Prepared(lambda: 1.0))["a"]
+    assert isinstance(left_out, ablation.Unavailable)
+    assert "no time left" in str(left_out)
+
+
+def test_a_group_over_its_share_has_its_pair_and_leaves_out_the_rest(monkeypatch):
+    monkeypatch.setattr("benchmarks.harness.scheduler._ONCE_S", 0.05)
+
+    def slow():
+        time.sleep(0.1)
+        return 0.1
+
+    def prepare(name):
+        slow()
+        return Prepared(slow)
+
+    results = Lab(0.02, {"group": (0.1, ["a", "b", "c"])}).measure("group", prepare)
+    assert [type(result) for result in results.values()] == [
+        ablation.Unavailable,
+        Measured,
+        Measured,
+    ]
+    assert len(results["a"].seconds) == 1
+
+
+def test_groups_share_the_budget_and_get_no_more_than_they_want(monkeypatch):
+    shares = []
+    monkeypatch.setattr(
+        "benchmarks.harness.scheduler._measure_group",
+        lambda providers, prepare, share: shares.append(share),
+    )
+    groups = {"a": (10.0, ["x"]), "b": (30.0, ["x"])}
+    for lab in (Lab(20, groups), Lab(1000, groups), Lab(400, groups, stretch=True)):
+        lab.measure("a", None)
+    assert shares == pytest.approx([5, 10, 100], rel=0.01)
+
+
+def test_what_was_started_for_a_group_is_ended_after_it():
+    log = []
+
+    @contextmanager
+    def started(providers):
+        log.append(providers)
+        yield
+        log.append("ended")
+
+    lab = Lab(60, {"group": (1.0, ["a", "b"])})
+    lab.measure("group", lambda name: Prepared(lambda: log.append(name) or 1.0), started)
+    assert log[0] == ["a", "b"]
+    assert log[-1] == "ended"
+    assert log.count("a") > 3
+
+
+def test_the_referee_is_that_of_the_kernel_tests():
+    assert error_bound.RATIO == numerics.RATIO
+    assert error_bound.FLOOR == numerics.FLOOR_RMS
+
+
+def test_the_referee_refuses_what_is_further_off_than_eager():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(1000, generator=generator, dtype=torch.float64)
+    noise = torch.randn(1000, generator=generator, dtype=torch.float64)
+    eager = truth + 1e-3 * noise
+    error_bound.check("as good", [truth - 1e-3 * noise], [eager], [truth], torch.float32)
+    for bad in (truth + 2e-3 * noise, truth * float("nan")):
+        with pytest.raises(AssertionError, match="is off by"):
+            error_bound.check("worse", [bad], [eager], [truth], torch.float32)
+
+
+def test_the_bytes_of_a_basic_block_are_the_25_passes_of_the_design():
+    case = small("residual_block resnet20 stage1")
+    tensor, filters = case.layers[0].num_x, case.layers[0].num_w
+    counts = {what: case.num_bytes(what, 1) for what in ("forward", "backward", "both")}
+    assert counts["forward"] == 7 * tensor + 2 * filters
+    assert counts["backward"] == 18 * tensor + 4 * filters
+    assert counts["both"] == counts["forward"] + counts["backward"]
+    assert case.num_bytes("both", 2) == 2 * counts["both"]
+    assert case.flops("both") == 3 * 2 * case.layers[0].flops
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv_bn_relu resnet20 stage2_down",
+        "conv_bn_add_relu resnet20 stage3",
+        "residual_block resnet20 stage2_down",
+        "residual_block resnet20 stage1",
+        "residual_block resnet50 stage1",
+        "conv_bn_folded resnet20 stem",
+    ],
+)
+def test_both_ways_through_a_case_compute_the_same(name):
+    case = small(name)
+    results = []
+    for op in (op_cases.eager, op_cases.fused_op):
+        inputs = op_cases.make_inputs(case, torch.float64, DEVICE, nhwc=True)
+        results.append(bench_ops._results(op, case, inputs))
+    assert len(results[0]) == (1 if "folded" in name else 1 + len(inputs.learned()))
+    for eager, own in zip(*results, strict=True):
+        torch.testing.assert_close(own, eager, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_wrong_op_is_not_timed(monkeypatch):
+    case = small("conv_bn_relu resnet20 stage3")
+    right = op_cases.fused_op
+    bench_ops._check.cache_clear()
+    bench_ops._check("fused", case)
+    bench_ops._check.cache_clear()
+    monkeypatch.setattr(op_cases, "fused_op", lambda case, inputs: 1.1 * right(case, inputs))
+    with pytest.raises(AssertionError, match="fused is off by"):
+        bench_ops._check("fused", case)
+    bench_ops._check.cache_clear()
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_wrong_step_is_not_timed():
+    rung = ablation.build("channels_last", "resnet8", 8, DEVICE)
+    bench_model._check_step("channels_last", "resnet8", 8, rung)
+    with pytest.raises(AssertionError, match="first loss"):
+        bench_model._check_step("x", "resnet8", 8, dataclasses.replace(rung, loss=rung.loss + 0.1))
+    with torch.no_grad():
+        rung.model.conv1.weight += 1e-2
+    with pytest.raises(AssertionError, match="is off by"):
+        bench_model._check_step("channels_last", "resnet8", 8, rung)
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("rung", [r for r in ablation.RUNGS if r not in ("compile", "graph")])
+def test_every_rung_trains_what_its_name_says(rung):
+    if rung in ("amp", "fused") and DEVICE.type == "cpu" and machine.bf16_instructions() is None:
+        with pytest.raises(ablation.Unavailable, match="bfloat16"):
+            ablation.build(rung, "resnet8", 8, DEVICE)
+        return
+    built = ablation.build(rung, "resnet8", 8, DEVICE)
+    built.train()
+    assert built.runtime.channels_last == (rung != "eager")
+    if rung != "fast":
+        is_low = built.runtime.dtype != torch.float32
+        assert is_low == (rung in ("amp", "fused"))
+    is_fused = type(built.model).__name__ == "FusedResNet"
+    assert is_fused or rung not in ("fused",)
+    assert not is_fused or rung in ("fused", "fast")
+
+
+def test_what_a_machine_lacks_is_said():
+    cpu = torch.device("cpu")
+    with pytest.raises(ablation.Unavailable, match="CUDA graphs need an NVIDIA GPU"):
+        ablation.make_config("graph", cpu)
+
+
+@pytest.mark.parametrize("peer", [eager_fp32, eager_amp, compiled])
+def test_peers_train_on_a_handful_of_images(peer, capsys, monkeypatch):
+    compiled_models = []
+    # Compiling takes half a minute; what is compiled is the matter of torch's tests.
+    monkeypatch.setattr(torch, "compile", lambda model: compiled_models.append(model) or model)
+    words = ["--model", "resnet8", "--batch-size", "20", "--limit", "60", "--workers", "0"]
+    assert peer.main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["images_per_second"] > 0
+    assert result["test_images"] == 60
+    assert 0 <= result["test_accuracy"] <= 100
+    assert len(compiled_models) == (peer is compiled)
+
+
+def test_peers_read_image_files_as_torchvision_does(tmp_path):
+    root = image_folder(tmp_path, per_class=2)
+    data = parts.load_data(str(root))
+    assert data.num_classes == 2
+    image, label = data.test[0]
+    picture = Image.open(root / "test" / "cat" / "0000.png")
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (parts.MEAN, parts.STD))
+    torch.testing.assert_close(image, (pixels - mean) / std)
+    assert label == 0
+    # An epoch of two of the four images: what a round takes, and no more to prefetch.
+    loader = parts.make_train_loader(data.train, 1, 0, num_samples=2)
+    assert [tuple(images.shape) for images, _ in loader] == [(1, 3, 32, 32)] * 2
+
+
+def test_a_peer_and_a_rung_start_alike_and_serve_rounds():
+    words = ["--model", "resnet8", "--batch-size", "16", "--rounds", "2", "--device", "cpu"]
+    modules = {
+        "peer": ("benchmarks.peers.eager_fp32", [*words, "--workers", "0"]),
+        "rung": ("benchmarks.harness.ablation_worker", [*words, "--rung", "channels_last"]),
+        "wrong": ("benchmarks.harness.ablation_worker", [*words, "--rung", "graph"]),
+    }
+    fleet = Fleet(modules.__getitem__, 2)
+    with fleet.started(list(modules)):
+        with pytest.raises(RuntimeError, match="CUDA graphs need an NVIDIA GPU"):
+            fleet.worker("wrong")
+        peer, rung = fleet.worker("peer"), fleet.worker("rung")
+        assert peer.hello["loss"] == pytest.approx(rung.hello["loss"], rel=1e-4)
+        assert rung.hello["dtype"] == "fp32"
+        for worker in (peer, rung):
+            assert 0 < worker.sample() < 60
+            assert worker.close()["resident_bytes"] > 2**26

@@ -1,0 +1,124 @@
+"""What the kernel tests share: seeded inputs, shapes by code path, the steps in eager and fp64."""
+
+from typing import NamedTuple
+
+import torch
+
+from fastres.kernels.conv_shape import ConvShape
+from fastres.kernels.gpu.checks import BNInput, FoldedGrad, TileStats
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.reference import block as ref
+from tests.helpers.interpreter import DEVICE
+from tests.helpers.numerics import assert_statistics
+
+# Small tiles, so that small shapes have several of them and tails in every direction.
+TILES = ConvConfig(block_m=32, block_n=32, block_k=64, num_warps=4, num_stages=2, split_k=3)
+
+SHAPES = {
+    "1x1": ConvShape(2, 7, 9, 5, 17, 1, 1, 1, 0),
+    "3x3": ConvShape(2, 7, 9, 17, 33),
+    "3x3, stride 2": ConvShape(2, 7, 9, 33, 17, stride=2),
+    "3x3, stride 2, even": ConvShape(1, 8, 8, 16, 32, stride=2),
+    "3x3, stride 3": ConvShape(1, 8, 7, 5, 17, stride=3),
+    "projection": ConvShape(2, 7, 9, 17, 33, 1, 1, 2, 0),
+    "stem": ConvShape(2, 9, 7, 3, 16),
+    "wide": ConvShape(1, 4, 5, 130, 130, 1, 1, 1, 0),
+    "no padding": ConvShape(1, 7, 9, 5, 5, padding=0),
+    "more padding than taps reach": ConvShape(1, 4, 3, 5, 5, padding=3),
+    "5x5": ConvShape(1, 7, 6, 5, 17, 5, 5, 1, 2),
+    "1x3": ConvShape(1, 7, 6, 5, 5, 1, 3, 1, 1),
+    "one pixel": ConvShape(1, 1, 1, 5, 5),
+}
+
+
+def channels_last(t: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return t.to(DEVICE, dtype).to(memory_format=torch.channels_last)
+
+
+class ConvTensors(NamedTuple):
+    """Inputs of all three convolutions of one shape, of unit scale."""
+
+    x: torch.Tensor
+    w: torch.Tensor
+    scale_shift: torch.Tensor
+    dy: FoldedGrad
+    shortcut: torch.Tensor
+    bn_input: BNInput
+
+    def double(self) -> "ConvTensors":
+        def widen(value):
+            if isinstance(value, torch.Tensor):
+                return value.double()
+            if isinstance(value, tuple):
+                return type(value)(*(widen(v) for v in value))
+            return value
+
+        return widen(self)
+
+
+def make_tensors(shape: ConvShape, dtype: torch.dtype, seed: int = 0) -> ConvTensors:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator)
+
+    def pixels(*size):
+        return channels_last(normal(*size), dtype)
+
+    n, h, w, c, k = shape.N, shape.H, shape.W, shape.C, shape.K
+    return ConvTensors(
+        x=pixels(n, c, h, w),
+        w=channels_last(normal(k, c, shape.R, shape.S) / shape.RSC**0.5, dtype),
+        scale_shift=normal(2, c).to(DEVICE),
+        dy=FoldedGrad(
+            pixels(n, k, shape.P, shape.Q),
+            pixels(n, k, shape.P, shape.Q),
+            normal(3, k).to(DEVICE),
+        ),
+        shortcut=pixels(n, c, h, w),
+        bn_input=BNInput(pixels(n, c, h, w), normal(c).to(DEVICE), normal(2, c).to(DEVICE)),
+    )
+
+
+def geometry(shape: ConvShape) -> dict[str, int]:
+    return {"stride": shape.stride, "padding": shape.padding}
+
+
+def fprop(t: ConvTensors, shape: ConvShape, prologue: bool) -> torch.Tensor:
+    x = ref.bn_apply_ref(t.x, t.scale_shift) if prologue else t.x
+    return ref.conv_ref(x, t.w, **geometry(shape))
+
+
+def form_dy(t: ConvTensors, folded: bool) -> torch.Tensor:
+    return ref.bn_backward_apply_ref(*t.dy) if folded else t.dy.g
+
+
+def dgrad(t: ConvTensors, shape: ConvShape, folded: bool, shortcut: bool) -> torch.Tensor:
+    dy = form_dy(t, folded)
+    dx = ref.conv_dgrad_ref(dy, t.w, (shape.H, shape.W), **geometry(shape))
+    return dx + t.shortcut if shortcut else dx
+
+
+def pre_activation(t: ConvTensors) -> torch.Tensor:
+    """The z of the batch norm before the convolution, whose sign is the ReLU's mask."""
+    a, b = t.bn_input.scale_shift
+    return t.bn_input.y.to(a.dtype) * a.view(1, -1, 1, 1) + b.view(1, -1, 1, 1)
+
+
+def wgrad(t: ConvTensors, shape: ConvShape, prologue: bool, folded: bool) -> torch.Tensor:
+    x = ref.bn_apply_ref(t.x, t.scale_shift) if prologue else t.x
+    return ref.conv_wgrad_ref(x, form_dy(t, folded), (shape.R, shape.S), **geometry(shape))
+
+
+def check_stats(stats: TileStats, y: torch.Tensor) -> None:
+    """Partials against fp64 statistics of y as stored, tile by tile."""
+    k = y.shape[1]
+    rows = y.double().permute(0, 2, 3, 1).reshape(-1, k)
+    assert stats.num_rows == rows.shape[0]
+    for tile, part in enumerate(rows.split(stats.tile_rows)):
+        mean = part.mean(0)
+        size = part.abs().mean(0)
+        assert_statistics("mean", stats.partials[0, :, tile], mean, size, stats.tile_rows)
+        m2 = (part - mean).square().sum(0)
+        allowed = m2 + size.square()
+        assert_statistics("M2", stats.partials[1, :, tile], m2, allowed, stats.tile_rows)

@@ -1,0 +1,89 @@
+"""Machine code of boxes under a persistent grid and in TF32, which the report card does not list.
+
+This file is also a program: a process that interprets kernels cannot compile them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[2]
+
+# op, compute capability, dtype; fp32 is rounded to TF32.
+PRODUCTS = [
+    ("fprop", 90, "bfloat16"),
+    ("dgrad", 90, "bfloat16"),
+    ("fprop", 100, "bfloat16"),
+    ("fprop", 90, "float32"),
+]
+
+
+def code_of(op, capability, dtype, programs):
+    """The machine code of a 3x3 convolution of 64 channels, with its prologue."""
+    from fastres.kernels.conv_shape import ConvShape
+    from fastres.kernels.gpu.checks import FoldedGrad
+    from fastres.kernels.gpu.conv_dgrad import conv_dgrad
+    from fastres.kernels.gpu.conv_fprop import conv_fprop
+    from fastres.kernels.gpu.launch import recording
+    from fastres.kernels.gpu.launch_config import box_config
+    from fastres.kernels.tools.machine_code import compile_launch
+
+    dtype = getattr(torch, dtype)
+    tf32 = dtype == torch.float32
+    shape = ConvShape(512, 16, 16, 64, 64)
+    config = replace(box_config(op, shape, dtype, tf32=tf32), programs=programs)
+    x, w = (
+        torch.empty(size, dtype=dtype, device="meta", memory_format=torch.channels_last)
+        for size in ((512, 64, 16, 16), (64, 64, 3, 3))
+    )
+    options = {"padding": 1, "allow_tf32": tf32, "config": config}
+    with recording() as launches:
+        if op == "fprop":
+            ab = torch.empty(2, 64, device="meta")
+            conv_fprop(x, w, scale_shift=ab, store_stats=True, **options)
+        else:
+            dy = FoldedGrad(x, x, torch.empty(3, 64, device="meta"))
+            conv_dgrad(dy, w, (16, 16), shortcut=x, **options)
+    (launch,) = launches
+    return {"grid": launch.grid, **asdict(compile_launch(launch, capability))}
+
+
+def main() -> int:
+    codes = [[code_of(*product, programs) for programs in (0, 132)] for product in PRODUCTS]
+    print(json.dumps(codes))
+    return 0
+
+
+@pytest.fixture(scope="module")
+def codes():
+    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "product", range(len(PRODUCTS)), ids=lambda i: " ".join(map(str, PRODUCTS[i]))
+)
+def test_a_persistent_grid_loads_boxes_and_multiplies_on_tensor_cores(codes, product):
+    single, persistent = codes[product]
+    assert single["grid"] != persistent["grid"] == [132]
+    kind = {90: "hgmma", 100: "tcgen05"}[PRODUCTS[product][1]]
+    for code in (single, persistent):
+        assert code["box_loads"] > 0
+        assert code[kind] > 0
+        assert code["spills"] == 0
+    # The flattened loop holds the products once, as the loop over taps does.
+    assert persistent[kind] == single[kind]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

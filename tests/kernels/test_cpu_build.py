@@ -1,0 +1,125 @@
+"""The build of the CPU kernels: where they cannot be had, and what they are kept as."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastres.kernels.cpu import backend as cpu_backend
+from fastres.kernels.cpu import build as cpu_build
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    cpu_build._load.cache_clear()
+    yield
+    cpu_build._load.cache_clear()
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert cpu_build.library() is None
+    assert cpu_build.unavailable() == "no C++ compiler (no-such-compiler) here"
+    assert not cpu_backend.runs_on(torch.zeros(1, 16, 8, 8))
+
+
+def test_with_a_compiler_that_fails(monkeypatch, tmp_path):
+    fake = tmp_path / "c++"
+    script = '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "x: error: no" >&2\nexit 1\n'
+    fake.write_text(script)
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
+    assert cpu_build.library() is None
+    assert "failed: x: error: no" in cpu_build.unavailable()
+    assert list((tmp_path / "kernels").iterdir()) == []
+
+
+def test_switched_off(monkeypatch):
+    monkeypatch.setenv("FASTRES_CPU_KERNELS", "0")
+    assert cpu_build.unavailable() == "FASTRES_CPU_KERNELS=0"
+
+
+def test_a_second_process_finds_the_library(monkeypatch, tmp_path, capsys):
+    if shutil.which(os.environ.get("CXX") or "g++") is None:
+        pytest.skip("no C++ compiler here")
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
+    assert cpu_build.library() is not None
+    made = [(path.name, path.stat().st_mtime_ns) for path in (tmp_path / "kernels").iterdir()]
+    cpu_build._load.cache_clear()
+    assert cpu_build.library() is not None
+    again = [(path.name, path.stat().st_mtime_ns) for path in (tmp_path / "kernels").iterdir()]
+    assert made == again
+    assert len(made) == 1
+    assert capsys.readouterr().err == "fastres: compiling the CPU kernels, once on this machine\n"
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path) -> Path:
+    """A compiler that writes down how it is called and makes a file that is no library."""
+    fake = tmp_path / "c++"
+    calls = tmp_path / "calls"
+    fake.write_text(
+        f'#!/bin/sh\necho "$@" >> {calls}\n[ "$1" = --version ] && exit 0\n'
+        'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
+    return calls
+
+
+def test_another_openmp_runtime_is_another_library(monkeypatch, compiler, tmp_path):
+    """A library asks for its runtime by name: one built beside another torch cannot be loaded."""
+    for name in ("libgomp-1.so", "libgomp-2.so"):
+        monkeypatch.setattr(cpu_build, "_openmp_runtime", lambda name=name: [f"/some/where/{name}"])
+        cpu_build._load.cache_clear()
+        assert cpu_build.library() is None
+        assert "cannot be built" in cpu_build.unavailable()
+    assert len(list((tmp_path / "kernels").iterdir())) == 2
+
+
+def test_a_compiler_may_have_a_launcher(monkeypatch, compiler):
+    monkeypatch.setenv("CXX", f"env {os.environ['CXX']}")
+    cpu_build.library()
+    first, *sources, link = compiler.read_text().splitlines()
+    assert first == "--version"
+    assert sum("conv.cpp" in source for source in sources) == 1
+    assert "-shared" in link
+
+
+def test_without_a_home_folder(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FASTRES_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cpu_build.library() is None
+    assert "home directory" in cpu_build.unavailable()
+
+
+def test_with_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "file"))
+    assert cpu_build.library() is None
+    assert "cannot be built" in cpu_build.unavailable()
+
+
+def test_two_processes_build_at_once(compiler, tmp_path):
+    """Each makes its own file and moves it: neither ever sees half of one."""
+    program = "from fastres.kernels.cpu import build; print(build.unavailable())"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    answers = [process.communicate()[0] for process in running]
+    assert all("cannot be built" in answer and "file too short" in answer for answer in answers)
+    assert len(list((tmp_path / "kernels").iterdir())) == 1

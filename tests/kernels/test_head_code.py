@@ -1,0 +1,104 @@
+"""The machine code of head, loss and augmentation, compiled for GPUs that need not be here.
+
+Kernels are interpreted in the test process, so they are compiled in another one, which this file
+is the program of.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastres.kernels.gpu.augment import augment_normalize
+from fastres.kernels.gpu.cross_entropy import smooth_cross_entropy_bwd, smooth_cross_entropy_fwd
+from fastres.kernels.gpu.launch import recording
+from fastres.kernels.gpu.pool_linear import pool_linear_bwd, pool_linear_fwd
+from fastres.kernels.tools.machine_code import compile_launch
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def meta(*size, dtype=torch.float32):
+    memory_format = torch.channels_last if len(size) == 4 else torch.contiguous_format
+    return torch.empty(size, dtype=dtype, device="meta", memory_format=memory_format)
+
+
+def start_head(channels, size, classes, dtype):
+    """Forward and backward of a head and its loss at batch 512."""
+    weight, bias = meta(classes, channels), meta(classes)
+    x = meta(512, channels, size, size, dtype=dtype)
+    logits, pooled = pool_linear_fwd(x, weight, bias)
+    loss, grad = smooth_cross_entropy_fwd(logits, meta(512, dtype=torch.int64), 0.1)
+    smooth_cross_entropy_bwd(loss, grad, dtype)
+    pool_linear_bwd(logits, pooled, weight, (size, size))
+
+
+def start_augmentation(dtype):
+    """A batch of 512 with everything that a plan may ask for."""
+    images = torch.empty((50000, 32, 32, 3), dtype=torch.uint8, device="meta")
+    augment_normalize(
+        images,
+        meta(512, dtype=torch.int64),
+        meta(3),
+        meta(3),
+        crop=meta(512, 2, dtype=torch.int64),
+        padding=4,
+        flip=meta(512, dtype=torch.bool),
+        cutout=meta(512, 4, dtype=torch.int64),
+        colour=meta(3, dtype=torch.uint8),
+        dtype=dtype,
+    )
+
+
+GROUPS = {
+    "resnet20 bf16": (start_head, (64, 8, 10, torch.bfloat16), 90),
+    "resnet18 fp16": (start_head, (512, 4, 100, torch.float16), 80),
+    "resnet50 fp32": (start_head, (2048, 7, 1000, torch.float32), 90),
+    "augmentation fp32": (start_augmentation, (torch.float32,), 80),
+    "augmentation bf16": (start_augmentation, (torch.bfloat16,), 90),
+}
+
+
+def main() -> int:
+    cards = {}
+    for group, (start, arguments, architecture) in GROUPS.items():
+        with recording() as launches:
+            start(*arguments)
+        cards[group] = [
+            {"kernel": launch.name} | dataclasses.asdict(compile_launch(launch, architecture))
+            for launch in launches
+        ]
+    print(json.dumps(cards))
+    return 0
+
+
+@pytest.fixture(scope="module")
+def cards():
+    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, cwd=REPO, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_machine_code(cards, group):
+    """No spills; 16-byte loads of x, and 16-byte stores of dx and of batches."""
+    assert cards[group]
+    for card in cards[group]:
+        assert card["spills"] == 0, card
+        if card["kernel"] == "pool_linear_fwd_kernel":
+            assert card["wide_loads"] > 0, card
+        if card["kernel"] in ("pool_linear_bwd_kernel", "augment_normalize_kernel"):
+            assert card["wide_stores"] > 0, card
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Shapes, launch configurations and the record of launches."""
+
+import json
+
+import pytest
+import torch
+
+from fastres.kernels.conv_shape import ConvShape, resnet18_convs, resnet20_convs
+from fastres.kernels.gpu import launch_config
+from fastres.kernels.gpu.conv_fprop import conv_fprop
+from fastres.kernels.gpu.conv_wgrad import conv_wgrad
+from fastres.kernels.gpu.launch import Traffic, recording
+from fastres.kernels.gpu.launch_config import ConvConfig, conv_config, heuristic_config, load_table
+from tests.helpers.interpreter import DEVICE, HAS_GPU
+from tests.helpers.kernel_cases import channels_last
+
+BF16 = torch.bfloat16
+
+
+def test_shape_of_a_strided_convolution():
+    shape = ConvShape(4, 9, 8, 3, 16, stride=2)
+    y = torch.nn.functional.conv2d(torch.zeros(4, 3, 9, 8), torch.zeros(16, 3, 3, 3), None, 2, 1)
+    assert tuple(y.shape[2:]) == (shape.P, shape.Q)
+    assert shape.gemm("fprop") == (4 * 5 * 4, 16, 27)
+    assert shape.gemm("dgrad") == (4 * 9 * 8, 3, 144)
+    assert shape.gemm("wgrad") == (16, 27, 4 * 5 * 4)
+    assert shape.flops == 2 * y.numel() * 27
+    assert shape.num_bytes(2) == 2 * (4 * 9 * 8 * 3 + 16 * 27 + y.numel())
+
+
+@pytest.mark.parametrize(
+    ("convs", "gflops", "layers"), [(resnet20_convs, 0.0816, 21), (resnet18_convs, 1.11, 20)]
+)
+def test_networks_have_their_published_arithmetic(convs, gflops, layers):
+    """Forward GFLOP an image, 2 a multiplication: 41 M (ResNet-20), 0.56 G (ResNet-18) products."""
+    listed = convs(1)
+    assert sum(conv.num_layers for conv in listed) == layers
+    total = sum(conv.shape.flops * conv.num_layers for conv in listed)
+    assert total / 1e9 == pytest.approx(gflops, rel=0.01)
+
+
+@pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_heuristics_fill_a_gpu_at_training_batch(op, dtype):
+    for conv in [*resnet20_convs(512), *resnet18_convs(512)]:
+        shape = conv.shape
+        config = heuristic_config(op, shape, dtype)
+        gemm = shape.gemm(op)
+        rows, columns = (gemm.n, gemm.m) if op == "wgrad" else (gemm.m, gemm.n)
+        programs = -(-rows // config.block_m) * -(-columns // config.block_n) * config.split_k
+        assert programs >= 128, (conv, config)
+        assert config.block_k <= 64
+        assert config.route == "triton"
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Write a launch table for a GPU called "test" and make every device that GPU."""
+
+    def write(entries, schema=1):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        path.write_text(json.dumps({"schema": schema, "gpus": {"test": entries}}))
+        monkeypatch.setattr(launch_config, "load_table", lambda: load_table(path))
+        monkeypatch.setattr(launch_config, "gpu_name", lambda device: "test")
+
+    return write
+
+
+ENTRY = {"block_m": 16, "block_n": 16, "block_k": 16, "num_warps": 1, "num_stages": 1}
+
+
+def test_table_serves_the_nearest_batch_and_heuristics_the_rest(table):
+    layer = "h32w32c16k16r3s3u1p1"
+    table(
+        {
+            f"fprop/bfloat16/n128/{layer}": ENTRY,
+            f"fprop/bfloat16/n1024/{layer}": {**ENTRY, "route": "cudnn", "split_k": 2},
+        }
+    )
+    small, large = (
+        conv_config("fprop", ConvShape(n, 32, 32, 16, 16), BF16, DEVICE) for n in (64, 600)
+    )
+    assert small == ConvConfig(16, 16, 16, 1, 1)
+    assert large.route == "cudnn"
+    other = ConvShape(128, 32, 32, 16, 32)
+    assert conv_config("fprop", other, BF16, DEVICE) == heuristic_config("fprop", other, BF16)
+    known = ConvShape(128, 32, 32, 16, 16)
+    for op, dtype in (("dgrad", BF16), ("fprop", torch.float16)):
+        assert conv_config(op, known, dtype, DEVICE) == heuristic_config(op, known, dtype)
+
+
+@pytest.mark.parametrize(
+    ("entry", "schema", "message"),
+    [
+        (ENTRY, 2, "schema must be 1, got 2"),
+        ({**ENTRY, "block_q": 1}, 1, "malformed entry"),
+        ({"block_m": 16}, 1, "malformed entry"),
+        ({**ENTRY, "block_n": 24}, 1, "block_n must be a power of two >= 16, got 24"),
+        ({**ENTRY, "route": "magic"}, 1, "route must be one of"),
+        ({**ENTRY, "split_k": 0}, 1, "split_k must be at least 1"),
+        ({**ENTRY, "loads": "tma"}, 1, "loads must be one of"),
+        ({**ENTRY, "programs": 132}, 1, "programs must be 0, or above with box loads, got 132"),
+    ],
+)
+def test_a_bad_table_is_refused(table, entry, schema, message):
+    table({"fprop/bfloat16/n1/h1w1c1k1r1s1u1p0": entry}, schema)
+    with pytest.raises(ValueError, match=message):
+        conv_config("fprop", ConvShape(1, 1, 1, 1, 1, 1, 1, 1, 0), BF16, DEVICE)
+
+
+def test_no_table_is_no_error(tmp_path):
+    assert load_table(tmp_path / "absent.json") == {}
+
+
+def test_recording_counts_each_operand_once_and_runs_nothing_on_meta():
+    x = torch.empty(4, 16, 8, 8, dtype=BF16, device="meta", memory_format=torch.channels_last)
+    w = torch.empty(32, 16, 3, 3, dtype=BF16, device="meta", memory_format=torch.channels_last)
+    with recording() as launches:
+        y, stats = conv_fprop(x, w, padding=1, store_stats=True)
+        conv_wgrad(x, y, (3, 3), padding=1, config=ConvConfig(64, 32, 64, 4, 2, split_k=4))
+    assert y.is_meta
+    assert [launch.name for launch in launches] == [
+        "conv_fprop_kernel",
+        "conv_wgrad_kernel",
+        "sum_parts_kernel",
+    ]
+    fprop, wgrad, reduction = (launch.traffic for launch in launches)
+    num_y = 4 * 32 * 8 * 8
+    assert fprop == Traffic(
+        reads=2 * (x.numel() + w.numel()),
+        writes=2 * num_y + 4 * stats.partials.numel(),
+        flops=2 * num_y * 9 * 16,
+    )
+    assert wgrad.reads == 2 * (x.numel() + num_y)
+    assert wgrad.writes == reduction.reads == 4 * 4 * w.numel()
+    assert (fprop + wgrad).bytes == fprop.bytes + wgrad.bytes
+    with recording() as nothing:
+        pass
+    assert nothing == []
+
+
+@pytest.mark.skipif(HAS_GPU, reason="one device is enough to mix with meta")
+def test_tensors_on_two_devices_are_refused():
+    x, w = channels_last(torch.zeros(1, 16, 4, 4)), torch.zeros(16, 16, 1, 1, device="meta")
+    with pytest.raises(ValueError, match="all tensors must be on one device"):
+        conv_fprop(x, w)

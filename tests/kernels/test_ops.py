@@ -1,0 +1,275 @@
+"""The registered ops: schema, fakes, autograd, numbers on both backends and both routes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastres.kernels import block as block_ops
+from fastres.kernels import ops
+from fastres.kernels.gpu import backend as gpu_backend
+from fastres.kernels.gpu.launch import recording
+from fastres.kernels.reference import backend as reference_backend
+from fastres.kernels.reference.block import ConvBN
+from tests.helpers.interpreter import DEVICE
+from tests.helpers.kernel_cases import TILES, channels_last
+from tests.helpers.numerics import assert_like_eager
+
+
+@pytest.fixture(params=["plain", "triton", "cudnn"])
+def backend(request, monkeypatch):
+    """Plain torch; Triton kernels; torch convolutions with Triton kernels around them."""
+    steps = reference_backend if request.param == "plain" else gpu_backend
+    monkeypatch.setattr(ops, "choose_backend", lambda x: steps)
+    route = "cudnn" if request.param == "cudnn" else "triton"
+    config = replace(TILES, route=route)
+    monkeypatch.setattr(gpu_backend, "conv_config", lambda *_, **__: config)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    monkeypatch.setattr(ops, "choose_backend", lambda x: reference_backend)
+
+
+def make_layer(k, c, r, stride, generator, dtype=torch.float32) -> ConvBN:
+    def normal(*size):
+        return torch.randn(size, generator=generator)
+
+    w = channels_last(normal(k, c, r, r) / (c * r * r) ** 0.5, dtype)
+    weight, bias = (1 + 0.1 * normal(k)).to(DEVICE), normal(k).to(DEVICE)
+    return ConvBN(w, weight, bias, stride, r // 2)
+
+
+def eager_conv_bn(x, layer: ConvBN):
+    y = F.conv2d(x, layer.w, stride=layer.stride, padding=layer.padding)
+    return F.batch_norm(y, None, None, layer.weight, layer.bias, True, 0.1, layer.eps)
+
+
+def eager_block(x, layers, projection=None, residual=None, add_input=True):
+    z = x
+    for layer in layers[:-1]:
+        z = F.relu(eager_conv_bn(z, layer))
+    z = eager_conv_bn(z, layers[-1])
+    if projection is not None:
+        z = z + eager_conv_bn(x, projection)
+    elif residual is not None:
+        z = z + residual
+    elif add_input:
+        z = z + x
+    return F.relu(z)
+
+
+CASES = {
+    "layer": ([(17, 16, 3, 2)], None, "none"),
+    "layer + residual": ([(17, 16, 1, 1)], None, "given"),
+    "basic": ([(16, 16, 3, 1), (16, 16, 3, 1)], None, "input"),
+    "no shortcut": ([(16, 16, 3, 1), (16, 16, 3, 1)], None, "none"),
+    "projected": ([(32, 16, 3, 2), (32, 32, 3, 1)], (32, 16, 1, 2), "none"),
+    "bottleneck": ([(8, 16, 1, 1), (8, 8, 3, 1), (16, 8, 1, 1)], None, "input"),
+}
+
+
+class Case:
+    """Inputs of one case in some dtype, and both ways through it."""
+
+    def __init__(self, name: str, dtype: torch.dtype = torch.float32):
+        layers, projection, self.kind = CASES[name]
+        generator = torch.Generator().manual_seed(0)
+        self.x = channels_last(torch.randn(2, 16, 6, 5, generator=generator), dtype)
+        self.layers = [make_layer(*layer, generator, dtype) for layer in layers]
+        self.projection = projection and make_layer(*projection, generator, dtype)
+        self.residual = None
+        if self.kind == "given":
+            self.residual = channels_last(torch.randn(2, 17, 6, 5, generator=generator), dtype)
+
+    def double(self) -> "Case":
+        def widen(value):
+            if isinstance(value, ConvBN):
+                return ConvBN(*(t.double() for t in value[:3]), *value[3:])
+            return value if value is None else value.double()
+
+        wide = object.__new__(Case)
+        wide.x, wide.residual, wide.kind = widen(self.x), widen(self.residual), self.kind
+        wide.layers = [widen(layer) for layer in self.layers]
+        wide.projection = widen(self.projection)
+        return wide
+
+    def everything(self) -> dict[str, torch.Tensor]:
+        """All differentiable inputs by name."""
+        named = {"x": self.x}
+        if self.residual is not None:
+            named["residual"] = self.residual
+        layers = [*self.layers, self.projection] if self.projection else self.layers
+        for i, layer in enumerate(layers):
+            named |= {f"{field} {i}": getattr(layer, field) for field in ("w", "weight", "bias")}
+        return named
+
+    def step(self, block) -> dict[str, torch.Tensor]:
+        """Output and every gradient of `block`."""
+        inputs = self.everything()
+        for tensor in inputs.values():
+            tensor.requires_grad_()
+        out = block(
+            self.x,
+            self.layers,
+            projection=self.projection,
+            residual=self.residual,
+            add_input=self.kind == "input",
+        )
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        return {"out": out, **dict(zip(inputs, _grads(out, inputs, dout), strict=True))}
+
+
+def _grads(out, inputs, dout):
+    return torch.autograd.grad(out, list(inputs.values()), dout)
+
+
+def fused_block(x, layers, **shortcut):
+    return ops.residual_block(x, layers, **shortcut)[0]
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_every_gradient(name):
+    got = Case(name).step(fused_block)
+    eager, truth = Case(name).step(eager_block), Case(name).double().step(eager_block)
+    for key, value in got.items():
+        assert_like_eager(key, value, eager[key], truth[key])
+    assert got["out"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("name", ["basic", "projected"])
+def test_output_and_every_gradient_in_bfloat16(name):
+    """Gradients in fp32 inherit the network's roundings and are measured as bfloat16."""
+    got = Case(name, torch.bfloat16).step(fused_block)
+    eager = Case(name, torch.bfloat16).step(eager_block)
+    truth = Case(name, torch.bfloat16).double().step(eager_block)
+    for key, value in got.items():
+        assert_like_eager(key, value, eager[key], truth[key], torch.bfloat16)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("relu", [True, False])
+def test_layer_and_its_statistics(relu):
+    case = Case("layer")
+    layer = case.layers[0]
+    out, (stats,) = ops.conv_bn_relu(case.x, layer, relu=relu)
+    y = F.conv2d(case.x.double(), layer.w.double(), stride=2, padding=1)
+    torch.testing.assert_close(stats.mean.double(), y.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats.unbiased_var.double(), y.var((0, 2, 3)), rtol=1e-5, atol=0)
+    z = eager_conv_bn(case.x, layer)
+    torch.testing.assert_close(out, z.relu() if relu else z, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("backend")
+def test_folded_layer():
+    case = Case("layer + residual")
+    layer = case.layers[0]
+    scale_shift = torch.stack([layer.weight, layer.bias])
+    a, b = scale_shift.view(2, 1, -1, 1, 1)
+    z = F.conv2d(case.x, layer.w) * a + b
+    for residual, relu in ((case.residual, True), (None, False)):
+        out = ops.conv_bn_folded(case.x, layer, scale_shift, residual=residual, relu=relu)
+        wanted = z if residual is None else (z + residual).relu()
+        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("name", ["basic", "no shortcut", "projected", "bottleneck"])
+def test_folded_block(name):
+    case = Case(name)
+    everything = [*case.layers, case.projection] if case.projection else case.layers
+    folds = [torch.stack([layer.weight, layer.bias]) for layer in everything]
+
+    def folded(x, layer):
+        a, b = (v.view(1, -1, 1, 1) for v in (layer.weight, layer.bias))
+        return F.conv2d(x, layer.w, stride=layer.stride, padding=layer.padding) * a + b
+
+    out = ops.residual_block_folded(
+        case.x, case.layers, folds, projection=case.projection, add_input=case.kind == "input"
+    )
+    z = case.x
+    for layer in case.layers[:-1]:
+        z = folded(z, layer).relu()
+    z = folded(z, case.layers[-1])
+    if case.projection is not None:
+        z = z + folded(case.x, case.projection)
+    wanted = (z + case.x if case.kind == "input" else z).relu()
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_folded_block_needs_a_scale_and_shift_for_every_layer():
+    case = Case("projected")
+    folds = [torch.stack([layer.weight, layer.bias]) for layer in case.layers]
+    with pytest.raises(ValueError, match="got 2 scale_shifts for 3 layers"):
+        ops.residual_block_folded(case.x, case.layers, folds, projection=case.projection)
+    with pytest.raises(ValueError, match="got 0 scale_shifts for 0 layers"):
+        ops.residual_block_folded(case.x, [], [])
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(
+    ("op", "name", "shortcut"),
+    [
+        ("conv_bn_relu", "layer", "none"),
+        ("conv_bn_add_relu", "layer + residual", "given"),
+        ("residual_block", "projected", "projected"),
+    ],
+)
+def test_opcheck(op, name, shortcut):
+    case = Case(name).double()
+    layers = [*case.layers, case.projection] if case.projection else case.layers
+    params = [t.requires_grad_() for layer in layers for t in layer[:3]]
+    geometry = [number for layer in layers for number in (layer.stride, layer.padding)]
+    arguments = (params, geometry, [1e-5] * len(layers), shortcut, True)
+    forward = getattr(torch.ops.fastres, f"{op}_fwd").default
+    torch.library.opcheck(forward, (case.x.requires_grad_(), case.residual, *arguments))
+    with torch.no_grad():
+        out, saved = forward(case.x, case.residual, *arguments)
+    backward = getattr(torch.ops.fastres, f"{op}_bwd").default
+    mask = None if shortcut == "none" else out
+    detached = [t.detach() for t in params]
+    for need_dx in (True, False):
+        torch.library.opcheck(
+            backward,
+            (out, case.x.detach(), mask, detached, saved, geometry, shortcut, True, need_dx),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@pytest.mark.usefixtures("plain")
+def test_opcheck_folded():
+    case = Case("layer + residual").double()
+    scale_shift = torch.stack([case.layers[0].weight, case.layers[0].bias])
+    torch.library.opcheck(
+        torch.ops.fastres.conv_bn_folded.default,
+        (case.x, case.layers[0].w, scale_shift, case.residual, 1, 0, True),
+    )
+
+
+def test_one_shortcut_at_most():
+    case = Case("projected")
+    with pytest.raises(ValueError, match="at most one"):
+        ops.residual_block(case.x, case.layers, projection=case.projection, residual=case.x)
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_a_basic_block_makes_25_passes(width):
+    """Counted from what the launches of the registered op's own chain declare, at batch 512."""
+
+    def meta(*size, dtype=torch.float32):
+        layout = torch.channels_last if len(size) == 4 else torch.contiguous_format
+        return torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
+
+    x = meta(512, width, 32, 32, dtype=torch.bfloat16)
+    w = meta(width, width, 3, 3, dtype=torch.bfloat16)
+    layers = [ConvBN(w, meta(width), meta(width), 1, 1)] * 2
+    block = block_ops.Chain(layers, shortcut="input")
+    with recording() as launches:
+        out, states = block_ops.forward(block, x, None, gpu_backend)
+        block_ops.backward(block, out, x, out, states, gpu_backend, need_dx=True)
+    operands = [value for launch in launches for value in launch.args.values()]
+    assert sum(isinstance(t, torch.Tensor) and t.shape == x.shape for t in operands) == 25
