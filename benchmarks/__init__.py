@@ -1,1 +1,1 @@
-"""Measurements of fastres and the evidence that they leave in results/."""
+"""Measurements of fastres and the evidence that they leave in results/; see README.md."""

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from benchmarks.harness.ablation import Unavailable, here
-from benchmarks.harness.rows import make_certificate
-from benchmarks.harness.scheduler import Lab, Measured, Prepared, Started
+from benchmarks.harness.rows import make_provenance
+from benchmarks.harness.scheduler import Measured, Prepared, Scheduler, Started
 from benchmarks.harness.timing import REPLAY
 from benchmarks.report.tables import baseline_among
 from benchmarks.suites.ablation_cases import load_data
@@ -75,7 +75,7 @@ def _provider(item: pytest.Item) -> str:
 
 
 @pytest.fixture(scope="session")
-def lab(request: pytest.FixtureRequest, data_dir: str | None) -> Lab:
+def scheduler(request: pytest.FixtureRequest, data_dir: str | None) -> Scheduler:
     """Share the budget out among the groups that were selected."""
     config = request.config
     # Whoever reads the data first decodes it, for minutes where there are many files: do it once,
@@ -92,22 +92,24 @@ def lab(request: pytest.FixtureRequest, data_dir: str | None) -> Lab:
     asked = config.getoption("--budget")
     # What starting has cost, and reading the data, is part of the budget.
     spent = machine.process_seconds() or 0.0
-    made = Lab((asked or _LIMIT_S[kind]) - spent, groups, stretch=asked is not None)
+    made = Scheduler((asked or _LIMIT_S[kind]) - spent, groups, fill_budget=asked is not None)
     config.stash[_RESULTS] = made.results
     return made
 
 
 @pytest.fixture
-def measure(request: pytest.FixtureRequest, benchmark: Any, lab: Lab) -> Callable[..., None]:
+def measure(
+    request: pytest.FixtureRequest, benchmark: Any, scheduler: Scheduler
+) -> Callable[..., None]:
     """Have the test's group measured and hand its provider's times to pytest-benchmark.
 
     The fixture is called with `prepare`, which makes a provider ready or raises Unavailable, with
-    the name of the baseline, and with what to start before, see `Lab.measure`.
+    the name of the baseline, and with what to start before, see `Scheduler.measure`.
     """
 
     def run(prepare: Callable[[str], Prepared], baseline: str, *started: Started) -> None:
         provider = _provider(request.node)
-        group = lab.measure(_group(request.node), prepare, *started)
+        group = scheduler.measure(_group(request.node), prepare, *started)
         result = group[provider]
         if isinstance(result, Unavailable):
             pytest.skip(str(result))
@@ -137,9 +139,9 @@ def data_dir() -> str | None:
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Add the birth certificate of the numbers."""
-    certificate = make_certificate("mixed", ["pytest", *sys.argv[1:]])
-    output_json["certificate"] = certificate | {"threads": torch.get_num_threads()}
+    """Add the provenance provenance of the numbers."""
+    provenance = make_provenance("mixed", ["pytest", *sys.argv[1:]])
+    output_json["provenance"] = provenance | {"threads": torch.get_num_threads()}
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

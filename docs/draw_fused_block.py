@@ -70,7 +70,7 @@ def arrow(*points: tuple[float, float], dashed: bool = False) -> str:
 
 
 def forward_row() -> list[str]:
-    """Conv, conv, block end; statistics and folds above; the shortcut below."""
+    """Conv, conv, block end; statistics, scales and shifts above; the shortcut below."""
     middle = FORWARD + 45
     parts = [
         text(X, FORWARD - 75, "forward", size=17, anchor="start", weight="bold"),

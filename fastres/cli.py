@@ -1,6 +1,7 @@
 """What the commands share: options from a dataclass, one sentence for an error, exit codes."""
 
 import io
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -44,8 +45,11 @@ def value_of(option: str, argv: Sequence[str]) -> str | None:
 def guarded(command: Callable[[], int], *, debug: bool) -> int:
     """Run `command`; print a FastresError as one sentence and return its exit code.
 
-    With `debug` its traceback is printed too. An interrupt returns 130.
+    With `debug` its traceback is printed too, and what the package logs. An interrupt returns 130.
     """
+    if debug:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("fastres").setLevel(logging.DEBUG)
     # A path may hold what the terminal's encoding lacks; printing it is no reason to fail.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

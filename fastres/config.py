@@ -1,5 +1,7 @@
 """The options of a run: one typed dataclass that the command line, files and the API share.
 
+`Config` is flat; the classes that it is made of are the groups of `--help`.
+
 A run's values come from, in rising order: the defaults here, the recipe, a `--config` file, the
 command line. What results is written to the run folder as config.json and reads back unchanged.
 """
@@ -16,42 +18,45 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 
 from fastres.errors import UsageError
 
-__all__ = ["Config", "Switch", "changed_options", "from_json", "validate"]
+__all__ = [
+    "Config",
+    "DataOptions",
+    "LoaderName",
+    "MachineOptions",
+    "NetworkOptions",
+    "OptimisationOptions",
+    "PrecisionName",
+    "RouteName",
+    "RunOptions",
+    "Switch",
+    "changed_options",
+    "from_json",
+    "validate",
+]
 
 Switch = Literal["auto", "on", "off"]
-
-# What a resumed run may change: where and how it computes, not what.
-_MACHINE_OPTIONS = {
-    "fast",
-    "data_dir",
-    "device",
-    "threads",
-    "loader",
-    "workers",
-    "channels_last",
-    "amp",
-    "route",
-    "compile",
-    "graph",
-    "eval_batch_size",
-}
+RouteName = Literal["eager", "compile", "fused"]
+LoaderName = Literal["dali", "resident", "torch"]
+PrecisionName = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
-class Config:
-    """Everything that decides what a run computes and how."""
+class RunOptions:
+    """What is run."""
 
     fast: bool = False
     """Train by the fastest route of this machine; without it, the eager fp32 reference."""
     recipe: str = "quick"
     """Hyper-parameters: quick, standard, paper or accurate; sets the defaults shown here."""
+    seed: int = 0
+    """Decides initial weights, order and augmentation of the images."""
+    deterministic: bool = False
+    """Make two runs on one machine equal bit for bit, at some cost in speed."""
 
-    model: str = "resnet20"
-    """Network: resnet9, resnet20/32/44/56/110, resnet18/34/50, plain20/32/44/56, ..."""
-    width: float = 1.0
-    """Multiplies the number of filters of every layer."""
-    shortcut: Literal["A", "B"] = "B"
-    """Where a block changes the shape: B projects with a 1x1 convolution, A pads with zeros."""
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What it is trained on."""
 
     dataset: Literal["auto", "cifar10", "cifar100", "folder", "synthetic"] = "auto"
     """auto: what is in the data folder, else download CIFAR-10, else synthetic pictures."""
@@ -61,13 +66,36 @@ class Config:
     """Use only this many training images, the same share of every class."""
     val: bool = False
     """Hold out a tenth of the training images and keep the checkpoint best on them."""
+    crop_padding: int = 4
+    """Black pixels around each training image before a random 32x32 crop."""
+    flip: Literal["none", "random", "alternating"] = "random"
+    """Mirror training images at random, or each in every other epoch."""
+    cutout: int = 0
+    """Side in pixels of a square painted over each training image; 0: none."""
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Which network."""
+
+    model: str = "resnet20"
+    """Network: resnet9, resnet9_small, resnet20/32/44/56/110, resnet18/34/50, plain20 to 56."""
+    width: float = 1.0
+    """Multiplies the number of filters of every layer."""
+    shortcut: Literal["A", "B"] = "B"
+    """Where a block changes the shape: B projects with a 1x1 convolution, A pads with zeros."""
+    whiten: bool = False
+    """Start the first convolution from the principal components of training patches."""
+
+
+@dataclass(frozen=True)
+class OptimisationOptions:
+    """How its weights are found."""
 
     epochs: float = 30.0
     """Passes over the training set; a fraction ends within an epoch."""
     batch_size: int = 128
     """Images a training step."""
-    eval_batch_size: int = 1000
-    """Images an evaluation step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd with Nesterov momentum, or adamw."""
     lr: float = 0.1
@@ -84,39 +112,42 @@ class Config:
     """Share of each target that is spread over all classes."""
     ema: float = 0.0
     """Decay a step of a moving average of the weights, used to evaluate; 0: none."""
-    whiten: bool = False
-    """Start the first convolution from the principal components of training patches."""
 
-    crop_padding: int = 4
-    """Black pixels around each training image before a random 32x32 crop."""
-    flip: Literal["none", "random", "alternating"] = "random"
-    """Mirror training images at random, or each in every other epoch."""
-    cutout: int = 0
-    """Side in pixels of a square painted over each training image; 0: none."""
 
-    seed: int = 0
-    """Decides initial weights, order and augmentation of the images."""
-    deterministic: bool = False
-    """Make two runs on one machine equal bit for bit, at some cost in speed."""
+@dataclass(frozen=True)
+class MachineOptions:
+    """Where and how it is computed; a resumed run may change these."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes the GPU where there is one."""
     threads: int | None = None
     """CPU threads of torch; default: all cores."""
-    loader: Literal["auto", "dali", "resident", "torch"] = "auto"
+    loader: Literal["auto", LoaderName] = "auto"
     """Who prepares batches: NVIDIA DALI, the set resident on the device, torch's DataLoader."""
     workers: int | None = None
     """Processes of the torch loader, threads of DALI; default: what suits the machine."""
+    eval_batch_size: int = 1000
+    """Images an evaluation step."""
     channels_last: Switch = "auto"
     """Keep weights and activations in NHWC order."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Mixed precision: the type of activations and filters in the forward and backward pass."""
-    route: Literal["auto", "eager", "compile", "fused"] = "auto"
+    route: Literal["auto", RouteName] = "auto"
     """How the network is computed: eager torch, torch.compile, or the fused kernels."""
     compile: Switch = "auto"
     """Put torch.compile around the network: the route compile, or around the fused kernels."""
     graph: Switch = "auto"
     """Replay the whole training step as one CUDA graph."""
+
+
+# What a resumed run may change: where and how it computes, not what.
+_MACHINE_OPTIONS = {"fast", "data_dir", *(f.name for f in dataclasses.fields(MachineOptions))}
+
+
+# A dataclass takes the fields of its last base first.
+@dataclass(frozen=True)
+class Config(MachineOptions, OptimisationOptions, DataOptions, NetworkOptions, RunOptions):
+    """Everything that decides what a run computes and how."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as plain JSON values."""

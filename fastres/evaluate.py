@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fastres.cli import guarded, parse
-from fastres.config import Config, Switch, from_json, validate
+from fastres.config import Config, LoaderName, Switch, from_json, validate
 
 if TYPE_CHECKING:
-    from fastres.engine.console import Screen
-    from fastres.engine.run_dir import RunFolder
+    from fastres.engine.console import RunConsole
+    from fastres.engine.run_dir import RunDir
 
 __all__ = ["EvaluateOptions", "main"]
 
@@ -44,7 +44,7 @@ class EvaluateOptions:
     """Images an evaluation step; the accuracy does not depend on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes the GPU where there is one."""
-    loader: Literal["auto", "dali", "resident", "torch"] = "auto"
+    loader: Literal["auto", LoaderName] = "auto"
     """Who prepares batches."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Precision of activations and filters."""
@@ -66,22 +66,22 @@ def _run(argv: list[str]) -> int:
     options = parse(
         EvaluateOptions, "python -m fastres.evaluate", _DESCRIPTION, argv, EvaluateOptions()
     )
-    from fastres.engine.console import Screen
+    from fastres.engine.console import RunConsole
     from fastres.engine.machine import keep_freed_memory
-    from fastres.engine.run_dir import RunFolder
+    from fastres.engine.run_dir import RunDir
 
     if options.fast:
         keep_freed_memory()
-    folder = RunFolder(Path(options.run))
+    folder = RunDir(Path(options.run))
     trained = from_json(folder.read_bytes("config.json"), folder.path / "config.json")
     config = validate(
         _evaluation_config(trained, options), renamed={"eval_batch_size": "batch_size"}
     )
-    screen = Screen(quiet_stdout=options.json)
-    result = _evaluate(folder, config, options, screen)
+    console = RunConsole(quiet_stdout=options.json)
+    result = _evaluate(folder, config, options, console)
     if options.json:
         print(json.dumps(result, indent=2))
-    screen.line(
+    console.line(
         f"{result['accuracy']:.2f} % of {result['images']:,} images right, loss "
         f"{result['loss']:.4f} ({result['checkpoint']}, test-time augmentation: {result['tta']})",
         style="bold",
@@ -106,7 +106,7 @@ def _evaluation_config(trained: Config, options: EvaluateOptions) -> Config:
 
 
 def _evaluate(
-    folder: "RunFolder", config: Config, options: EvaluateOptions, screen: "Screen"
+    folder: "RunDir", config: Config, options: EvaluateOptions, console: "RunConsole"
 ) -> dict[str, Any]:
     from fastres.data.source import load_dataset
     from fastres.engine import checkpoint
@@ -131,14 +131,15 @@ def _evaluate(
     checkpoint.load_weights(model, checkpoint.evaluated_weights(tensors), path)
     if runtime.route == "fused":
         model = fuse(model, verbose=False)
+    runtime.configure_torch()
     runtime.place(model)
-    screen.data(data, num_train=0, num_val=0)
+    console.data(data, num_train=0, num_val=0)
     if data.fingerprint != meta["dataset_fingerprint"]:
-        screen.line(
+        console.line(
             f"           ! the run was trained on other data than this: {meta['dataset']}",
             style="bold yellow",
         )
-    screen.runtime(runtime, training=False)
+    console.runtime(runtime, training=False)
     # The images are normalised as in training, even where this data has other statistics.
     loader = evaluation_loader(data.test, tuple(meta["mean"]), tuple(meta["std"]), config, runtime)
     score = evaluate(model, loader, runtime, flip_tta=options.tta == "flip")

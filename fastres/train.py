@@ -1,4 +1,4 @@
-"""Train a ResNet on CIFAR: `python -m fastres.train [--fast]`.
+"""Train a ResNet on CIFAR: `python -m fastres.train [--fast]`, or `fastres train`.
 
 Exit codes: 0 done, 1 failure, 2 bad use, 130 and 143 stopped by Ctrl-C and SIGTERM after saving.
 """
@@ -11,19 +11,32 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastres.cli import guarded, parse, value_of
-from fastres.config import Config, changed_options, from_json, validate
+from fastres.config import (
+    Config,
+    DataOptions,
+    MachineOptions,
+    NetworkOptions,
+    OptimisationOptions,
+    RunOptions,
+    changed_options,
+    from_json,
+    validate,
+)
 from fastres.errors import UsageError
-from fastres.recipes import from_recipe
+from fastres.recipes import Origins, from_recipe, origins
 
 if TYPE_CHECKING:
-    from fastres.engine.console import Screen
+    from fastres.engine.console import RunConsole
     from fastres.engine.distributed import Processes
-    from fastres.engine.run_dir import RunFolder
+    from fastres.engine.run_dir import RunDir
+    from fastres.engine.summary import Summary
 
 __all__ = ["TrainOptions", "main"]
+
+T = TypeVar("T")
 
 _DESCRIPTION = (
     "Train a ResNet on CIFAR-10. Without options: the plain eager PyTorch reference. With --fast: "
@@ -33,8 +46,8 @@ _DESCRIPTION = (
 
 
 @dataclass(frozen=True)
-class TrainOptions(Config):
-    """The options of a run and what to do with it."""
+class TrainRunOptions(RunOptions):
+    """What is run, and what becomes of it."""
 
     out: str | None = None
     """Run folder; default: a new one under runs/."""
@@ -49,12 +62,40 @@ class TrainOptions(Config):
     json: bool = False
     """Print the summary alone on stdout, as JSON."""
     debug: bool = False
-    """Show the traceback of an error."""
+    """Show the traceback of an error, and the details of what failed on the way."""
 
-    def training(self) -> Config:
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The groups of `--help`, in its order."""
+
+    run: TrainRunOptions
+    data: DataOptions
+    network: NetworkOptions
+    optimisation: OptimisationOptions
+    machine: MachineOptions
+
+    @classmethod
+    def of(cls, config: Config) -> "TrainOptions":
+        """Put the options of a run into their groups."""
+        values = config.to_json()
+
+        def group(kind: type[T]) -> T:
+            names = {field.name for field in dataclasses.fields(cast(Any, kind))} & values.keys()
+            return kind(**{name: values[name] for name in names})
+
+        return cls(
+            run=group(TrainRunOptions),
+            data=group(DataOptions),
+            network=group(NetworkOptions),
+            optimisation=group(OptimisationOptions),
+            machine=group(MachineOptions),
+        )
+
+    def to_config(self) -> Config:
         """Return the options that belong to the run itself."""
-        names = [field.name for field in dataclasses.fields(Config)]
-        return Config(**{name: getattr(self, name) for name in names})
+        given = {k: v for group in vars(self).values() for k, v in vars(group).items()}
+        return Config(**{field.name: given[field.name] for field in dataclasses.fields(Config)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,15 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    base = _base(argv)
-    options = parse(
-        TrainOptions,
-        "python -m fastres.train",
-        _DESCRIPTION,
-        argv,
-        TrainOptions(**base.to_json()),
+    base, file = _base(argv)
+    groups = parse(
+        TrainOptions, "python -m fastres.train", _DESCRIPTION, argv, TrainOptions.of(base)
     )
-    config = validate(options.training())
+    options, config = groups.run, validate(groups.to_config())
     if options.out == "":
         raise UsageError("--out is empty; name a folder or leave the option out")
     if options.resume and (changed := changed_options(base.to_json(), config)):
@@ -82,28 +119,34 @@ def _run(argv: list[str]) -> int:
             f"a resumed run keeps its {option} of {getattr(base, changed[0])}; start a new run to "
             "change it"
         )
-    return _train(config, options)
+    return _train(config, options, origins(config, base, file))
 
 
-def _base(argv: Sequence[str]) -> Config:
-    """Find the options that the command line starts from: a run's, a file's or a recipe's."""
-    recipe, file, out = (value_of(name, argv) for name in ("--recipe", "--config", "--out"))
+def _base(argv: Sequence[str]) -> tuple[Config, str | None]:
+    """Find what the command line starts from: a run's, a file's or a recipe's options; the file."""
+    recipe, file, out, model = (
+        value_of(name, argv) for name in ("--recipe", "--config", "--out", "--model")
+    )
     if "--resume" in argv:
         if out is None:
             raise UsageError("--resume needs --out, the folder of the run to continue")
         file = str(Path(out) / "config.json")
     if file is None:
-        return from_recipe(Config.recipe if recipe is None else recipe)
+        return from_recipe(Config.recipe if recipe is None else recipe, model), None
     if recipe is not None:
         raise UsageError("--recipe does not go with --config or --resume, which name their own")
     try:
         text = Path(file).read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read the options in {file}: {error.strerror}") from None
-    return from_json(text, file)
+    base = from_json(text, file)
+    if model is not None and model != base.model:
+        # A width belongs to the network that it was chosen for.
+        base = base.replace(width=Config.width)
+    return base, file
 
 
-def _train(config: Config, options: TrainOptions) -> int:
+def _train(config: Config, options: TrainRunOptions, chosen: Origins) -> int:
     from fastres.engine.machine import keep_freed_memory
 
     if config.fast:
@@ -113,25 +156,29 @@ def _train(config: Config, options: TrainOptions) -> int:
     from fastres.engine.distributed import join_processes
 
     with join_processes(config.device) as processes:
-        return _train_with(processes, config, options)
+        return _train_with(processes, config, options, chosen)
 
 
-def _train_with(processes: "Processes", config: Config, options: TrainOptions) -> int:
-    from fastres.engine.console import Screen, layer_table
-    from fastres.engine.run_dir import RunFolder, default_folder
-    from fastres.engine.trainer import Stopped, Trainer
+def _train_with(
+    processes: "Processes", config: Config, options: TrainRunOptions, chosen: Origins
+) -> int:
+    from fastres.engine.console import RunConsole, layer_table
+    from fastres.engine.run_dir import RunDir, default_folder
+    from fastres.engine.signals import Stopped
+    from fastres.engine.trainer import Trainer
 
-    screen = Screen(quiet_stdout=options.json, silent=not processes.is_main)
-    folder = RunFolder(Path(options.out) if options.out else default_folder(config))
+    console = RunConsole(quiet_stdout=options.json, silent=not processes.is_main)
+    folder = RunDir(Path(options.out) if options.out else default_folder(config))
     if processes.is_main and not (options.dry_run or options.resume):
         folder.check_free(overwrite=options.overwrite)
-    trainer = Trainer(config, folder, screen, processes)
+    trainer = Trainer(config, folder, console, processes)
     if options.dry_run:
-        screen.console.print(layer_table(trainer.summary))
+        console.rich.print(layer_table(trainer.model_summary))
+    console.origins(chosen)
     trainer.show_header()
     if options.dry_run:
         return 0
-    trainer.prepare()
+    prepared = trainer.prepare()
     try:
         with folder.claimed() if processes.is_main else nullcontext():
             if processes.is_main and not options.resume:
@@ -139,25 +186,25 @@ def _train_with(processes: "Processes", config: Config, options: TrainOptions) -
                 folder.check_free(overwrite=options.overwrite)
                 folder.clear()
                 folder.write_json("config.json", config.to_json())
-            summary = trainer.run(resume=options.resume)
+            summary = trainer.run(prepared, resume=options.resume)
     except Stopped as stopped:
-        screen.line(f"{stopped}; go on with: python -m fastres.train --resume --out {folder.path}")
+        console.line(f"{stopped}; go on with: python -m fastres.train --resume --out {folder.path}")
         return stopped.exit_code
-    _report(summary, folder, screen, as_json=options.json and processes.is_main)
+    _report(summary, folder, console, as_json=options.json and processes.is_main)
     return 0
 
 
-def _report(summary: dict, folder: "RunFolder", screen: "Screen", *, as_json: bool) -> None:
+def _report(summary: "Summary", folder: "RunDir", console: "RunConsole", *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary, indent=2))
-    screen.line("")
-    screen.line(
+    console.line("")
+    console.line(
         f"{summary['test_accuracy']:.2f} % test accuracy on {summary['dataset']} after "
         f"{summary['train_seconds']:.1f} s of training "
         f"({summary['images_per_second']:,.0f} images/s)",
         style="bold",
     )
-    screen.line(f"{folder.path}: weights, metrics.csv, curves.png, summary.json")
+    console.line(f"{folder.path}: weights, metrics.csv, curves.png, summary.json")
 
 
 if __name__ == "__main__":

@@ -1,96 +1,214 @@
-"""The training ops without torch's dispatcher, for the CPU kernels in eager mode.
+"""How a fused block meets autograd: computed from flat tensors, saved, restored, differentiated.
+
+A registered op takes and returns flat lists; `BlockSpec` is the rest of a block, and `run_forward`
+and `run_backward` are its two halves for whoever calls them: the registered ops (ops.py), and here
+`run_eager`, the same node of autograd without torch's dispatcher.
 
 A registered op costs about 0.3 ms a call in Python, forward and backward, which is nothing beside a
-captured or compiled step and 5 % of a ResNet-20 step on a CPU. Here autograd calls the same chain
-directly; whatever traces or fakes tensors still sees the registered op.
+captured or compiled step and 5 % of a ResNet-20 step on a CPU. So CPU kernels in eager mode run as
+a plain autograd function; whatever traces or fakes tensors still sees the registered op.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastres.kernels.block import LayerState, backward, forward
+from fastres.kernels.block import Backend, Block, Shortcut, backward, forward
+from fastres.kernels.conv_types import ConvBN, LayerState
 from fastres.kernels.cpu import backend as cpu_backend
-from fastres.kernels.dispatch import choose_backend, make_chain, no_autocast, pixels
+from fastres.kernels.dispatch import choose_backend, no_autocast
+from fastres.kernels.layout import to_channels_last
 
-__all__ = ["can_run_eager", "run_eager"]
+__all__ = [
+    "BlockSpec",
+    "block_gradients",
+    "eager_backend",
+    "flat_params",
+    "run_backward",
+    "run_eager",
+    "run_forward",
+    "save_block",
+    "to_states",
+]
 
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+_NUM_STATE = len(LayerState._fields)
 
 
-def can_run_eager(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether all are ordinary tensors, the CPU kernels compute on x, and nobody traces them."""
+class BlockSpec(NamedTuple):
+    """A block without its tensors: what a registered op takes beside them.
+
+    geometry: stride and padding of every layer, the projection's last; eps likewise.
+    """
+
+    geometry: list[int]
+    eps: list[float]
+    shortcut: Shortcut
+    relu: bool
+
+    @classmethod
+    def of(cls, block: Block) -> "BlockSpec":
+        """Describe a block."""
+        layers = block.all_layers
+        geometry = [number for layer in layers for number in (layer.stride, layer.padding)]
+        return cls(geometry, [layer.eps for layer in layers], block.shortcut, block.relu)
+
+    def to_block(self, params: Sequence[Tensor]) -> Block:
+        """Put w, weight and bias of every layer back; filters become channels_last."""
+        layers = [
+            ConvBN(
+                params[3 * i].contiguous(memory_format=torch.channels_last),
+                params[3 * i + 1].contiguous(),
+                params[3 * i + 2].contiguous(),
+                self.geometry[2 * i],
+                self.geometry[2 * i + 1],
+                self.eps[i],
+            )
+            for i in range(len(params) // 3)
+        ]
+        projection = layers.pop() if self.shortcut == "projected" else None
+        return Block(layers, projection, self.shortcut, self.relu)
+
+
+def flat_params(block: Block) -> list[Tensor]:
+    """The tensors of a block in a row: w, weight, bias of every layer, the projection's last."""
+    return [tensor for layer in block.all_layers for tensor in layer[:3]]
+
+
+def to_states(saved: Sequence[Tensor]) -> list[LayerState]:
+    """The states of layers whose fields stand in a row."""
+    return [LayerState(*saved[i : i + _NUM_STATE]) for i in range(0, len(saved), _NUM_STATE)]
+
+
+def run_forward(
+    spec: BlockSpec,
+    x: Tensor,
+    residual: Tensor | None,
+    params: Sequence[Tensor],
+    backend: Backend,
+) -> tuple[Tensor, list[LayerState]]:
+    """`block.forward` of flat tensors in any layout."""
+    given = None if residual is None else to_channels_last(residual)
+    with no_autocast(x):
+        return forward(spec.to_block(params), to_channels_last(x), given, backend)
+
+
+def run_backward(
+    spec: BlockSpec,
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    params: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    backend: Backend,
+    *,
+    need_dx: bool,
+) -> list[Tensor]:
+    """`block.backward` of flat tensors in any layout.
+
+    Returns: dx where wanted, dresidual where there is one, then the gradients of all params.
+    """
+    with no_autocast(x):
+        grads = backward(
+            spec.to_block(params),
+            to_channels_last(dout),
+            to_channels_last(x),
+            out,
+            to_states(saved),
+            backend,
+            need_dx=need_dx,
+        )
+    inputs = [t for t in (grads.dx, grads.dresidual) if t is not None]
+    return [*inputs, *(tensor for layer in grads.layers for tensor in layer)]
+
+
+def save_block(
+    ctx: Any,
+    spec: BlockSpec,
+    x: Tensor,
+    out: Tensor,
+    params: Sequence[Tensor],
+    saved: Sequence[Tensor],
+) -> None:
+    """Keep in an autograd context what `block_gradients` needs."""
+    ctx.set_materialize_grads(False)
+    # Without a shortcut the ReLU's mask follows from y, which is kept anyway.
+    mask = None if spec.shortcut == "none" else out
+    ctx.save_for_backward(x, mask, *params, *saved)
+    ctx.spec, ctx.num_params = spec, len(params)
+
+
+def block_gradients(
+    ctx: Any, dout: Tensor | None, run: Callable[..., list[Tensor]], *, need_dx: bool
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Gradients of x, of a given residual and of the params, from what `save_block` kept.
+
+    run: called with spec, dout, x, out, params, saved and need_dx as `run_backward` is.
+    """
+    if dout is None:
+        return None, None, [None] * ctx.num_params
+    x, out, *rest = ctx.saved_tensors
+    params, saved = rest[: ctx.num_params], rest[ctx.num_params :]
+    grads: list[Any] = run(ctx.spec, dout, x, out, params, saved, need_dx=need_dx)
+    dx = grads.pop(0) if need_dx else None
+    dresidual = grads.pop(0) if ctx.spec.shortcut == "given" else None
+    return dx, dresidual, grads
+
+
+def eager_backend(x: Tensor, *others: Tensor | None) -> Backend | None:
+    """The back end to call without a registered op, or None where one is wanted.
+
+    It is the CPU kernels', where they compute on x, all are ordinary tensors and nobody traces.
+    """
     is_traced = (
         torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
     )
     if is_traced or not all(type(t) in _PLAIN_TENSORS for t in (x, *others) if t is not None):
-        return False
-    return choose_backend(x) is cpu_backend
+        return None
+    backend = choose_backend(x)
+    return backend if backend is cpu_backend else None
 
 
-class _EagerChain(torch.autograd.Function):
-    """`chain.forward` and `chain.backward` as one node of autograd."""
+class _EagerBlock(torch.autograd.Function):
+    """A block as one node of autograd."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        arguments: tuple[list[int], list[float], str, bool],
+        spec: BlockSpec,
+        backend: Backend,
         x: Tensor,
         residual: Tensor | None,
         *params: Tensor,
     ) -> tuple[Tensor, ...]:
         """Return out, and mean and unbiased variance of every layer."""
-        geometry, eps, shortcut, relu = arguments
-        chain = make_chain(params, geometry, shortcut, relu, eps)
-        given = None if residual is None else pixels(residual)
-        with no_autocast(x):
-            out, states = forward(chain, pixels(x), given, cpu_backend)
+        out, states = run_forward(spec, x, residual, params, backend)
         stats = [vector for state in states for vector in (state.mean, state.unbiased_var)]
         ctx.mark_non_differentiable(*stats)
-        ctx.set_materialize_grads(False)
-        # Without a shortcut the ReLU's mask follows from y, which is kept anyway.
-        mask = None if shortcut == "none" else out
-        saved = [tensor for state in states for tensor in state]
-        ctx.save_for_backward(x, mask, *params, *saved)
-        ctx.num_params = len(params)
-        ctx.arguments = (geometry, shortcut, relu)
+        save_block(ctx, spec, x, out, params, [t for state in states for t in state])
+        ctx.backend = backend
         return out, *stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Gradients of x, the residual and the parameters."""
-        x, out, *rest = ctx.saved_tensors
-        params, saved = rest[: ctx.num_params], rest[ctx.num_params :]
-        if dout is None:
-            return (None,) * (3 + len(params))
-        size = len(LayerState._fields)
-        states = [LayerState(*saved[i : i + size]) for i in range(0, len(saved), size)]
-        chain = make_chain(params, *ctx.arguments)
-        need_dx = ctx.needs_input_grad[1]
-        with no_autocast(x):
-            grads = backward(
-                chain, pixels(dout), pixels(x), out, states, cpu_backend, need_dx=need_dx
-            )
-        of_params = [tensor for layer in grads.layers for tensor in layer]
-        return None, grads.dx if need_dx else None, grads.dresidual, *of_params
+        run = functools.partial(run_backward, backend=ctx.backend)
+        dx, dresidual, grads = block_gradients(ctx, dout, run, need_dx=ctx.needs_input_grad[2])
+        return None, None, dx, dresidual, *grads
 
 
 def run_eager(
-    x: Tensor,
-    residual: Tensor | None,
-    params: list[Tensor],
-    geometry: list[int],
-    eps: list[float],
-    shortcut: str,
-    relu: bool,
+    block: Block, x: Tensor, residual: Tensor | None, backend: Backend
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Run a training op; the arguments are those of the registered ones.
+    """Run a block as one node of autograd, without a registered op.
 
     Returns: out; mean and unbiased variance of the batch, a pair a layer.
     """
-    out, *stats = _EagerChain.apply((geometry, eps, shortcut, relu), x, residual, *params)
+    out, *stats = _EagerBlock.apply(BlockSpec.of(block), backend, x, residual, *flat_params(block))
     return out, list(zip(stats[::2], stats[1::2], strict=True))

@@ -1,28 +1,34 @@
-"""Convolutions with batch norm in a row, and a shortcut around them: forward and backward.
+"""The fused block: convolutions with batch norm in a row and a shortcut around them, both ways.
 
     y_1 = conv(x);  y_i = conv(relu(bn(y_i-1)));  out = relu(bn(y_n) + shortcut)
 
 One layer is conv-BN-ReLU, two with a shortcut a basic block, three a bottleneck. No activation
-between the layers is ever stored: each convolution forms it from the raw y before it.
+between the layers is ever stored: each convolution forms it from the raw y of its producer.
 
-The order of the steps is written here once. What a step is, a backend says: `chain_plain` in plain
-torch, `chain_triton` in Triton kernels with cuDNN convolutions where the launch table wants them.
-A backend hands back sums and folded gradients of its own kind, which only it looks into.
+The order of the steps is written here once. What a step is, a back end says: `reference/` in plain
+torch, `gpu/` in Triton kernels with cuDNN convolutions where the launch table wants them, `cpu/` in
+C++ kernels with oneDNN convolutions.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from fastres.kernels.reference.block import ConvBN, ConvBNGrads, stat_dtype
+from fastres.kernels.conv_types import (
+    ConvBN,
+    ConvBNGrads,
+    ConvGrads,
+    DeferredGrad,
+    GradSums,
+    LayerState,
+    stat_dtype,
+)
 
 __all__ = [
     "Backend",
-    "BackwardStep",
-    "Chain",
-    "ChainGrads",
-    "LayerState",
+    "Block",
+    "BlockGrads",
     "Shortcut",
     "backward",
     "check_layer",
@@ -33,7 +39,7 @@ __all__ = [
 Shortcut = Literal["none", "input", "given", "projected"]
 
 
-class Chain(NamedTuple):
+class Block(NamedTuple):
     """What is computed.
 
     layers: the main path. projection: the layer of a projected shortcut. shortcut: what is added
@@ -41,76 +47,86 @@ class Chain(NamedTuple):
     there is a last ReLU; with a shortcut there is.
     """
 
-    layers: list[ConvBN]
+    layers: Sequence[ConvBN]
     projection: ConvBN | None = None
     shortcut: Shortcut = "none"
     relu: bool = True
 
-
-class LayerState(NamedTuple):
-    """What a layer keeps for backward and for the running statistics of its batch norm.
-
-    y: (N, K, P, Q) raw convolution output. mean, unbiased_var, rstd: (K,). scale_shift: (2, K), the
-    batch norm as a * y + b, a above b.
-    """
-
-    y: Tensor
-    mean: Tensor
-    unbiased_var: Tensor
-    rstd: Tensor
-    scale_shift: Tensor
+    @property
+    def all_layers(self) -> list[ConvBN]:
+        """The layers of the main path, then the projection."""
+        return [*self.layers] if self.projection is None else [*self.layers, self.projection]
 
 
-class BackwardStep(NamedTuple):
-    """Gradients that leave one convolution.
+class BlockGrads(NamedTuple):
+    """Gradients of a block: of x (None where unwanted), of a given residual, of the parameters.
 
-    dx: of its input; behind a layer, already masked by that layer's ReLU. None where unwanted.
-    dw: of its filters. sums: of dx, for the batch norm before it, where there is one.
+    layers: in the order of `Block.all_layers`.
     """
 
     dx: Tensor | None
-    dw: Tensor
-    sums: Any
+    dresidual: Tensor | None
+    layers: list[ConvBNGrads]
 
 
 class Backend(Protocol):
-    """The five steps of a chain; a module with these functions is a backend."""
+    """The steps of a block; a module with these functions is a back end.
 
-    def conv_bn(self, x: Tensor, layer: ConvBN, fold: Tensor | None) -> LayerState:
-        """Y = conv(x), or conv(relu(a * x + b)) with fold (2, C), and the statistics of y."""
+    Tensors of images and filters arrive with unit channel stride, vectors contiguous.
+    """
+
+    def runs_on(self, x: Tensor) -> bool:
+        """Whether this back end computes on x here."""
+
+    def conv_bn(self, x: Tensor, layer: ConvBN, scale_shift: Tensor | None) -> LayerState:
+        """`y = conv(x)`, with scale_shift (2, C) conv(relu(a * x + b)), and the statistics of y."""
 
     def apply(
-        self, state: LayerState, shortcut: Tensor | None, fold: Tensor | None, relu: bool
+        self,
+        state: LayerState,
+        shortcut: Tensor | None,
+        shortcut_scale_shift: Tensor | None,
+        relu: bool,
     ) -> Tensor:
-        """`out = relu(bn(y) + shortcut)`, or `+ a * shortcut + b` with fold (2, K)."""
+        """`out = relu(bn(y) + shortcut)`, or `+ a * shortcut + b` with shortcut_scale_shift."""
 
     def reduce(
         self, dout: Tensor, state: LayerState, mask: Tensor | None, projected: LayerState | None
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, GradSums]:
         """Gradient g of the batch norm's output and its sums.
 
         mask: out (N, K, P, Q), or scale_shift (2, K) to recompute it from y; None: no ReLU.
         """
 
-    def fold_grad(
-        self, g: Tensor, sums: Any, state: LayerState, weight: Tensor, *, of_projection: bool
-    ) -> tuple[Any, Tensor, Tensor]:
-        """Gradient of y, folded; dgamma; dbeta."""
+    def defer_dy(
+        self, g: Tensor, sums: GradSums, state: LayerState, weight: Tensor, *, of_projection: bool
+    ) -> tuple[DeferredGrad, Tensor, Tensor]:
+        """Gradient of y, to be computed by its readers; dgamma; dbeta."""
 
     def conv_backward(
         self,
-        dy: Any,
+        dy: DeferredGrad,
         x: Tensor,
         layer: ConvBN,
         *,
-        before: LayerState | None,
+        producer: LayerState | None,
         shortcut: Tensor | None,
         need_dx: bool,
-    ) -> BackwardStep:
-        """Gradients of a convolution of x, or of relu(bn(x)) where x is `before.y`.
+    ) -> ConvGrads:
+        """Gradients of a convolution of x, or of relu(bn(x)) where x is `producer.y`.
 
         shortcut: gradient added to dx. need_dx: whether dx is wanted.
         """
+
+    def conv_folded(
+        self, x: Tensor, layer: ConvBN, scale_shift: Tensor, residual: Tensor | None, relu: bool
+    ) -> Tensor:
+        """`out = relu(a * conv(x) + b + residual)`: a layer of inference, dense channels_last."""
+
+    def block_folded(
+        self, x: Tensor, block: Block, scale_shifts: Sequence[Tensor]
+    ) -> Tensor | None:
+        """A block of inference in one kernel; None where this back end has none for it."""
 
 
 def check_layer(x: Tensor, layer: ConvBN) -> None:
@@ -147,97 +163,91 @@ def check_shortcut(shortcut: Tensor | None, x: Tensor, size: Sequence[int]) -> N
 
 
 def forward(
-    chain: Chain, x: Tensor, residual: Tensor | None, backend: Backend
+    block: Block, x: Tensor, residual: Tensor | None, backend: Backend
 ) -> tuple[Tensor, list[LayerState]]:
-    """Run the chain with the statistics of this batch.
+    """Run the block with the statistics of this batch.
 
     Returns: out; the state of every layer, that of the projection last.
 
     Raises: ValueError: when a layer does not fit its input, or the shortcut out.
     """
     states: list[LayerState] = []
-    for layer in chain.layers:
-        before = states[-1] if states else None
-        check_layer(x if before is None else before.y, layer)
-        if before is None:
+    for layer in block.layers:
+        if not states:
+            check_layer(x, layer)
             states.append(backend.conv_bn(x, layer, None))
         else:
-            states.append(backend.conv_bn(before.y, layer, before.scale_shift))
+            producer = states[-1]
+            check_layer(producer.y, layer)
+            states.append(backend.conv_bn(producer.y, layer, producer.scale_shift))
     last = states[-1]
-    shortcut, fold = (x if chain.shortcut == "input" else residual), None
-    if chain.projection is not None:
-        check_layer(x, chain.projection)
-        states.append(backend.conv_bn(x, chain.projection, None))
-        shortcut, fold = states[-1].y, states[-1].scale_shift
+    shortcut, shortcut_scale_shift = (x if block.shortcut == "input" else residual), None
+    if block.projection is not None:
+        check_layer(x, block.projection)
+        states.append(backend.conv_bn(x, block.projection, None))
+        shortcut, shortcut_scale_shift = states[-1].y, states[-1].scale_shift
     check_shortcut(shortcut, x, last.y.shape)
-    return backend.apply(last, shortcut, fold, chain.relu), states
-
-
-class ChainGrads(NamedTuple):
-    """Gradients of a chain: of x (None where unwanted), of a given residual, of the parameters."""
-
-    dx: Tensor | None
-    dresidual: Tensor | None
-    layers: list[ConvBNGrads]
+    return backend.apply(last, shortcut, shortcut_scale_shift, block.relu), states
 
 
 def backward(
-    chain: Chain,
+    block: Block,
     dout: Tensor,
     x: Tensor,
     out: Tensor | None,
-    states: list[LayerState],
+    states: Sequence[LayerState],
     backend: Backend,
     *,
     need_dx: bool,
-) -> ChainGrads:
+) -> BlockGrads:
     """Gradients of `forward`; those of the projection's parameters last.
 
     Args:
-        chain: as in forward.
+        block: as in forward.
         dout: (N, K, P, Q) gradient of out.
-        x: (N, C, H, W) input of the chain.
+        x: (N, C, H, W) input of the block.
         out: its output; None where there is no shortcut, and the mask follows from y.
         states: as forward returned them.
         backend: as in forward.
         need_dx: whether the gradient of x is wanted.
 
-    Returns: `ChainGrads`.
+    Returns: `BlockGrads`.
     """
-    last = len(chain.layers) - 1
-    projected = states[-1] if chain.projection is not None else None
+    last = len(block.layers) - 1
+    projected = states[-1] if block.projection is not None else None
     mask = None
-    if chain.relu:
+    if block.relu:
         mask = out if out is not None else states[last].scale_shift
-    g, sums = backend.reduce(dout, states[last], mask, projected)
+    g, g_sums = backend.reduce(dout, states[last], mask, projected)
 
     grads: list[ConvBNGrads] = []
-    dshortcut = g if chain.shortcut == "input" else None
-    dresidual = g if chain.shortcut == "given" else None
-    if chain.projection is not None and projected is not None:
-        dy, dgamma, dbeta = backend.fold_grad(
-            g, sums, projected, chain.projection.weight, of_projection=True
+    dshortcut = g if block.shortcut == "input" else None
+    dresidual = g if block.shortcut == "given" else None
+    if block.projection is not None and projected is not None:
+        dy, dgamma, dbeta = backend.defer_dy(
+            g, g_sums, projected, block.projection.weight, of_projection=True
         )
-        step = backend.conv_backward(
-            dy, x, chain.projection, before=None, shortcut=None, need_dx=need_dx
+        dshortcut, dw, _ = backend.conv_backward(
+            dy, x, block.projection, producer=None, shortcut=None, need_dx=need_dx
         )
-        dshortcut = step.dx
-        grads.append(ConvBNGrads(step.dw, dgamma, dbeta))
+        grads.append(ConvBNGrads(dw, dgamma, dbeta))
 
     dx: Tensor | None = g
+    sums: GradSums | None = g_sums
     for i in range(last, -1, -1):
         assert dx is not None
-        before = states[i - 1] if i > 0 else None
-        dy, dgamma, dbeta = backend.fold_grad(
-            dx, sums, states[i], chain.layers[i].weight, of_projection=False
+        assert sums is not None
+        producer = states[i - 1] if i > 0 else None
+        dy, dgamma, dbeta = backend.defer_dy(
+            dx, sums, states[i], block.layers[i].weight, of_projection=False
         )
         dx, dw, sums = backend.conv_backward(
             dy,
-            x if before is None else before.y,
-            chain.layers[i],
-            before=before,
-            shortcut=dshortcut if before is None else None,
-            need_dx=need_dx or before is not None,
+            x if producer is None else producer.y,
+            block.layers[i],
+            producer=producer,
+            shortcut=dshortcut if producer is None else None,
+            need_dx=need_dx or producer is not None,
         )
         grads.insert(0, ConvBNGrads(dw, dgamma, dbeta))
-    return ChainGrads(dx, dresidual, grads)
+    return BlockGrads(dx, dresidual, grads)

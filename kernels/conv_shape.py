@@ -1,4 +1,4 @@
-"""Shapes of convolutions: output size, GEMM view, arithmetic, bytes; and those of real networks.
+"""Shapes of convolutions: output size, GEMM view, arithmetic, bytes.
 
 Letters: x (N, H, W, C), w (K, R, S, C), y (N, P, Q, K). GEMM view, M x N x K:
 fprop NPQ x K x CRS, dgrad NHW x C x KRS, wgrad K x CRS x NPQ.
@@ -7,7 +7,7 @@ fprop NPQ x K x CRS, dgrad NHW x C x KRS, wgrad K x CRS x NPQ.
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-__all__ = ["ConvOp", "ConvShape", "GemmShape", "NamedConv", "resnet18_convs", "resnet20_convs"]
+__all__ = ["ConvOp", "ConvShape", "GemmShape"]
 
 ConvOp = Literal["fprop", "dgrad", "wgrad"]
 
@@ -105,40 +105,3 @@ class ConvShape:
         return (
             f"h{self.H}w{self.W}c{self.C}k{self.K}r{self.R}s{self.S}u{self.stride}p{self.padding}"
         )
-
-
-class NamedConv(NamedTuple):
-    """A convolution of a network and how many layers have its shape."""
-
-    name: str
-    shape: ConvShape
-    num_layers: int
-
-
-def _residual_convs(batch: int, widths: tuple[int, ...], blocks: int) -> list[NamedConv]:
-    """Stem and stages of a CIFAR ResNet of basic blocks whose shortcuts are 1x1 projections."""
-    size, width = 32, widths[0]
-    convs = [NamedConv("stem", ConvShape(batch, size, size, 3, width), 1)]
-    plain = ConvShape(batch, size, size, width, width)
-    convs.append(NamedConv("stage1", plain, 2 * blocks))
-    for stage, wider in enumerate(widths[1:], start=2):
-        down = ConvShape(batch, size, size, width, wider, stride=2)
-        project = ConvShape(batch, size, size, width, wider, 1, 1, stride=2, padding=0)
-        size, width = size // 2, wider
-        plain = ConvShape(batch, size, size, width, width)
-        convs += [
-            NamedConv(f"stage{stage} down", down, 1),
-            NamedConv(f"stage{stage} projection", project, 1),
-            NamedConv(f"stage{stage}", plain, 2 * blocks - 1),
-        ]
-    return convs
-
-
-def resnet20_convs(batch: int) -> list[NamedConv]:
-    """The convolutions of ResNet-20 on 32x32 images: widths 16, 32, 64, three blocks a stage."""
-    return _residual_convs(batch, (16, 32, 64), 3)
-
-
-def resnet18_convs(batch: int) -> list[NamedConv]:
-    """The convolutions of ResNet-18 on 32x32 images: widths 64 to 512, two blocks a stage."""
-    return _residual_convs(batch, (64, 128, 256, 512), 2)

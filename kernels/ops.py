@@ -1,13 +1,12 @@
 """The fused ops as torch sees them: registration, shapes, autograd, choice of backend.
 
-    fastres::conv_bn_relu_fwd, _bwd        out = relu(bn(conv(x)))
-    fastres::conv_bn_add_relu_fwd, _bwd    out = relu(bn(conv(x)) + residual)
+    fastres::conv_bn_relu_fwd, _bwd      out = relu(bn(conv(x)))
     fastres::residual_block_fwd, _bwd      out = relu(bn(conv(.. relu(bn(conv(x))))) + shortcut)
     fastres::conv_bn_folded                out = relu(a * conv(x) + b + residual), for inference
 
 `residual_block_folded` is no op of its own: several of the last, or one kernel on a CPU.
 
-The three training ops have one signature and one implementation, `chain.py`; their names tell a
+The two training ops have one signature and one implementation, `block.py`; their names tell a
 profile what a model runs. Ops change none of their inputs: they return the statistics of the batch,
 and the module moves its running averages. `custom_op` keeps them opaque to torch.compile, which so
 compiles a model on machines without a GPU driver too.
@@ -24,29 +23,33 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastres.kernels.autograd import can_run_eager, run_eager
-from fastres.kernels.block import (
-    LayerState,
-    Shortcut,
-    backward,
-    check_layer,
-    check_shortcut,
-    forward,
+from fastres.kernels.autograd import (
+    BlockSpec,
+    block_gradients,
+    eager_backend,
+    flat_params,
+    run_backward,
+    run_eager,
+    run_forward,
+    save_block,
+    to_states,
 )
-from fastres.kernels.cpu import backend as cpu_backend
-from fastres.kernels.dispatch import choose_backend, make_chain, no_autocast, pixels
-from fastres.kernels.reference.block import ConvBN, stat_dtype
+from fastres.kernels.block import Block, Shortcut, check_layer, check_shortcut
+from fastres.kernels.conv_types import ConvBN, stat_dtype
+from fastres.kernels.dispatch import choose_backend, no_autocast
+from fastres.kernels.layout import empty_channels_last, to_channels_last
 
 __all__ = [
     "BatchStats",
-    "conv_bn_add_relu",
+    "backward_impl",
     "conv_bn_folded",
     "conv_bn_relu",
+    "forward_impl",
     "residual_block",
     "residual_block_folded",
 ]
 
-# params: w, weight, bias of every layer, the projection's last; geometry: stride, padding of each.
+# params: w, weight, bias of every layer, the projection's last; then the fields of BlockSpec.
 _FORWARD_SCHEMA = (
     "(Tensor x, Tensor? residual, Tensor[] params, int[] geometry, float[] eps, str shortcut, "
     "bool relu) -> (Tensor, Tensor[])"
@@ -54,13 +57,12 @@ _FORWARD_SCHEMA = (
 # saved: the fields of every LayerState in turn.
 _BACKWARD_SCHEMA = (
     "(Tensor dout, Tensor x, Tensor? out, Tensor[] params, Tensor[] saved, int[] geometry, "
-    "str shortcut, bool relu, bool need_dx) -> Tensor[]"
+    "float[] eps, str shortcut, bool relu, bool need_dx) -> Tensor[]"
 )
 _FOLDED_SCHEMA = (
     "(Tensor x, Tensor w, Tensor scale_shift, Tensor? residual, int stride, int padding, "
     "bool relu) -> Tensor"
 )
-_NUM_STATE = len(LayerState._fields)
 
 
 class BatchStats(NamedTuple):
@@ -70,47 +72,37 @@ class BatchStats(NamedTuple):
     unbiased_var: Tensor
 
 
-def _forward_impl(
+def forward_impl(
     x: Tensor,
     residual: Tensor | None,
     params: list[Tensor],
     geometry: list[int],
     eps: list[float],
-    shortcut: str,
+    shortcut: Shortcut,
     relu: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    chain = make_chain(params, geometry, shortcut, relu, eps)
-    given = None if residual is None else pixels(residual)
-    with no_autocast(x):
-        out, states = forward(chain, pixels(x), given, choose_backend(x))
+    """What the forward ops compute, by the back end of x; out, and the fields of every state."""
+    spec = BlockSpec(geometry, eps, shortcut, relu)
+    out, states = run_forward(spec, x, residual, params, choose_backend(x))
     return out, [tensor for state in states for tensor in state]
 
 
-def _backward_impl(
+def backward_impl(
     dout: Tensor,
     x: Tensor,
     out: Tensor | None,
     params: list[Tensor],
     saved: list[Tensor],
     geometry: list[int],
-    shortcut: str,
+    eps: list[float],
+    shortcut: Shortcut,
     relu: bool,
     need_dx: bool,
 ) -> list[Tensor]:
-    chain = make_chain(params, geometry, shortcut, relu)
-    states = [LayerState(*saved[i : i + _NUM_STATE]) for i in range(0, len(saved), _NUM_STATE)]
-    with no_autocast(x):
-        grads = backward(
-            chain, pixels(dout), pixels(x), out, states, choose_backend(x), need_dx=need_dx
-        )
-    inputs = [t for t in (grads.dx, grads.dresidual) if t is not None]
-    return [*inputs, *(tensor for layer in grads.layers for tensor in layer)]
-
-
-def _empty_nhwc(like: Tensor, *size: int) -> Tensor:
-    return torch.empty(
-        size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
+    """What the backward ops compute, by the back end of x; see `run_backward`."""
+    spec = BlockSpec(geometry, eps, shortcut, relu)
+    backend = choose_backend(x)
+    return run_backward(spec, dout, x, out, params, saved, backend, need_dx=need_dx)
 
 
 def _output_size(x: Tensor, w: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
@@ -135,7 +127,7 @@ def _forward_fake(
         projects = shortcut == "projected" and i == num_layers - 1
         given = x if projects else source
         size = _output_size(given, params[3 * i], *geometry[2 * i : 2 * i + 2])
-        y = _empty_nhwc(given, *size)
+        y = empty_channels_last(given, *size)
         source = y
         out = out if projects else y
         vector = y.new_empty((y.shape[1],), dtype=stat_dtype(y.dtype))
@@ -151,43 +143,37 @@ def _backward_fake(
     params: list[Tensor],
     saved: list[Tensor],
     geometry: list[int],
+    eps: list[float],
     shortcut: str,
     relu: bool,
     need_dx: bool,
 ) -> list[Tensor]:
-    inputs = [_empty_nhwc(x, *x.shape)] if need_dx else []
+    inputs = [empty_channels_last(x, *x.shape)] if need_dx else []
     if shortcut == "given":
-        inputs.append(_empty_nhwc(dout, *dout.shape))
-    grads = [_empty_nhwc(p, *p.shape) if p.dim() == 4 else torch.empty_like(p) for p in params]
+        inputs.append(empty_channels_last(dout, *dout.shape))
+    grads = [
+        empty_channels_last(p, *p.shape) if p.dim() == 4 else torch.empty_like(p) for p in params
+    ]
     return [*inputs, *grads]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
-    x, _, params, geometry, _, shortcut, relu = inputs
+    x, _, params, *spec = inputs
     out, saved = output
     ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)
-    # Without a shortcut the ReLU's mask follows from y, which is kept anyway.
-    mask = None if shortcut == "none" else out
-    ctx.save_for_backward(x, mask, *params, *saved)
-    ctx.num_params = len(params)
-    ctx.arguments = (geometry, shortcut, relu)
+    save_block(ctx, BlockSpec(*spec), x, out, params, saved)
 
 
 def _differentiate(backward_op: Callable[..., list[Tensor]]) -> Callable[..., tuple]:
     """The autograd formula of a training op: its second half, gradients dealt to the inputs."""
 
+    def run(spec: BlockSpec, *tensors: Any, need_dx: bool) -> list[Tensor]:
+        return backward_op(*tensors, *spec, need_dx)
+
     def formula(ctx: Any, dout: Tensor | None, _: list[None]) -> tuple:
-        if dout is None:
-            return None, None, [None] * ctx.num_params, None, None, None, None
-        x, out, *rest = ctx.saved_tensors
-        params, saved = rest[: ctx.num_params], rest[ctx.num_params :]
-        _, shortcut, _ = ctx.arguments
         need_dx = ctx.needs_input_grad[0]
-        grads = backward_op(dout, x, out, params, saved, *ctx.arguments, need_dx)
-        dx = grads.pop(0) if need_dx else None
-        dresidual = grads.pop(0) if shortcut == "given" else None
-        return dx, dresidual, grads, None, None, None, None
+        dx, dresidual, grads = block_gradients(ctx, dout, run, need_dx=need_dx)
+        return dx, dresidual, grads, *[None] * len(BlockSpec._fields)
 
     return formula
 
@@ -195,11 +181,11 @@ def _differentiate(backward_op: Callable[..., list[Tensor]]) -> Callable[..., tu
 def _register(name: str) -> Callable[..., tuple[Tensor, list[Tensor]]]:
     """Register `fastres::{name}_fwd` and `_bwd` and return the first."""
     backward_op = custom_op(
-        f"fastres::{name}_bwd", _backward_impl, mutates_args=(), schema=_BACKWARD_SCHEMA
+        f"fastres::{name}_bwd", backward_impl, mutates_args=(), schema=_BACKWARD_SCHEMA
     )
     backward_op.register_fake(_backward_fake)
     forward_op = custom_op(
-        f"fastres::{name}_fwd", _forward_impl, mutates_args=(), schema=_FORWARD_SCHEMA
+        f"fastres::{name}_fwd", forward_impl, mutates_args=(), schema=_FORWARD_SCHEMA
     )
     forward_op.register_fake(_forward_fake)
     forward_op.register_autograd(_differentiate(backward_op), setup_context=_setup_context)
@@ -207,28 +193,23 @@ def _register(name: str) -> Callable[..., tuple[Tensor, list[Tensor]]]:
 
 
 _conv_bn_relu = _register("conv_bn_relu")
-_conv_bn_add_relu = _register("conv_bn_add_relu")
 _residual_block = _register("residual_block")
 
 
 def _run(
     op: Callable[..., tuple[Tensor, list[Tensor]]],
+    block: Block,
     x: Tensor,
-    layers: Sequence[ConvBN],
-    residual: Tensor | None,
-    shortcut: Shortcut,
-    relu: bool = True,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, list[BatchStats]]:
-    """Call a training op with its layers flattened."""
-    params = [tensor for layer in layers for tensor in layer[:3]]
-    geometry = [number for layer in layers for number in (layer.stride, layer.padding)]
-    eps = [layer.eps for layer in layers]
-    if can_run_eager(x, residual, *params):
-        out, stats = run_eager(x, residual, params, geometry, eps, shortcut, relu)
-        return out, [BatchStats(*pair) for pair in stats]
-    out, saved = op(x, residual, params, geometry, eps, shortcut, relu)
-    states = [LayerState(*saved[i : i + _NUM_STATE]) for i in range(0, len(saved), _NUM_STATE)]
-    return out, [BatchStats(state.mean, state.unbiased_var) for state in states]
+    """Compute a block by a training op, or by the same without torch's dispatcher."""
+    params = flat_params(block)
+    backend = eager_backend(x, residual, *params)
+    if backend is not None:
+        out, stats = run_eager(block, x, residual, backend)
+        return out, [BatchStats(*vectors) for vectors in stats]
+    out, saved = op(x, residual, params, *BlockSpec.of(block))
+    return out, [BatchStats(s.mean, s.unbiased_var) for s in to_states(saved)]
 
 
 def conv_bn_relu(x: Tensor, layer: ConvBN, *, relu: bool = True) -> tuple[Tensor, list[BatchStats]]:
@@ -248,20 +229,7 @@ def conv_bn_relu(x: Tensor, layer: ConvBN, *, relu: bool = True) -> tuple[Tensor
 
     Numerics: products in the dtype of x, sums and statistics in fp32. Deterministic.
     """
-    return _run(_conv_bn_relu, x, [layer], None, "none", relu)
-
-
-def conv_bn_add_relu(x: Tensor, layer: ConvBN, residual: Tensor) -> tuple[Tensor, list[BatchStats]]:
-    """`out = relu(bn(conv(x)) + residual)` with the statistics of this batch; differentiable.
-
-    Args:
-        x: as in `conv_bn_relu`, as are layer, the rest of the contract and the numerics.
-        layer: the convolution and its batch norm.
-        residual: (N, K, P, Q) channels_last, dtype of x.
-
-    Returns: out and the statistics of its one layer, as `conv_bn_relu`.
-    """
-    return _run(_conv_bn_add_relu, x, [layer], residual, "given")
+    return _run(_conv_bn_relu, Block([layer], relu=relu), x)
 
 
 def residual_block(
@@ -291,11 +259,12 @@ def residual_block(
     """
     if projection is not None and residual is not None:
         raise ValueError("give at most one of projection and residual")
+    shortcut: Shortcut = "input" if add_input else "none"
     if projection is not None:
-        return _run(_residual_block, x, [*layers, projection], None, "projected")
-    if residual is not None:
-        return _run(_residual_block, x, layers, residual, "given")
-    return _run(_residual_block, x, layers, None, "input" if add_input else "none")
+        shortcut = "projected"
+    elif residual is not None:
+        shortcut = "given"
+    return _run(_residual_block, Block(layers, projection, shortcut), x, residual)
 
 
 def _folded_impl(
@@ -314,11 +283,11 @@ def _folded_impl(
         )
     layer = ConvBN(filters, scale_shift[0], scale_shift[1], stride, padding)
     check_layer(x, layer)
-    given = None if residual is None else pixels(residual)
+    given = None if residual is None else to_channels_last(residual)
     check_shortcut(given, x, _output_size(x, w, stride, padding))
     with no_autocast(x):
         return choose_backend(x).conv_folded(
-            pixels(x), layer, scale_shift.contiguous(), given, relu
+            to_channels_last(x), layer, scale_shift.contiguous(), given, relu
         )
 
 
@@ -331,7 +300,7 @@ def _folded_fake(
     padding: int,
     relu: bool,
 ) -> Tensor:
-    return _empty_nhwc(x, *_output_size(x, w, stride, padding))
+    return empty_channels_last(x, *_output_size(x, w, stride, padding))
 
 
 _conv_bn_folded = custom_op(
@@ -361,7 +330,8 @@ def conv_bn_folded(
 
     Raises: ValueError: when a tensor's shape, dtype or layout is not as above.
     """
-    run = _folded_impl if can_run_eager(x, layer.w, scale_shift, residual) else _conv_bn_folded
+    is_eager = eager_backend(x, layer.w, scale_shift, residual) is not None
+    run = _folded_impl if is_eager else _conv_bn_folded
     return run(x, layer.w, scale_shift, residual, layer.stride, layer.padding, relu)
 
 
@@ -384,17 +354,20 @@ def residual_block_folded(
 
     Returns, raises: as `conv_bn_folded`; ValueError too where a layer has no scale_shift.
     """
-    everything = [*layers] if projection is None else [*layers, projection]
-    if not layers or len(scale_shifts) != len(everything):
-        raise ValueError(f"got {len(scale_shifts)} scale_shifts for {len(everything)} layers")
-    block = (x, layers, scale_shifts, projection, add_input)
-    operands = (*(layer.w for layer in everything), *scale_shifts)
-    if can_run_eager(x, *operands) and cpu_backend.is_direct_block(*block):
-        return cpu_backend.block_folded(*block)
-    shortcut = x if add_input else None
+    shortcut: Shortcut = "input" if add_input else "none"
+    block = Block(layers, projection, shortcut if projection is None else "projected")
+    filters = [layer.w for layer in block.all_layers]
+    if not layers or len(scale_shifts) != len(filters):
+        raise ValueError(f"got {len(scale_shifts)} scale_shifts for {len(filters)} layers")
+    backend = eager_backend(x, *filters, *scale_shifts)
+    if backend is not None:
+        out = backend.block_folded(x, block, scale_shifts)
+        if out is not None:
+            return out
+    residual = x if add_input else None
     if projection is not None:
-        shortcut = conv_bn_folded(x, projection, scale_shifts[-1], relu=False)
+        residual = conv_bn_folded(x, projection, scale_shifts[-1], relu=False)
     *inner, last = zip(layers, scale_shifts, strict=False)
     for layer, scale_shift in inner:
         x = conv_bn_folded(x, layer, scale_shift)
-    return conv_bn_folded(x, *last, residual=shortcut)
+    return conv_bn_folded(x, *last, residual=residual)

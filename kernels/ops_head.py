@@ -3,9 +3,9 @@
     fastres::pool_linear_fwd, _bwd              logits = mean over pixels of x @ weight.T + bias
     fastres::smooth_cross_entropy_fwd, _bwd     F.cross_entropy with mean reduction
 
-Conventions as in fused.py: ops change none of their inputs and are opaque to torch.compile; CUDA
-tensors go through the Triton kernels, CPU tensors too under TRITON_INTERPRET=1; everything else,
-and float64, is computed in plain torch. Gradients of gradients are not defined.
+Conventions as in ops.py: ops change none of their inputs and are opaque to torch.compile; CUDA
+tensors go through the Triton kernels, CPU tensors too under TRITON_INTERPRET=1; all others, and
+float64, are computed in plain torch. Gradients of gradients are not defined.
 """
 
 import importlib
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from fastres.kernels.conv_types import stat_dtype
 from fastres.kernels.dispatch import no_autocast, runs_on_triton
-from fastres.kernels.reference.block import stat_dtype
+from fastres.kernels.layout import to_channels_last
 from fastres.kernels.reference.head import (
     pool_linear_backward_ref,
     pool_linear_ref,
@@ -56,9 +57,8 @@ def _pool_linear_impl(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
         # Autocast is still on in here, and would round the products.
         with no_autocast(x):
             return pool_linear_ref(x, weight, bias)
-    pixels = x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
     return kernels.pool_linear_fwd(
-        pixels, weight.contiguous(), None if bias is None else bias.contiguous()
+        to_channels_last(x), weight.contiguous(), None if bias is None else bias.contiguous()
     )
 
 

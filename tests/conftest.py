@@ -25,6 +25,16 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def plain() -> Iterator[None]:
+    """Compute the fused ops in plain torch, whatever else is here."""
+    from fastres.kernels.dispatch import force_backend
+    from fastres.kernels.reference import backend
+
+    with force_backend(backend):
+        yield
+
+
 @pytest.fixture(scope="session")
 def jpeg_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CIFAR-10's 60,000 images as JPEG, unpacked once a session from $FASTRES_TEST_DATA."""

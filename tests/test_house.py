@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"kernels": 0, "fastres": 1, "benchmarks": 2, "tests": 3}
 MAY_USE_KERNELS = ("fastres/model/", "fastres/data/loaders/resident.py")
+# Below everything: what the machine is, and how an error is reported.
+FOR_ALL = ("fastres.host", "fastres.errors")
 
 
 def sources():
@@ -48,11 +50,42 @@ def test_imports_run_one_way(path):
     own = relative.partition("/")[0]
     for name in imported(path):
         target = home(name)
-        if target is None or target == own:
+        if target is None or target == own or name.startswith(FOR_ALL):
             continue
         assert LAYERS[target] < LAYERS[own], f"{relative} imports {name}"
         if own == "fastres" and target == "kernels":
             assert relative.startswith(MAY_USE_KERNELS), f"{relative} imports {name}"
+
+
+# Rooms of a folder, each with those that it may import from.
+ROOMS = {
+    "kernels": {
+        "reference": {"reference"},
+        "cpu": {"cpu", "reference"},
+        "gpu": {"gpu", "reference"},
+        "tools": {"tools", "gpu", "reference", "cpu"},
+    },
+    "benchmarks": {
+        "harness": {"harness"},
+        "peers": {"peers", "harness"},
+        "suites": {"suites", "peers", "harness"},
+        "roofline": {"roofline", "harness"},
+        "report": {"report", "harness"},
+        "prove": {"prove", "report", "harness"},
+    },
+}
+
+
+@pytest.mark.parametrize(("folder", "room"), [(f, room) for f in ROOMS for room in ROOMS[f]])
+def test_rooms_are_imported_one_way(folder, room):
+    package = "fastres.kernels" if folder == "kernels" else folder
+    files = sorted((ROOT / folder / room).glob("*.py"))
+    assert files
+    for path in files:
+        for name in imported(path):
+            other = name.removeprefix(f"{package}.").partition(".")[0]
+            if name.startswith(f"{package}.") and other in ROOMS[folder]:
+                assert other in ROOMS[folder][room], f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_every_package_is_shipped():

@@ -1,4 +1,4 @@
-"""The ladder from today's eager step to the fastest one, one change a rung.
+"""The ladder from today's eager step to the fastest one, one change a configuration.
 
     eager          float32, NCHW: the reference
     channels_last  + NHWC
@@ -8,7 +8,8 @@
     graph          fused + the step as one CUDA graph
     fast           what `--fast` chooses on this machine
 
-What is timed is what trains: every rung is a Config, resolved by the engine, in its TrainStep.
+What is timed is what trains: every configuration is a Config, resolved by the engine, in its
+TrainStep.
 """
 
 import math
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import fastres
+from fastres import host
 from fastres.config import Config
 from fastres.engine import machine
 from fastres.engine.runtime import Runtime, resolve_runtime
@@ -26,8 +28,8 @@ from fastres.engine.step import TrainStep
 from fastres.errors import UsageError
 
 __all__ = [
-    "RUNGS",
-    "Rung",
+    "CONFIGURATIONS",
+    "Configuration",
     "Unavailable",
     "build",
     "fixed_batch",
@@ -38,7 +40,7 @@ __all__ = [
     "why_not",
 ]
 
-RUNGS = ("eager", "channels_last", "amp", "compile", "fused", "graph", "fast")
+CONFIGURATIONS = ("eager", "channels_last", "amp", "compile", "fused", "graph", "fast")
 # Long enough that no measurement reaches its end, where the schedule is over.
 _TOTAL_STEPS = 10**6
 
@@ -60,44 +62,44 @@ def low_precision(device: torch.device) -> str:
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    if machine.bf16_instructions() is None:
+    if host.bf16_instructions() is None:
         raise Unavailable("this processor has no bfloat16 instructions")
     return "bf16"
 
 
-def why_not(rung: str, device: torch.device) -> str | None:
-    """Say why a rung cannot be had on `device`, or return None."""
-    if rung == "graph" and device.type != "cuda":
+def why_not(configuration: str, device: torch.device) -> str | None:
+    """Say why a configuration cannot be had on `device`, or return None."""
+    if configuration == "graph" and device.type != "cuda":
         return "CUDA graphs need an NVIDIA GPU"
-    if rung == "compile" and machine.cxx_compiler() is None:
+    if configuration == "compile" and machine.cxx_compiler() is None:
         return "torch.compile needs a C++ compiler"
     return None
 
 
-def make_config(rung: str, device: torch.device, **options: Any) -> Config:
-    """Return the options that a rung stands for, `options` among them.
+def make_config(configuration: str, device: torch.device, **options: Any) -> Config:
+    """Return the options that a configuration stands for, `options` among them.
 
     Raises:
         Unavailable: see `why_not` and `low_precision`.
     """
-    reason = why_not(rung, device)
+    reason = why_not(configuration, device)
     if reason:
         raise Unavailable(reason)
-    if rung == "fast":
+    if configuration == "fast":
         changes: dict[str, Any] = {"fast": True}
     else:
-        changes = {"channels_last": "off" if rung == "eager" else "on"}
-        if rung not in ("eager", "channels_last"):
+        changes = {"channels_last": "off" if configuration == "eager" else "on"}
+        if configuration not in ("eager", "channels_last"):
             changes["amp"] = low_precision(device)
         routes = {"compile": "compile", "fused": "fused", "graph": "fused"}
-        changes["route"] = routes.get(rung, "eager")
-        changes["graph"] = "on" if rung == "graph" else "off"
+        changes["route"] = routes.get(configuration, "eager")
+        changes["graph"] = "on" if configuration == "graph" else "off"
     defaults = Config(device=device.type, schedule="constant", warmup=0.0)  # type: ignore[arg-type]
     return defaults.replace(**changes, **options)
 
 
 @dataclass
-class Rung:
+class Configuration:
     """A network with its training step, ready to be timed.
 
     Attributes:
@@ -146,27 +148,27 @@ def place(config: Config, num_classes: int = 10) -> tuple[nn.Module, Runtime]:
         raise Unavailable(str(error)) from None
     if runtime.route == "fused":
         model = fastres.fuse(model, verbose=False)
+    runtime.configure_torch()
     runtime.place(model)
-    torch.backends.cudnn.benchmark = not config.deterministic
     return model, runtime
 
 
 def build(
-    rung: str,
+    configuration: str,
     model_name: str,
     batch_size: int,
     device: torch.device,
     num_classes: int = 10,
     **options: Any,
-) -> Rung:
-    """Build a rung and train its first step, which compiles and captures whatever there is.
+) -> Configuration:
+    """Build a configuration and train its first step, which compiles and captures what there is.
 
     Further options are those of `Config`.
 
     Raises:
         Unavailable: when this machine cannot have it.
     """
-    config = make_config(rung, device, model=model_name, batch_size=batch_size, **options)
+    config = make_config(configuration, device, model=model_name, batch_size=batch_size, **options)
     model, runtime = place(config, num_classes)
     model.train()
     step = TrainStep(model, config, runtime, _TOTAL_STEPS)
@@ -174,7 +176,7 @@ def build(
     images = images.to(device, memory_format=runtime.memory_format)
     labels = labels.to(device)
     step.prepare(images, labels)
-    built = Rung(model, step, runtime, (images, labels))
+    built = Configuration(model, step, runtime, (images, labels))
     step(0, images, labels)
     built.loss = step.totals.read()[0]
     return built

@@ -1,9 +1,9 @@
 """No number for a wrong result: what a provider computes is compared before it is timed.
 
-The rule is that of the kernel tests, tests/helpers/numerics.py: a route may be off from the truth
-by RATIO times what plain eager torch is off in the same dtype, and a floor. Here the RMS norm alone
-counts. A benchmark uses millions of numbers, and in their maximum a single ReLU that two correct
-networks decide differently would stand out.
+The rule is that of the kernel tests, kernels/reference/error_bound.py: a route may be off from the
+truth by RATIO times what plain eager torch is off in the same dtype, and a floor. Here the RMS norm
+alone counts. A benchmark uses millions of numbers, and in their maximum a single ReLU that two
+correct networks decide differently would stand out.
 """
 
 from collections.abc import Sequence
@@ -11,22 +11,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastres.kernels.reference.error_bound import FLOOR_RMS, RATIO
+
 __all__ = [
-    "FLOOR",
     "FP32_BOUND",
     "LOGITS_BOUND",
     "LOSS_BOUND",
-    "RATIO",
     "check",
     "distance",
 ]
 
-RATIO = 1.25
-FLOOR = {
-    torch.float32: 2 * 2.0**-24,
-    torch.float16: 2.0**-11 / 8,
-    torch.bfloat16: 2.0**-8 / 8,
-}
 # Two float32 layouts move a network's first update by 0.6 % (20 layers) to 3 % (50 and 110 layers)
 # of its RMS, measured: ReLUs near 0 tip over. A step that computes something else moves it by
 # more than its own size. bfloat16 is off by 26 % and more, so 16 bits are compared by `check`.
@@ -56,7 +50,7 @@ def check(
 ) -> None:
     """Raise AssertionError unless `actual` is as near to the truth as `eager` in `dtype` is."""
     error = distance(actual, truth)
-    allowed = RATIO * distance(eager, truth) + FLOOR[dtype]
+    allowed = RATIO * distance(eager, truth) + FLOOR_RMS[dtype]
     # Written so that a NaN fails.
     if not error <= allowed:
         raise AssertionError(f"{name} is off by {error:.2e} of the scale, allowed {allowed:.2e}")

@@ -1,4 +1,4 @@
-"""The one form of a result: rows in a CSV file and a JSON sidecar with their birth certificate.
+"""The one form of a result: rows in a CSV file, and their provenance in a JSON sidecar.
 
 A file is named <what>_<machine>_<dtype>_torch<version>_<date>.csv and is never changed afterwards;
 a second measurement of a day gets a number behind the date.
@@ -9,25 +9,26 @@ the number of measurements.
 import csv
 import json
 import re
-import shlex
 import shutil
 import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
-from fastres.engine import machine
+from benchmarks.harness.records import Clocks, RowProvenance
+from fastres import host
+from fastres.host import Provenance
 
 __all__ = [
     "RESULTS",
+    "Result",
     "Row",
     "clocks",
     "machine_key",
-    "make_certificate",
+    "make_provenance",
     "newest",
     "read_file",
     "read_results",
@@ -63,6 +64,10 @@ class Row:
     high: float
 
 
+Result = tuple[Row, RowProvenance]
+"""A row and where it comes from."""
+
+
 def summarize(
     suite: str, case: str, provider: str, metric: str, unit: str, values: Sequence[float]
 ) -> Row:
@@ -72,27 +77,19 @@ def summarize(
     return Row(suite, case, provider, metric, unit, len(values), *rounded)
 
 
-def make_certificate(dtype: str, command: Sequence[str]) -> dict[str, Any]:
-    """Return the birth certificate of measurements that this process, or its child, made now.
+def make_provenance(dtype: str, command: Sequence[str]) -> RowProvenance:
+    """Say where measurements come from that this process, or its child, made now.
 
     Args:
         dtype: of the measurements, for the name of the file: fp32, bf16, mixed, ...
         command: the words that repeat them.
     """
-    return {
-        "machine": machine.describe_machine(),
-        "clocks": clocks(),
-        "versions": machine.versions(),
-        "commit": machine.commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "dtype": dtype,
-        "command": shlex.join(command),
-    }
+    return {**host.provenance(command), "clocks": clocks(), "dtype": dtype}
 
 
-def clocks() -> dict[str, Any]:
+def clocks() -> Clocks:
     """Return clocks in MHz as the system reports them right now, and the GPU's power limit."""
-    found: dict[str, Any] = {}
+    found: Clocks = {}
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     cores = [float(value) for value in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", text, re.MULTILINE)]
@@ -110,34 +107,34 @@ def clocks() -> dict[str, Any]:
     return found
 
 
-def machine_key(certificate: dict[str, Any]) -> tuple:
-    """Return what decides speed about the machine of a certificate: only equal keys compare."""
+def machine_key(provenance: Provenance | RowProvenance) -> tuple:
+    """Return what decides the speed of the machine: only rows of equal keys compare."""
     keys = ("gpu", "cpu", "cpu_vectors", "cpu_bf16", "cores")
-    return tuple(certificate["machine"].get(key) for key in keys)
+    return tuple(provenance["machine"].get(key) for key in keys)
 
 
 def write_results(
-    what: str, rows: Iterable[Row], certificate: dict[str, Any], folder: Path = RESULTS
+    what: str, rows: Iterable[Row], provenance: RowProvenance, folder: Path = RESULTS
 ) -> Path:
     """Write rows and their sidecar to a new pair of files.
 
     Args:
         what: first part of the name.
         rows: at least one.
-        certificate: machine, versions, commit, date, command and dtype of the measurements.
+        provenance: of the measurements.
         folder: where results are kept.
 
     Returns:
         The path of the CSV file; no file that exists is touched.
     """
-    where = certificate["machine"]
+    where = provenance["machine"]
     name = where["gpu"] or f"{where['cpu']} {where['cores']} cores"
     parts = [
         what,
         re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
-        certificate["dtype"],
-        f"torch{certificate['versions']['torch']}",
-        certificate["date"][:10],
+        provenance["dtype"],
+        f"torch{provenance['versions']['torch']}",
+        provenance["date"][:10],
     ]
     stem = "_".join(parts)
     names = (f"{stem}.csv" if i == 1 else f"{stem}-{i}.csv" for i in count(1))
@@ -146,12 +143,12 @@ def write_results(
         writer = csv.DictWriter(stream, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    path.with_suffix(".json").write_text(json.dumps(certificate, indent=2) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(provenance, indent=2) + "\n")
     return path
 
 
-def read_file(path: Path) -> tuple[list[Row], dict[str, Any]]:
-    """Return the rows of one CSV file and their certificate."""
+def read_file(path: Path) -> tuple[list[Row], RowProvenance]:
+    """Return the rows of one CSV file and their provenance."""
     kinds = get_type_hints(Row)
     with path.open(newline="") as stream:
         records = list(csv.DictReader(stream))
@@ -159,19 +156,17 @@ def read_file(path: Path) -> tuple[list[Row], dict[str, Any]]:
     return rows, json.loads(path.with_suffix(".json").read_text())
 
 
-def read_results(folder: Path = RESULTS) -> list[tuple[Row, dict[str, Any]]]:
-    """Return every row with the certificate of its file, oldest file first."""
+def read_results(folder: Path = RESULTS) -> list[Result]:
+    """Return every row with the provenance of its file, oldest file first."""
     files = [(path.name, *read_file(path)) for path in folder.glob("*.csv")]
     files.sort(key=lambda file: (file[2]["date"], file[0]))
-    return [(row, certificate) for _, rows, certificate in files for row in rows]
+    return [(row, provenance) for _, rows, provenance in files for row in rows]
 
 
-def newest(
-    results: Iterable[tuple[Row, dict[str, Any]]],
-) -> list[tuple[Row, dict[str, Any]]]:
+def newest(results: Iterable[Result]) -> list[Result]:
     """Keep the last row of every suite, case, provider, metric and machine, in the given order."""
-    kept: dict[tuple, tuple[Row, dict[str, Any]]] = {}
-    for row, certificate in results:
-        where = machine_key(certificate)
-        kept[row.suite, row.case, row.provider, row.metric, where] = (row, certificate)
+    kept: dict[tuple, Result] = {}
+    for row, provenance in results:
+        where = machine_key(provenance)
+        kept[row.suite, row.case, row.provider, row.metric, where] = (row, provenance)
     return list(kept.values())

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.harness.ablation import Unavailable
+from benchmarks.harness.records import BenchmarkInfo, FinalStats
 from benchmarks.harness.timing import Sample, interleave
 
-__all__ = ["Lab", "Measured", "Prepared", "Started"]
+__all__ = ["Measured", "Prepared", "Scheduler", "Started"]
 
 # Nothing of a group begins after it has spent this much of its share, and something for what is
 # paid once: the first import, the first compilation.
@@ -41,8 +42,8 @@ class Prepared:
     """
 
     sample: Sample
-    info: dict[str, Any] = field(default_factory=dict)
-    finish: Callable[[], dict[str, Any]] = dict
+    info: BenchmarkInfo = field(default_factory=lambda: BenchmarkInfo())
+    finish: Callable[[], BenchmarkInfo | FinalStats] = lambda: BenchmarkInfo()
     warm: bool = True
     rounds: int = 25
     every: int = 1
@@ -53,7 +54,7 @@ class Measured:
     """The times of a provider in seconds, one a round, and its facts."""
 
     seconds: list[float]
-    info: dict[str, Any]
+    info: BenchmarkInfo
 
     @property
     def median(self) -> float:
@@ -70,14 +71,14 @@ def _nothing_to_start(_providers: Sequence[str]) -> AbstractContextManager[None]
     return contextlib.nullcontext()
 
 
-class Lab:
+class Scheduler:
     """Measures groups.
 
     Args:
         budget: seconds for all groups together, from now on.
         groups: key of every group that was selected, with the seconds that it wants and its
             providers. Where they want more than the budget, all get less in proportion.
-        stretch: give more than wanted where the budget has it.
+        fill_budget: give more than wanted where the budget has it.
 
     Attributes:
         results: {key: {provider: times, or why there are none}}.
@@ -88,11 +89,11 @@ class Lab:
         budget: float,
         groups: Mapping[Any, tuple[float, Sequence[str]]],
         *,
-        stretch: bool = False,
+        fill_budget: bool = False,
     ):
         self._deadline = time.perf_counter() + budget
         self._waiting = dict(groups)
-        self._stretch = stretch
+        self._fill_budget = fill_budget
         self.results: dict[Any, dict[str, Measured | Exception]] = {}
 
     def measure(
@@ -104,7 +105,7 @@ class Lab:
             wanted, providers = self._waiting.pop(key)
             left = max(0.0, self._deadline - time.perf_counter())
             share = left * wanted / wanted_by_all
-            share = share if self._stretch else min(wanted, share)
+            share = share if self._fill_budget else min(wanted, share)
             share = share if share >= _WORTHWHILE * wanted else 0.0
             with started(providers if share else []):
                 self.results[key] = _measure_group(providers, prepare, share)

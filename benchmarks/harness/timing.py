@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from fastres.kernels.tools.graph_timer import GRAPH_REPLAYS, graph_sample
+
 __all__ = [
     "GRAPH_REPLAYS",
     "REPLAY",
@@ -26,8 +28,6 @@ __all__ = [
 Sample = Callable[[], float]
 """Runs one round and returns how many seconds one call in it took."""
 
-GRAPH_REPLAYS = 10
-_HOT_CALLS = 8
 # A GPU drained after every short step would show the latency of launches instead of their rate.
 _SHORTEST_SAMPLE_S = {"cpu": 2e-3, "cuda": 5e-2}
 _MOST_CALLS = 200
@@ -120,53 +120,6 @@ def wall_sample(call: Callable[[], object], device: torch.device) -> Sample:
             shortest = _SHORTEST_SAMPLE_S[device.type]
             num_calls = min(_MOST_CALLS, math.ceil(shortest / max(timed(1), 1e-7)))
         return timed(num_calls)
-
-    return sample
-
-
-def graph_sample(
-    call: Callable[[], object], device: torch.device, *, cold: bool, before: Callable | None = None
-) -> Sample:
-    """Time kernels alone: the call as a CUDA graph, replayed between two events.
-
-    Args:
-        call: what is captured; it must not wait for the device.
-        device: a CUDA device.
-        cold: overwrite the L2 cache before every replay; otherwise operands may lie in it.
-        before: called once on the stream of the capture. The autograd engine runs a backward
-            pass on the stream of its forward, which must be the one that captures.
-    """
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        if before is not None:
-            before()
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    # Hot calls follow each other in the graph, or the gaps between its launches would be timed too.
-    num_calls = 1 if cold else _HOT_CALLS
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(num_calls):
-            call()
-    num_flushed = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-    flush = torch.empty(num_flushed if cold else 0, dtype=torch.int8, device=device)
-
-    def sample() -> float:
-        marks = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            for _ in range(GRAPH_REPLAYS)
-        ]
-        for start, end in marks:
-            if cold:
-                flush.zero_()
-            start.record()
-            graph.replay()
-            end.record()
-        torch.cuda.synchronize(device)
-        total = sum(start.elapsed_time(end) for start, end in marks)
-        return total / 1e3 / GRAPH_REPLAYS / num_calls
 
     return sample
 

@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from benchmarks.harness.records import FinalStats, WorkerReady
 from fastres.engine import machine
 
-__all__ = ["Fleet", "Worker", "serve", "wait_for_start"]
+__all__ = ["Worker", "WorkerPool", "serve", "wait_for_start"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +30,7 @@ def wait_for_start() -> None:
     sys.stdin.readline()
 
 
-def serve(run: Callable[[int], int], hello: dict[str, Any]) -> None:
+def serve(run: Callable[[int], int], hello: WorkerReady) -> None:
     """Answer requests until stdin ends; the far side is `Worker`.
 
     Args:
@@ -45,7 +46,7 @@ def serve(run: Callable[[int], int], hello: dict[str, Any]) -> None:
     _say({"resident_bytes": machine.peak_memory_mib() * 2**20})
 
 
-def _say(message: dict[str, Any]) -> None:
+def _say(message: Mapping[str, object]) -> None:
     print(json.dumps(message), flush=True)
 
 
@@ -79,30 +80,33 @@ class Worker:
         )
 
     @functools.cached_property
-    def hello(self) -> dict[str, Any]:
+    def hello(self) -> WorkerReady:
         """What the process says when it is ready: it is told to get so, and waited for.
 
         Raises:
             RuntimeError: when it ends before, with the end of what it wrote to stderr.
         """
         self._ask("start")
-        return self._hear()
+        return cast(WorkerReady, self._hear())
 
     def sample(self) -> float:
         """Have one round trained and return the seconds of one step."""
         self._ask(str(self.steps))
         return self._hear()["seconds"] / self.steps
 
-    def close(self) -> dict[str, Any]:
-        """End the process and return its last words: {"resident_bytes": ...}."""
+    def close(self) -> FinalStats:
+        """End the process and return its final statistics: {"resident_bytes": ...}."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.close()
             last = self._hear()
+            # An interrupted round is still answered first.
+            while "resident_bytes" not in last:
+                last = self._hear()
             self._process.wait(timeout=30)
         finally:
             self.kill()
-        return last
+        return cast(FinalStats, last)
 
     def kill(self) -> None:
         """End the process whatever it is doing."""
@@ -113,7 +117,7 @@ class Worker:
                 stream.close()  # type: ignore[union-attr]
 
     def _ask(self, line: str) -> None:
-        """Send a line; a process that has ended is found out by `_hear`, with its last words."""
+        """Send a line; a process that has ended is found out by `_hear`."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(f"{line}\n")
@@ -131,7 +135,7 @@ class Worker:
         raise RuntimeError(f"{self.name} ended with {code}: " + "\n".join(tail))
 
 
-class Fleet:
+class WorkerPool:
     """The workers of a group: they start side by side and are waited for one by one.
 
     Args:

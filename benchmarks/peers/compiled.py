@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastres
-from benchmarks.peers import parts
+from benchmarks.peers import common
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate and print one JSON line."""
-    options = parts.parse(argv, "benchmarks.peers.compiled", __doc__)
+    options = common.parse(argv, "benchmarks.peers.compiled", __doc__)
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
-    data = parts.load_data(options.data_dir, options.limit)
+    data = common.load_data(options.data_dir, options.limit)
     model = fastres.create_model(options.model, data.num_classes, seed=options.seed)
     model = model.to(device).to(memory_format=torch.channels_last)
     network = torch.compile(model)
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             return model(move(images)).argmax(1).cpu()
 
-    return parts.run(options, data, model, step, predict, "bf16")
+    return common.run(options, data, model, step, predict, "bf16")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastres
-from benchmarks.peers import parts
+from benchmarks.peers import common
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate and print one JSON line."""
-    options = parts.parse(argv, "benchmarks.peers.eager_amp", __doc__)
+    options = common.parse(argv, "benchmarks.peers.eager_amp", __doc__)
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
-    data = parts.load_data(options.data_dir, options.limit)
+    data = common.load_data(options.data_dir, options.limit)
     model = fastres.create_model(options.model, data.num_classes, seed=options.seed).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, weight_decay=5e-4)
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return model(images.to(device)).argmax(1).cpu()
 
     precision = "fp16" if dtype == torch.float16 else "bf16"
-    return parts.run(options, data, model, step, predict, precision)
+    return common.run(options, data, model, step, predict, precision)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastres
-from benchmarks.peers import parts
+from benchmarks.peers import common
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate and print one JSON line."""
-    options = parts.parse(argv, "benchmarks.peers.eager_fp32", __doc__)
+    options = common.parse(argv, "benchmarks.peers.eager_fp32", __doc__)
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
-    data = parts.load_data(options.data_dir, options.limit)
+    data = common.load_data(options.data_dir, options.limit)
     model = fastres.create_model(options.model, data.num_classes, seed=options.seed).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, weight_decay=5e-4)
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def predict(images: Tensor) -> Tensor:
         return model(images.to(device)).argmax(1).cpu()
 
-    return parts.run(options, data, model, step, predict)
+    return common.run(options, data, model, step, predict)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,6 @@
-"""Prove."""
+"""All evidence in one command: `python -m benchmarks.prove`.
+
+proof.py runs the steps of parts.py inside a budget, each as a process of its own; environment.py
+says what the machine is and lacks. compare.py measures this tree against another revision, check.py
+against the recorded rows.
+"""

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.harness.rows import RESULTS, Row, machine_key, newest, read_results
+from benchmarks.harness.records import RowProvenance
+from benchmarks.harness.rows import RESULTS, Result, Row, machine_key, newest, read_results
 from benchmarks.prove.compare import ROOT, run_suite
 from benchmarks.report.collect import rows_of_report
-from benchmarks.report.tables import HIGHER_IS_BETTER, LOWER_IS_BETTER, Result, machine_label
+from benchmarks.report.tables import HIGHER_IS_BETTER, LOWER_IS_BETTER, machine_label
 from fastres.cli import guarded
 from fastres.errors import UsageError
 
@@ -31,16 +32,16 @@ class Verdict:
     unknown: list[str] = field(default_factory=list)
 
 
-def judge(rows: Iterable[Row], certificate: dict, recorded: Iterable[Result]) -> Verdict:
+def judge(rows: Iterable[Row], provenance: RowProvenance, recorded: Iterable[Result]) -> Verdict:
     """Compare new rows with the newest recorded ones of the same machine.
 
     A recorded row of a single measurement has no spread and judges nobody.
     """
-    where = machine_key(certificate)
+    where = machine_key(provenance)
     known = {
         (old.suite, old.case, old.provider, old.metric, old.unit): old
-        for old, birth in newest(recorded)
-        if machine_key(birth) == where and old.n > 1
+        for old, provenance in newest(recorded)
+        if machine_key(provenance) == where and old.n > 1
     }
     verdict = Verdict()
     for row in rows:
@@ -71,12 +72,12 @@ def _run(argv: Sequence[str]) -> int:
         raise UsageError(f"--results must be a folder, got {options.results}")
     if not any(argument.startswith("benchmarks") for argument in suite):
         suite = ["benchmarks/", *suite]
-    rows, certificate = rows_of_report(run_suite(ROOT, suite))
-    verdict = judge(rows, certificate, read_results(options.results))
+    rows, provenance = rows_of_report(run_suite(ROOT, suite))
+    verdict = judge(rows, provenance, read_results(options.results))
     for line in verdict.slower:
         print(f"slower: {line}")
     if verdict.unknown:
-        where = machine_label(certificate)
+        where = machine_label(provenance)
         print(f"{len(verdict.unknown)} of {len(rows)} rows were never recorded on {where}")
     print(f"{len(verdict.in_spread)} within the recorded spread, {len(verdict.slower)} slower")
     return 1 if verdict.slower else 0

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
 
+from benchmarks.harness.records import BenchmarkReport
 from fastres.cli import guarded
 from fastres.errors import FailureError, UsageError
 
@@ -78,7 +78,7 @@ def _check_import(tree: Path, env: dict[str, str]) -> None:
         raise FailureError(f"fastres in {tree} cannot be imported: {found.stderr.strip()[-300:]}")
 
 
-def run_suite(tree: Path, arguments: Sequence[str]) -> dict[str, Any]:
+def run_suite(tree: Path, arguments: Sequence[str]) -> BenchmarkReport:
     """Run pytest on the suites of `tree` and return pytest-benchmark's report.
 
     Raises:
@@ -101,7 +101,7 @@ def run_suite(tree: Path, arguments: Sequence[str]) -> dict[str, Any]:
     return json.loads(text)
 
 
-def _add_times(times: Times, report: dict[str, Any]) -> None:
+def _add_times(times: Times, report: BenchmarkReport) -> None:
     for benchmark in report["benchmarks"]:
         times[benchmark["fullname"]] += benchmark["stats"]["data"]
 

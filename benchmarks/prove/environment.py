@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.rows import make_certificate
+from benchmarks.harness.rows import make_provenance
 
-__all__ = ["find_faults", "is_installed", "main"]
+__all__ = ["find_problems", "is_installed", "main"]
 
 _NEEDED = ("torch", "numpy", "pytest")
 # Parts that need one of these are left out without it.
@@ -55,7 +55,7 @@ def _gpu() -> dict[str, Any] | None:
     }
 
 
-def find_faults(found: dict[str, Any]) -> list[str]:
+def find_problems(found: dict[str, Any]) -> list[str]:
     """Say what in a description of `main` stands against a proof."""
     faults = [f"{name} is not installed" for name in found["missing"] if name in _NEEDED]
     torch_version = found["versions"]["torch"]
@@ -79,14 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the description")
     options = parser.parse_args(argv)
     missing = [name for name in (*_NEEDED, *_USEFUL) if not is_installed(name)]
-    certificate = make_certificate("mixed", ["python", "-m", "benchmarks.prove.environment"])
+    provenance = make_provenance("mixed", ["python", "-m", "benchmarks.prove.environment"])
     found: dict[str, Any] = {
-        **certificate,
+        **provenance,
         "gpu": None if "torch" in missing else _gpu(),
         "nvidia_smi": shutil.which("nvidia-smi") is not None,
         "missing": missing,
     }
-    found["faults"] = find_faults(found)
+    found["faults"] = find_problems(found)
     options.out.write_text(json.dumps(found, indent=2) + "\n")
     for key in ("machine", "clocks", "versions", "gpu", "commit"):
         print(f"{key}: {found[key]}")

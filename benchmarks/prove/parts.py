@@ -127,7 +127,7 @@ def _suite(suite: str, weight: float, least: float) -> Part:
 
 
 def _roofline(model: str, batch_size: int) -> Part:
-    """The roofline of a ladder's case; a suite's share of it is counted from its ceilings."""
+    """The roofline of a ladder's case; a suite's share of it is counted from its peak_rates."""
     case = ("--model", model, "--batch-size", str(batch_size), "--seconds", "{SECONDS}")
     files = ("--results", "{OUT}", "--out", f"{{OUT}}/roofline_{model}.png")
     command = ("benchmarks.roofline", *case, *files)

@@ -171,9 +171,9 @@ class Proof:
         except (OSError, ValueError):
             outcome.notes.append("no report, so no rows")
             return
-        rows, certificate = rows_of_report(content, self.out)
+        rows, provenance = rows_of_report(content, self.out)
         if rows:
-            write_results(f"bench_{suite}", rows, certificate, self.out)
+            write_results(f"bench_{suite}", rows, provenance, self.out)
 
     def write_summary(self) -> None:
         """Write summary.json anew."""

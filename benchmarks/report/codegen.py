@@ -1,7 +1,7 @@
-"""The report card of the kernels as rows, and as the tables of docs/kernel-card.md.
+"""The codegen report of the kernels as rows, and as the tables of docs/codegen.md.
 
-    python -m fastres.kernels.tools.codegen --arch sm_80 sm_90 sm_100 --json CARDS
-    python -m benchmarks.report.codegen collect CARDS     rows of benchmarks/results
+    python -m fastres.kernels.tools.codegen --arch sm_80 sm_90 sm_100 --json REPORT
+    python -m benchmarks.report.codegen collect REPORT     rows of benchmarks/results
     python -m benchmarks.report.codegen page [--check]    the page, from the newest rows
 
 A row holds one number of one launch; its provider is the GPU architecture. Nothing here was
@@ -17,13 +17,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness.rows import Row, make_certificate, newest, read_results, write_results
+from benchmarks.harness.rows import (
+    Result,
+    Row,
+    make_provenance,
+    newest,
+    read_results,
+    write_results,
+)
 from fastres.kernels.tools import codegen
 
 __all__ = ["fill", "main", "rows_of"]
 
+# As the recorded rows name it.
 SUITE = "kernel_card"
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernel-card.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "codegen.md"
 COMMAND = ("python", "-m", "fastres.kernels.tools.codegen", "--arch", *codegen.ARCHITECTURES)
 
 # What depends on the architecture, and what a launch declares whatever it runs on.
@@ -40,42 +48,42 @@ _UNITS = {
 }
 _DECLARED = ("launches", "declared_bytes", "declared_flops")
 _CASE = ("precision", "model", "layer", "kernel", "variant", "tile", "configured_by")
-_BLOCK = re.compile(r"(<!-- kernel card: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- codegen: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 class Launch(NamedTuple):
-    """One launch of the card: the words of its case, and its numbers by metric."""
+    """One launch of the report: the labels of its case, and its numbers by metric."""
 
-    words: dict[str, str]
+    labels: dict[str, str]
     numbers: dict[str, float]
 
 
-def rows_of(cards: Iterable[dict[str, Any]]) -> list[Row]:
-    """Turn the JSON of the inspect command into rows; what is declared is kept once."""
+def rows_of(entries: Iterable[dict[str, Any]]) -> list[Row]:
+    """Turn the JSON of the codegen command into rows; what is declared is kept once."""
     rows: dict[tuple[str, str, str], Row] = {}
     seen: set[str] = set()
-    for card in cards:
-        case = " | ".join(str(card[word]) for word in _CASE)
+    for entry in entries:
+        case = " | ".join(str(entry[name]) for name in _CASE)
         skipped = _DECLARED if case in seen else ()
         for metric, unit in _UNITS.items():
-            value = card[metric]
+            value = entry[metric]
             if value is not None and metric not in skipped:
-                key = (case, card["arch"], metric)
-                rows[key] = Row(SUITE, case, card["arch"], metric, unit, 1, *[float(value)] * 3)
+                key = (case, entry["arch"], metric)
+                rows[key] = Row(SUITE, case, entry["arch"], metric, unit, 1, *[float(value)] * 3)
         seen.add(case)
     return list(rows.values())
 
 
-def _launches(results: Sequence[tuple[Row, dict[str, Any]]]) -> dict[str, list[Launch]]:
-    """The newest card of every architecture: its launches, in the order of the rows."""
+def _launches(results: Sequence[Result]) -> dict[str, list[Launch]]:
+    """The newest report of every architecture: its launches, in the order of the rows."""
     rows = [row for row, _ in newest(results) if row.suite == SUITE]
     declared = {(row.case, row.metric): row.median for row in rows if row.metric in _DECLARED}
     found: dict[str, dict[str, Launch]] = {}
     for row in rows:
-        words = dict(zip(_CASE, row.case.split(" | "), strict=True))
+        labels = dict(zip(_CASE, row.case.split(" | "), strict=True))
         shared = {name: declared[row.case, name] for name in _DECLARED}
         launches = found.setdefault(row.provider, {})
-        launches.setdefault(row.case, Launch(words, shared)).numbers[row.metric] = row.median
+        launches.setdefault(row.case, Launch(labels, shared)).numbers[row.metric] = row.median
     return {arch: list(launches.values()) for arch, launches in found.items()}
 
 
@@ -91,15 +99,15 @@ def _bits(values: Sequence[float]) -> str:
 def worst_table(launches: dict[str, list[Launch]]) -> str:
     """One line a kernel and architecture: the worst of all its launches."""
     lines = []
-    kernels = sorted({launch.words["kernel"] for every in launches.values() for launch in every})
+    kernels = sorted({launch.labels["kernel"] for every in launches.values() for launch in every})
     for kernel in kernels:
         for arch in codegen.ARCHITECTURES:
-            of_kernel = [x for x in launches.get(arch, []) if x.words["kernel"] == kernel]
+            of_kernel = [x for x in launches.get(arch, []) if x.labels["kernel"] == kernel]
             if not of_kernel:
                 continue
             numbers = {name: [x.numbers[name] for x in of_kernel] for name in list(_UNITS)[:4]}
             # The images that a stem reads have 3 channels, so no wide load fits them.
-            deep = [x for x in of_kernel if x.words["layer"] != "stem"]
+            deep = [x for x in of_kernel if x.labels["layer"] != "stem"]
             bits = [x.numbers["pixel_load_bits"] for x in deep if "pixel_load_bits" in x.numbers]
             is_conv = kernel.startswith("conv")
             lines.append(
@@ -122,10 +130,10 @@ def launch_table(launches: Iterable[Launch]) -> str:
     """One line a launch of the heuristics: form, layer, tile and all numbers."""
     lines = [
         [
-            words["kernel"].removesuffix("_kernel"),
-            words["variant"],
-            f"{words['model']} {words['layer']}",
-            words["tile"],
+            labels["kernel"].removesuffix("_kernel"),
+            labels["variant"],
+            f"{labels['model']} {labels['layer']}",
+            labels["tile"],
             f"{numbers['launches']:.0f}",
             f"{numbers['registers']:.0f}",
             f"{numbers['shared_bytes'] / 1024:.1f}",
@@ -135,16 +143,16 @@ def launch_table(launches: Iterable[Launch]) -> str:
             f"{numbers['declared_flops'] / 1e6:.3g}",
             f"{numbers['roofline_us_estimate']:.3g}",
         ]
-        for words, numbers in launches
-        if words["configured_by"] == "heuristics"
+        for labels, numbers in launches
+        if labels["configured_by"] == "heuristics"
     ]
     header = ["kernel", "form", "layer", "tile", "times", "regs", "KiB", "tensor cores"]
     header += ["pixel loads, bits", "MB", "MFLOP", "roofline, us (ESTIMATE)"]
     return _markdown(header, lines)
 
 
-def fill(page: str, results: Sequence[tuple[Row, dict[str, Any]]]) -> str:
-    """Return `page` with every block `<!-- kernel card: NAME -->` written anew.
+def fill(page: str, results: Sequence[Result]) -> str:
+    """Return `page` with every block `<!-- codegen: NAME -->` written anew.
 
     NAME is `worst`, or an architecture whose launches are listed.
     """
@@ -167,20 +175,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     collect = kinds.add_parser("collect", help="write rows")
-    collect.add_argument("cards", type=Path, help="JSON of the inspect command")
+    collect.add_argument("report", type=Path, help="JSON of the codegen command")
     page = kinds.add_parser("page", help="write the page from the rows")
     page.add_argument("--check", action="store_true", help="change nothing, fail on a difference")
     options = parser.parse_args(argv)
     if options.kind == "collect":
         try:
-            cards = json.loads(options.cards.read_text())
-            if not isinstance(cards, list) or not cards:
-                raise ValueError("no cards of the inspect command")
-            dtype = "-".join(sorted({card["precision"] for card in cards}))
-            certificate = make_certificate(dtype, [*COMMAND, "--json", "CARDS"])
-            print(write_results(SUITE, rows_of(cards), certificate))
+            entries = json.loads(options.report.read_text())
+            if not isinstance(entries, list) or not entries:
+                raise ValueError("no report of the codegen command")
+            dtype = "-".join(sorted({entry["precision"] for entry in entries}))
+            provenance = make_provenance(dtype, [*COMMAND, "--json", "REPORT"])
+            print(write_results(SUITE, rows_of(entries), provenance))
         except (OSError, ValueError, KeyError) as error:
-            print(f"error: {options.cards}: {error}", file=sys.stderr)
+            print(f"error: {options.report}: {error}", file=sys.stderr)
             return 2
         return 0
     text = PAGE.read_text()

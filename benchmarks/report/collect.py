@@ -15,8 +15,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
+from benchmarks.harness.records import (
+    BenchmarkInfo,
+    BenchmarkRecord,
+    BenchmarkReport,
+    RowProvenance,
+)
 from benchmarks.harness.rows import (
     RESULTS,
     Row,
@@ -27,8 +33,9 @@ from benchmarks.harness.rows import (
     summarize,
     write_results,
 )
+from fastres.engine.summary import Summary
 
-__all__ = ["Ceilings", "ceilings_of", "main", "rows_of", "rows_of_report"]
+__all__ = ["PeakRates", "main", "peak_rates_of", "rows_of", "rows_of_report"]
 
 _METRICS = {
     "test_accuracy": "%",
@@ -40,7 +47,7 @@ _METRICS = {
 }
 
 
-def _case(summary: dict[str, Any]) -> str:
+def _case(summary: Summary) -> str:
     return (
         f"{summary['dataset']} {summary['train_images']} {summary['model']} "
         f"w{summary['width']:g} {summary['recipe']} {summary['epochs']:g} epochs "
@@ -48,38 +55,44 @@ def _case(summary: dict[str, Any]) -> str:
     )
 
 
-def _provider(summary: dict[str, Any]) -> str:
+def _provider(summary: Summary) -> str:
     layout = "channels_last" if summary["channels_last"] else "nchw"
     return f"{summary['route']} {summary['precision']} {layout} {summary['loader']}"
 
 
-def rows_of(summaries: Sequence[dict[str, Any]]) -> list[Row]:
+def rows_of(summaries: Sequence[Summary]) -> list[Row]:
     """Group run summaries by case and provider, one row a metric."""
     groups = defaultdict(list)
     for summary in summaries:
         groups[_case(summary), _provider(summary)].append(summary)
     return [
-        summarize("train", case, provider, metric, unit, [float(run[metric]) for run in runs])
+        summarize(
+            "train", case, provider, metric, unit, [float(cast(Any, run)[metric]) for run in runs]
+        )
         for (case, provider), runs in groups.items()
         for metric, unit in _METRICS.items()
     ]
 
 
 # Operations/s by dtype and bytes/s that a machine was measured to reach at most.
-Ceilings = tuple[dict[str, float], float]
+PeakRates = tuple[dict[str, float], float]
 
 _WHOLE_RUNS = ("accuracy", "whole run", "start-up", "compile")
-_RATES = (
+_RATES: tuple[tuple[Literal["images", "bytes", "flops"], str, str, float], ...] = (
     ("images", "images_per_second", "images/s", 1),
     ("bytes", "bandwidth", "GB/s", 1e9),
     ("flops", "arithmetic", "GFLOP/s", 1e9),
 )
+_MEMORY: tuple[tuple[Literal["peak_bytes", "resident_bytes"], str], ...] = (
+    ("peak_bytes", "peak_memory"),
+    ("resident_bytes", "resident_memory"),
+)
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def ceilings_of(certificate: dict[str, Any], folder: Path = RESULTS) -> Ceilings | None:
-    """Return the ceilings of a certificate's machine from `folder`; None: not measured yet."""
-    here = machine_key(certificate)
+def peak_rates_of(provenance: RowProvenance, folder: Path = RESULTS) -> PeakRates | None:
+    """Return the peak rates of a provenance's machine from `folder`; None: not measured yet."""
+    here = machine_key(provenance)
     found = {
         row.case: row.median * 1e9
         for row, other in newest(read_results(folder))
@@ -95,25 +108,25 @@ def ceilings_of(certificate: dict[str, Any], folder: Path = RESULTS) -> Ceilings
 
 
 def rows_of_report(
-    report: dict[str, Any], folder: Path = RESULTS
-) -> tuple[list[Row], dict[str, Any]]:
-    """Turn a report of pytest --benchmark-json into rows and their certificate.
+    report: BenchmarkReport, folder: Path = RESULTS
+) -> tuple[list[Row], RowProvenance]:
+    """Turn a report of pytest --benchmark-json into rows and their provenance.
 
     A benchmark's extra_info says what a call works on: `images`, `bytes`, `flops`; every such
-    amount gives a rate. The share of the roofline needs ceilings of this machine among the
+    amount gives a rate. The share of the roofline needs peak rates of this machine among the
     results of `folder`.
     """
-    certificate = report["certificate"] | {"date": report["datetime"]}
-    ceilings = ceilings_of(certificate, folder)
-    rows = [row for benchmark in report["benchmarks"] for row in _rows_of(benchmark, ceilings)]
+    provenance = report["provenance"] | {"date": report["datetime"]}
+    peak_rates = peak_rates_of(provenance, folder)
+    rows = [row for benchmark in report["benchmarks"] for row in _rows_of(benchmark, peak_rates)]
     dtypes = {benchmark["extra_info"]["dtype"] for benchmark in report["benchmarks"]} - {"any"}
     names = sorted({_SHORT.get(dtype, dtype) for dtype in dtypes})
-    certificate["dtype"] = "-".join(names) or "any"
-    certificate["clock"] = sorted({b["extra_info"]["clock"] for b in report["benchmarks"]})
-    return rows, certificate
+    provenance["dtype"] = "-".join(names) or "any"
+    provenance["clock"] = sorted({b["extra_info"]["clock"] for b in report["benchmarks"]})
+    return rows, provenance
 
 
-def _rows_of(benchmark: dict[str, Any], ceilings: Ceilings | None) -> Iterator[Row]:
+def _rows_of(benchmark: BenchmarkRecord, peak_rates: PeakRates | None) -> Iterator[Row]:
     """Yield the rows of one provider of one case."""
     info, seconds = benchmark["extra_info"], benchmark["stats"]["data"]
 
@@ -133,8 +146,9 @@ def _rows_of(benchmark: dict[str, Any], ceilings: Ceilings | None) -> Iterator[R
         yield row("time", "ms", lambda s: 1e3 * s)
     for key, metric, unit, scale in _RATES:
         if key in info:
-            yield row(metric, unit, lambda s, work=info[key] / scale: work / s)  # type: ignore[misc]
-    floor = _floor(info, ceilings)
+            work = info[key] / scale
+            yield row(metric, unit, lambda s, work=work: work / s)  # type: ignore[misc]
+    floor = _floor(info, peak_rates)
     if floor:
         yield row("roofline_share", "%", lambda s: 100 * floor / s)
     base = info.get("baseline_seconds")
@@ -148,20 +162,20 @@ def _rows_of(benchmark: dict[str, Any], ceilings: Ceilings | None) -> Iterator[R
         training = (info["images"] / s for s in seconds)
         ratios = (rate / own for rate, own in zip(rates, training, strict=True))
         yield amount("evaluation_over_training", "x", *ratios)
-    for key, metric in (("peak_bytes", "peak_memory"), ("resident_bytes", "resident_memory")):
-        if key in info:
-            yield amount(metric, "MiB", info[key] / 2**20)
+    for amount_key, metric in _MEMORY:
+        if amount_key in info:
+            yield amount(metric, "MiB", info[amount_key] / 2**20)
     if info.get("test_accuracy"):
         yield amount("test_accuracy", "%", *info["test_accuracy"])
         yield amount("train_seconds", "s", *info["train_seconds"])
 
 
-def _floor(info: dict[str, Any], ceilings: Ceilings | None) -> float | None:
+def _floor(info: BenchmarkInfo, peak_rates: PeakRates | None) -> float | None:
     """Seconds under which a call that declares its bytes and operations cannot be."""
     dtype = _SHORT.get(info["dtype"], info["dtype"])
-    if ceilings is None or "bytes" not in info or dtype not in ceilings[0]:
+    if peak_rates is None or "bytes" not in info or dtype not in peak_rates[0]:
         return None
-    products, copy = ceilings
+    products, copy = peak_rates
     return max(info["bytes"] / copy, info["flops"] / products[dtype])
 
 
@@ -170,24 +184,28 @@ def _collect_runs(what: str, folders: Sequence[Path]) -> Path:
     for key in ("machine", "versions", "commit"):
         if any(summary[key] != summaries[0][key] for summary in summaries):
             raise ValueError(f"the runs differ in their {key}; collect them apart")
-    certificate = {key: summaries[-1][key] for key in ("machine", "versions", "commit", "date")}
-    certificate |= {
+    last = summaries[-1]
+    provenance: RowProvenance = {
+        "machine": last["machine"],
+        "versions": last["versions"],
+        "commit": last["commit"],
+        "date": last["date"],
         "dtype": "-".join(sorted({summary["precision"] for summary in summaries})),
         "command": [summary["command"] for summary in summaries],
         "seeds": [summary["seed"] for summary in summaries],
         "dataset_fingerprint": sorted({summary["dataset_fingerprint"] for summary in summaries}),
     }
-    return write_results(what, rows_of(summaries), certificate)
+    return write_results(what, rows_of(summaries), provenance)
 
 
 def _collect_benchmarks(what: str, path: Path) -> Path:
     report = json.loads(path.read_text())
-    if not isinstance(report, dict) or not {"benchmarks", "certificate"} <= report.keys():
+    if not isinstance(report, dict) or not {"benchmarks", "provenance"} <= report.keys():
         raise ValueError(f"{path} is no report of these suites")
-    rows, certificate = rows_of_report(report)
+    rows, provenance = rows_of_report(cast(BenchmarkReport, report))
     if not rows:
         raise ValueError(f"{path} holds no benchmark that ended well")
-    return write_results(what, rows, certificate)
+    return write_results(what, rows, provenance)
 
 
 def _collect_proof(folder: Path) -> list[Path]:

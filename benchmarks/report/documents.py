@@ -19,9 +19,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.harness.rows import read_results
+from benchmarks.harness.rows import Result, read_results
 from benchmarks.report.plots import Picture, pictures
-from benchmarks.report.tables import Result, choose, cross_table, table
+from benchmarks.report.tables import choose, cross_table, table
 
 __all__ = ["fill", "loose_numbers", "main"]
 

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.harness.rows import Row, newest
-from benchmarks.report.tables import Baselines, Result, by_machine, machine_label, number
+from benchmarks.harness.records import RowProvenance
+from benchmarks.harness.rows import Result, Row, newest
+from benchmarks.report.tables import Baselines, by_machine, machine_label, number
 
 __all__ = ["Picture", "pictures"]
 
@@ -94,8 +95,8 @@ def pictures(results: Sequence[Result]) -> list[Picture]:
     return found
 
 
-def _name(kind: str, certificate: dict[str, Any]) -> str:
-    machine = certificate["machine"]
+def _name(kind: str, provenance: RowProvenance) -> str:
+    machine = provenance["machine"]
     where = machine["gpu"] or f"{machine['cores']} cores {machine['cpu']} {machine['cpu_vectors']}"
     return re.sub(r"[^a-z0-9]+", "-", f"{kind} {where}".lower()).strip("-")
 
@@ -120,9 +121,9 @@ def _bars(kind: str, suite: str, group: list[Result]) -> list[Picture]:
         cases.setdefault(result[0].case, []).append(result)
     if not cases:
         return []
-    certificate = rates[0][1]
+    provenance = rates[0][1]
     roofs = {case: _roof(case, group) for case in cases} if suite in ("ladder", "step") else {}
-    title = f"{suite}: images/s, whiskers from lowest to highest; {machine_label(certificate)}"
+    title = f"{suite}: images/s, whiskers from lowest to highest; {machine_label(provenance)}"
     shown = [row for row, _ in rates] + [roof for roof in roofs.values() if roof]
 
     def draw() -> Any:
@@ -134,7 +135,7 @@ def _bars(kind: str, suite: str, group: list[Result]) -> list[Picture]:
             _draw_bars(axes, case, bars, baselines, roofs.get(case))
         return figure
 
-    name = _name(kind if suite == kind else f"{kind} {suite}", certificate)
+    name = _name(kind if suite == kind else f"{kind} {suite}", provenance)
     return [Picture(kind, name, title, tuple(shown), draw)]
 
 
@@ -151,11 +152,11 @@ def _draw_bars(
     axes: Any, case: str, bars: list[Result], baselines: Baselines, roof: Row | None
 ) -> None:
     names = [row.provider for row, _ in bars]
-    for place, (row, certificate) in enumerate(bars):
+    for place, (row, provenance) in enumerate(bars):
         spread = [[row.median - row.low], [row.high - row.median]]
         error = {"ecolor": "0.25", "capsize": 2, "elinewidth": 1}
         axes.barh(place, row.median, xerr=spread, color=_colour(row.provider), error_kw=error)
-        ratio = baselines.speedup((row, certificate))
+        ratio = baselines.speedup((row, provenance))
         text = number(row.median) if ratio is None else f"{number(row.median)}   {ratio:.2f} x"
         style = {"va": "center", "fontsize": 8, "zorder": 3}
         # The text may stand on the line of the roofline.
@@ -164,8 +165,8 @@ def _draw_bars(
         axes.annotate(text, (row.high, place), **offset, **style, bbox=box)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    ceiling = _draw_roof(axes, roof) if roof is not None else 0.0
-    axes.set_xlim(0, max(1.25 * max(row.high for row, _ in bars), 1.06 * ceiling))
+    peak = _draw_roof(axes, roof) if roof is not None else 0.0
+    axes.set_xlim(0, max(1.25 * max(row.high for row, _ in bars), 1.06 * peak))
     axes.xaxis.set_major_formatter(_plain)
     against = next(filter(None, map(baselines.of, bars)), None)
     ratios = f"; x: against {against}" if against else ""
@@ -177,11 +178,11 @@ def _draw_bars(
 def _draw_roof(axes: Any, roof: Row) -> float:
     """Draw the roofline and return it in images/s."""
     batch = int(re.search(r"batch (\d+)", roof.case)[1])  # type: ignore[index]
-    ceiling = batch / (roof.median / 1e3)
-    axes.axvline(ceiling, color="k", linestyle="--", linewidth=1)
+    peak = batch / (roof.median / 1e3)
+    axes.axvline(peak, color="k", linestyle="--", linewidth=1)
     axes.annotate(
-        f"roofline {number(ceiling)}",
-        (ceiling, 1),
+        f"roofline {number(peak)}",
+        (peak, 1),
         (-4, -3),
         xycoords=("data", "axes fraction"),
         textcoords="offset points",
@@ -189,7 +190,7 @@ def _draw_roof(axes: Any, roof: Row) -> float:
         va="top",
         fontsize=8,
     )
-    return ceiling
+    return peak
 
 
 def _plain(value: float, _position: Any) -> str:
@@ -215,8 +216,8 @@ def _accuracy(kind: str, group: list[Result]) -> list[Picture]:
     points = {key: rows for key, rows in points.items() if len(rows) == 2}
     if not points:
         return []
-    certificate = group[0][1]
-    title = f"test accuracy against seconds of training; {machine_label(certificate)}"
+    provenance = group[0][1]
+    title = f"test accuracy against seconds of training; {machine_label(provenance)}"
 
     def draw() -> Any:
         figure = _figure(8.5, 3.6 + 0.22 * len(points), title)
@@ -243,7 +244,7 @@ def _accuracy(kind: str, group: list[Result]) -> list[Picture]:
         return figure
 
     shown = tuple(row for rows in points.values() for row in rows.values())
-    return [Picture(kind, _name(kind, certificate), title, shown, draw)]
+    return [Picture(kind, _name(kind, provenance), title, shown, draw)]
 
 
 def _cost(kind: str, group: list[Result]) -> list[Picture]:
@@ -256,8 +257,8 @@ def _cost(kind: str, group: list[Result]) -> list[Picture]:
     suites = [suite for suite in panels if any(row.suite == suite for row, _ in rates)]
     if not suites:
         return []
-    certificate = rates[0][1]
-    title = f"time an image, training step on a fixed batch; {machine_label(certificate)}"
+    provenance = rates[0][1]
+    title = f"time an image, training step on a fixed batch; {machine_label(provenance)}"
 
     def draw() -> Any:
         figure = _figure(4.6 * len(suites) + 0.6, 3.8, title)
@@ -272,7 +273,7 @@ def _cost(kind: str, group: list[Result]) -> list[Picture]:
         return figure
 
     shown = tuple(row for row, _ in rates)
-    return [Picture(kind, _name(kind, certificate), title, shown, draw)]
+    return [Picture(kind, _name(kind, provenance), title, shown, draw)]
 
 
 def _draw_lines(axes: Any, rows: list[Row], pattern: str) -> None:

@@ -8,12 +8,12 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from xml.etree import ElementTree
 
+from benchmarks.harness.records import RowProvenance
 from benchmarks.harness.rows import Row, summarize, write_results
-from fastres.engine import machine
+from fastres import host
 
 __all__ = ["main", "rows_of_reports"]
 
@@ -24,7 +24,7 @@ def rows_of_reports(paths: Iterable[Path]) -> tuple[list[Row], dict[str, list[in
     """Return a row for each op and metric, and the seeds of each op.
 
     cases: how many were judged; redrawn: how many of them took more numbers than one draw; refused:
-    how many the referee did not accept.
+    how many the error bound did not accept.
 
     Raises:
         ValueError: when no report holds a property run.
@@ -61,16 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, ElementTree.ParseError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    certificate = {
-        "machine": machine.describe_machine(),
-        "versions": machine.versions(),
-        "commit": machine.commit(),
-        "date": datetime.now(UTC).isoformat(),
+    command = ["FASTRES_EXAMPLES=N", "pytest", "-m", "slow", "tests/kernels/test_properties.py"]
+    provenance: RowProvenance = {
+        **host.provenance(command),
         "dtype": "bf16-fp16-fp32",
-        "command": "FASTRES_EXAMPLES=N pytest -m slow tests/kernels/test_properties.py",
         "seeds": seeds,
     }
-    print(write_results("properties", rows, certificate))
+    print(write_results("properties", rows, provenance))
     return 0
 
 

@@ -5,9 +5,10 @@ A `table` has a line a provider, with spread, number of measurements, and the ra
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
-from benchmarks.harness.rows import Row, machine_key, newest
+from benchmarks.harness.records import RowProvenance
+from benchmarks.harness.rows import Result, Row, machine_key, newest
+from fastres.host import Provenance
 
 __all__ = [
     "HIGHER_IS_BETTER",
@@ -23,8 +24,6 @@ __all__ = [
     "table",
 ]
 
-Result = tuple[Row, dict[str, Any]]
-
 LOWER_IS_BETTER = ("s", "ms", "us")
 HIGHER_IS_BETTER = ("images/s", "GB/s", "GFLOP/s", "TFLOP/s")
 
@@ -34,9 +33,9 @@ _BASELINES = (
 )  # fmt: skip
 
 
-def machine_label(certificate: dict[str, Any]) -> str:
-    """Name the machine of a certificate for people."""
-    machine = certificate["machine"]
+def machine_label(provenance: Provenance | RowProvenance) -> str:
+    """Name the machine of a provenance for people."""
+    machine = provenance["machine"]
     if machine["gpu"]:
         return machine["gpu"]
     extensions = (machine["cpu_vectors"], machine.get("cpu_bf16"))
@@ -75,12 +74,12 @@ class Baselines:
 
     def __init__(self, results: Iterable[Result]):
         self._rows: dict[tuple, dict[str, Row]] = {}
-        for row, certificate in results:
-            self._rows.setdefault(self._key(row, certificate), {})[row.provider] = row
+        for row, provenance in results:
+            self._rows.setdefault(self._key(row, provenance), {})[row.provider] = row
 
     @staticmethod
-    def _key(row: Row, certificate: dict[str, Any]) -> tuple:
-        return (id(certificate), row.suite, row.case, row.metric, row.unit)
+    def _key(row: Row, provenance: RowProvenance) -> tuple:
+        return (id(provenance), row.suite, row.case, row.metric, row.unit)
 
     def of(self, result: Result) -> str | None:
         """Return the provider that a row is compared with; None for itself and for nobody."""
@@ -91,7 +90,7 @@ class Baselines:
         """Return how many times faster a row is; None for the baseline itself, and without one.
 
         Args:
-            result: row and certificate.
+            result: row and provenance.
             against: another provider than the baseline.
         """
         row, name = result[0], against or self.of(result)
@@ -106,8 +105,8 @@ class Baselines:
 def by_machine(results: Iterable[Result]) -> list[list[Result]]:
     """Split results by machine, the machine that was measured last first."""
     groups: dict[tuple, list[Result]] = {}
-    for row, certificate in results:
-        groups.setdefault(machine_key(certificate), []).append((row, certificate))
+    for row, provenance in results:
+        groups.setdefault(machine_key(provenance), []).append((row, provenance))
     return sorted(groups.values(), key=lambda g: max(c["date"] for _, c in g), reverse=True)
 
 
@@ -129,8 +128,8 @@ def choose(
         providers: only these; default: all.
     """
     return [
-        (row, certificate)
-        for row, certificate in newest(results)
+        (row, provenance)
+        for row, provenance in newest(results)
         if row.suite == suite
         and case in row.case
         and (not metrics or row.metric in metrics)
@@ -166,14 +165,14 @@ def _by_machine(chosen: Sequence[Result], body: Callable[[Sequence[Result]], lis
         return "Not measured yet.\n"
     texts = []
     for group in by_machine(chosen):
-        births = list(dict.fromkeys(_birth(certificate) for _, certificate in group))
+        births = list(dict.fromkeys(_origin(provenance) for _, provenance in group))
         heading = f"**{machine_label(group[0][1])}**; {'; '.join(births)}"
         texts.append("\n".join([heading, "", *body(group), ""]))
     return "\n".join(texts)
 
 
-def _birth(certificate: dict[str, Any]) -> str:
-    return f"torch {certificate['versions']['torch']}, {certificate['date'][:10]}"
+def _origin(provenance: RowProvenance) -> str:
+    return f"torch {provenance['versions']['torch']}, {provenance['date'][:10]}"
 
 
 def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
@@ -231,8 +230,8 @@ def _cross_lines(group: Sequence[Result]) -> list[str]:
     baselines = Baselines(group)
     providers = list(dict.fromkeys(row.provider for row, _ in group))
     lines: dict[str, dict[str, str]] = {}
-    for row, certificate in group:
-        ratio = baselines.speedup((row, certificate))
+    for row, provenance in group:
+        ratio = baselines.speedup((row, provenance))
         text = number(row.median) + (f" ({ratio:.2f} x)" if ratio else "")
         lines.setdefault(row.case, {})[row.provider] = text
     header = [f"case; {_title(group[0][0])}", *providers]

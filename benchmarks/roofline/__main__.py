@@ -2,6 +2,6 @@
 
 import sys
 
-from benchmarks.roofline.measure import main
+from benchmarks.roofline.command import main
 
 sys.exit(main())

@@ -1,41 +1,33 @@
-"""How close a training step comes to what this machine can do: `python -m benchmarks.roofline`.
+"""A training step, and what this machine can do at most, measured in turns.
 
-Measures the ceilings (copy bandwidth, matrix products, every convolution of the network alone) in
-turns with the step that `fastres.train --fast` would run here, counts the step's bytes and
-operations from the model, and prints the floor, the share of it that is reached and where the rest
-goes. The floor is the larger of two times: the fewest bytes at the bandwidth of a large copy, and
-all operations at the rate of a large matrix product.
+The step is the one that `fastres.train --fast` would run here. Peak rates are copy bandwidth,
+matrix products and every convolution of the network alone. The floor of the step is the larger of
+two times: the fewest bytes at the bandwidth of a large copy, and all operations at the rate of a
+large matrix product.
 """
 
-import argparse
-import os
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness.rows import Row, make_certificate, summarize, write_results
-from fastres.cli import guarded
-from fastres.errors import UsageError
+from benchmarks.harness.rows import Row, summarize
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from benchmarks.roofline.step_traffic import ConvLayer, StepWork
+    from benchmarks.roofline.step_traffic import StepWork, TracedConv
     from fastres.config import Config
     from fastres.engine.runtime import Runtime
 
-__all__ = ["ConvTime", "Roofline", "main", "measure", "rows_of_roofline"]
+__all__ = ["ConvTime", "Roofline", "measure", "rows_of_roofline"]
 
 
 @dataclass
 class ConvTime:
     """The products of all layers of one shape: {fprop, dgrad, wgrad: seconds a round}."""
 
-    layer: "ConvLayer"
+    layer: "TracedConv"
     count: int
     times: dict[str, list[float]] = field(default_factory=dict)
 
@@ -80,9 +72,10 @@ class Roofline:
         """Operations/s of a matrix product in the precision of the step."""
         return median(self.products[self.dtype])
 
-    def memory_seconds(self, scheme: str = "least") -> float:
-        """Return the time that the bytes of a scheme take at the bandwidth of a copy."""
-        return self.work.bytes[scheme] / self.bandwidth
+    @property
+    def memory_seconds(self) -> float:
+        """Time of the fewest bytes at the bandwidth of a copy."""
+        return self.work.fewest_bytes / self.bandwidth
 
     @property
     def arithmetic_seconds(self) -> float:
@@ -92,7 +85,7 @@ class Roofline:
     @property
     def floor(self) -> float:
         """Seconds under which no step can be, with perfect overlap of memory and arithmetic."""
-        return max(self.memory_seconds(), self.arithmetic_seconds)
+        return max(self.memory_seconds, self.arithmetic_seconds)
 
     @property
     def convolutions(self) -> float:
@@ -106,7 +99,7 @@ class Roofline:
 
 
 def measure(config: "Config", seconds: float) -> Roofline:
-    """Measure a step of `config` and this machine's ceilings, about `seconds` long."""
+    """Measure a step of `config` and this machine's peak rates, about `seconds` long."""
     import torch
 
     import fastres
@@ -119,7 +112,7 @@ def measure(config: "Config", seconds: float) -> Roofline:
     model = fastres.create_model(config.model, seed=config.seed)
     runtime = resolve_runtime(config, model)
     # As the trainer does, for the step and for its convolutions alone.
-    torch.backends.cudnn.benchmark = True
+    runtime.configure_torch()
     device, dtype = runtime.device, runtime.dtype
     work = count_step(model, config.batch_size, dtype)
     layers = peak_rates.distinct_layers(conv_layers(model))
@@ -130,7 +123,7 @@ def measure(config: "Config", seconds: float) -> Roofline:
         arguments = (conv.layer, config.batch_size, dtype, device, runtime.memory_format)
         for op, call in peak_rates.conv_calls(*arguments).items():
             calls[f"{op} {conv.layer.name}"] = call
-    largest = max(layer.num_y for layer, _ in layers) * config.batch_size * dtype.itemsize
+    largest = max(layer.shape.num_y for layer, _ in layers) * config.batch_size * dtype.itemsize
     sizes = {"large": None, "activation": largest}
     copies = {name: peak_rates.copy_call(device, size) for name, size in sizes.items()}
     kinds = dict.fromkeys((dtype, torch.float32, torch.bfloat16))
@@ -194,7 +187,7 @@ def _make_step(model: "nn.Module", config: "Config", runtime: "Runtime") -> Any:
 
 
 def rows_of_roofline(result: Roofline) -> list[Row]:
-    """Return ceilings, convolutions, step and profile as rows."""
+    """Return peak rates, convolutions, step and profile as rows."""
     case, rows = result.case, []
     for name, rates in result.copies.items():
         values = [rate / 1e9 for rate in rates]
@@ -204,7 +197,7 @@ def rows_of_roofline(result: Roofline) -> list[Row]:
         what = f"matrix product, {name}"
         rows.append(summarize("ceilings", what, "torch", "arithmetic", "GFLOP/s", values))
     for conv in result.convs:
-        work = conv.layer.flops * result.batch_size
+        work = conv.layer.shape.flops * result.batch_size
         for op, times in conv.times.items():
             values = [work / t / 1e9 for t in times]
             what = f"{case}, {conv.layer.label}"
@@ -223,62 +216,3 @@ def rows_of_roofline(result: Roofline) -> list[Row]:
     for category, share in result.profile.items():
         rows.append(summarize("profile", case, result.route, category, "%", [100 * share]))
     return rows
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
-    parser.add_argument("--model", default="resnet20")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
-    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
-    parser.add_argument("--seconds", type=float, default=20, help="time to measure")
-    parser.add_argument("--out", type=Path, help="PNG file for the plot; default: no plot")
-    parser.add_argument("--record", action="store_true", help="add rows to the results")
-    parser.add_argument("--results", type=Path, help="folder of --record; default: the project's")
-    return parser
-
-
-def _run(argv: Sequence[str]) -> int:
-    options = _parser().parse_args(argv)
-    from fastres.config import Config, validate
-    from fastres.engine.machine import keep_freed_memory
-
-    # The profiler of torch talks on stderr.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    # Before the first tensor: --fast does the same.
-    keep_freed_memory()
-    precision: Any = {"fp32": "off"}.get(options.dtype, options.dtype)
-    config = validate(
-        Config(
-            fast=True,
-            model=options.model,
-            batch_size=options.batch_size,
-            threads=options.threads,
-            amp=precision,
-            loader="resident",
-        )
-    )
-    if options.seconds <= 0:
-        raise UsageError(f"--seconds must be more than 0, got {options.seconds:g}")
-    if options.results and not options.results.is_dir():
-        raise UsageError(f"--results must be a folder, got {options.results}")
-    if options.out and options.out.suffix.lower() != ".png":
-        raise UsageError(f"--out must be a .png file, got {options.out}")
-    result = measure(config, options.seconds)
-    from benchmarks.roofline.view import draw, show
-
-    show(result)
-    if options.out:
-        options.out.write_bytes(draw(result))
-        print(f"{options.out}: plot")
-    if options.record or options.results:
-        certificate = make_certificate(result.dtype, ["python -m benchmarks.roofline", *argv])
-        folder = {"folder": options.results} if options.results else {}
-        print(write_results("roofline", rows_of_roofline(result), certificate, **folder))
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return guarded(lambda: _run(arguments), debug=False)

@@ -1,10 +1,10 @@
 """Bytes of a fused training step, launch by launch: `python -m benchmarks.roofline.memory_traffic`.
 
-A pass is one read or one write of a tensor as large as the block's largest activation. Counted is
-what the launches declare that a fused net really makes: its modules run on the meta device, every
-registered op they call is computed by the steps of chain_triton, which record and start nothing.
-Filters, statistics and sums of tiles, and split filter gradients are no activations; what they add
-is counted beside the passes. `--document FILE` writes the table of a basic block between the marks
+A tensor pass is one read or one write of a tensor as large as the block's largest activation.
+Counted is what the launches of a fused net declare: its modules run on the meta device, where every
+registered op is computed by the Triton back end, which records its launches and starts none.
+Filters, statistics and sums of tiles, and split-K partials are no activations; what they add is
+counted beside the passes. `--document FILE` writes the table of a basic block between the marks
 `<!-- passes -->` and `<!-- end -->` of a document.
 """
 
@@ -14,26 +14,28 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres.kernels import ops
+from fastres.kernels.block import Backend
+from fastres.kernels.dispatch import force_backend
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu.launch import Launch, num_bytes, recording
 from fastres.model.fuse import fuse
 from fastres.model.resnet import create_model
 
-__all__ = ["BlockPasses", "block_table", "count_net", "fill", "main"]
+__all__ = ["BlockTraffic", "block_table", "count_net", "fill", "main", "record_op"]
 
+_FORWARD_OPS = ("conv_bn_relu_fwd", "residual_block_fwd")
 _BLOCK = re.compile(r"(<!-- passes -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclass
-class BlockPasses:
+class BlockTraffic:
     """One call of a registered op, forward and backward.
 
     Attributes:
@@ -64,7 +66,7 @@ class BlockPasses:
 
 def activations(launch: Launch) -> dict[str, Tensor]:
     """The arguments of a launch that are activations or their gradients, by name."""
-    is_filter = ("w_ptr", "w_desc", "dw_ptr", "parts_ptr")
+    is_filter = ("w_ptr", "w_desc", "dw_ptr", "partials_ptr")
     return {
         name: tensor
         for name, tensor in launch.tensors.items()
@@ -72,33 +74,38 @@ def activations(launch: Launch) -> dict[str, Tensor]:
     }
 
 
+def record_op(func: Any, args: tuple) -> tuple[Any, list[Launch]]:
+    """Compute a registered training op on meta tensors by the Triton back end.
+
+    Returns: its result, and the launches that it would make.
+    """
+    implement = ops.forward_impl if func.__name__.startswith(_FORWARD_OPS) else ops.backward_impl
+    with force_backend(cast(Backend, gpu_backend)), recording() as launches:
+        return implement(*args), launches
+
+
 class _Recorder(TorchDispatchMode):
-    """Compute the registered ops of a net by the steps of chain_triton on meta tensors."""
+    """Keeps the launches of every registered op of a net, forward beside backward."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks: list[BlockPasses] = []
-        self._open: list[BlockPasses] = []
+        self.blocks: list[BlockTraffic] = []
+        self._open: list[BlockTraffic] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = func.__name__.partition(".")[0]
-        if func.namespace != "fastres" or not name.endswith(("_fwd", "_bwd")):
+        if func.namespace != "fastres":
             return func(*args, **(kwargs or {}))
-        on_triton = patch.object(ops, "choose_backend", lambda x: gpu_backend)
-        with on_triton, recording() as launches:
-            if name.endswith("_fwd") and len(args) == 7:
-                result: Any = ops._forward_impl(*args)
-                block = BlockPasses(name.removesuffix("_fwd"), 0)
-                self.blocks.append(block)
-                self._open.append(block)
-            elif name.endswith("_bwd") and len(args) == 9:
-                result = ops._backward_impl(*args)
-                # Backward meets the blocks from the last to the first.
-                block = self._open.pop()
-            else:
-                return func(*args, **(kwargs or {}))
+        result, launches = record_op(func, args)
+        name = func.__name__.partition(".")[0]
+        if name.endswith("_fwd"):
+            block = BlockTraffic(name.removesuffix("_fwd"), 0)
+            self.blocks.append(block)
+            self._open.append(block)
+        else:
+            # Backward meets the blocks from the last to the first.
+            block = self._open.pop()
         block.launches += launches
         sizes = [num_bytes(t) for launch in launches for t in activations(launch).values()]
         block.unit = max(block.unit, *sizes)
@@ -107,7 +114,7 @@ class _Recorder(TorchDispatchMode):
 
 def count_net(
     model: nn.Module, batch: int, dtype: torch.dtype = torch.bfloat16, size: int = 32
-) -> list[BlockPasses]:
+) -> list[BlockTraffic]:
     """Forward and backward of a net, fused: its stem and blocks, in order.
 
     Args:
@@ -128,7 +135,7 @@ def count_net(
     return recorder.blocks
 
 
-def _pieces(launch: Launch, writes: bool) -> str:
+def _operand_names(launch: Launch, writes: bool) -> str:
     """The activations that a launch reads or writes, by their names in its kernel."""
     written = {
         "conv_fprop_kernel": ("y_ptr",),
@@ -156,7 +163,7 @@ def block_table(batch: int = 512, width: int = 16) -> str:
         moved = num_bytes(*activations(launch).values())
         rest = (launch.traffic.bytes - moved) / block.unit
         name = launch.name.removesuffix("_kernel")
-        cells = (_pieces(launch, False) or "-", _pieces(launch, True) or "-")
+        cells = (_operand_names(launch, False) or "-", _operand_names(launch, True) or "-")
         lines.append(f"| `{name}` | {' | '.join(cells)} | {moved / block.unit:g} | {rest:.3f} |")
     rest = (block.bytes - block.activation_bytes) / block.unit
     lines.append(f"| sum | | | {block.passes:g} | {rest:.3f} |")

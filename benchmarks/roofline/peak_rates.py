@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.timing import Sample, graph_sample, wall_sample
-from benchmarks.roofline.step_traffic import ConvLayer
+from benchmarks.roofline.step_traffic import TracedConv
 
 __all__ = [
     "CONV_OPS",
@@ -54,7 +54,7 @@ def matmul_call(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], 
 
 
 def conv_calls(
-    layer: ConvLayer,
+    layer: TracedConv,
     batch_size: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -69,9 +69,11 @@ def conv_calls(
         values = torch.randn(size, device=device).to(dtype)
         return values.contiguous(memory_format=memory_format)
 
-    x, dy = operand(batch_size, *layer.inputs), operand(batch_size, *layer.outputs)
-    w = operand(layer.outputs[0], layer.inputs[0], layer.kernel, layer.kernel)
-    sizes = ([layer.stride] * 2, [layer.padding] * 2, [1, 1], False, [0, 0], 1)
+    shape = layer.shape
+    x = operand(batch_size, shape.C, shape.H, shape.W)
+    dy = operand(batch_size, shape.K, shape.P, shape.Q)
+    w = operand(shape.K, shape.C, shape.R, shape.S)
+    sizes = ([shape.stride] * 2, [shape.padding] * 2, [1, 1], False, [0, 0], 1)
 
     def backward(*mask: bool) -> Callable[[], object]:
         operator = torch.ops.aten.convolution_backward
@@ -86,11 +88,11 @@ def conv_calls(
     return calls
 
 
-def distinct_layers(layers: Iterable[ConvLayer]) -> list[tuple[ConvLayer, int]]:
+def distinct_layers(layers: Iterable[TracedConv]) -> list[tuple[TracedConv, int]]:
     """Return every layer that differs in shape from those before it, and how many are like it."""
-    found: dict[tuple, tuple[ConvLayer, int]] = {}
+    found: dict[tuple, tuple[TracedConv, int]] = {}
     for layer in layers:
-        key = (*layer.shape, layer.needs_dgrad)
+        key = (layer.shape, layer.needs_dgrad)
         first, count = found.get(key, (layer, 0))
         found[key] = (first, count + 1)
     return list(found.values())

@@ -1,6 +1,7 @@
 """What `benchmarks.roofline` shows: tables for the terminal and a plot."""
 
 import io
+from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw", "show"]
 
-_SCHEMES = {
-    "eager": "every operator alone",
-    "compile": "torch.compile, an estimate",
-    "fused": "fastres.kernels, 25 passes a block",
-    "least": "every epilogue fused, 23 passes",
-}
+_SCHEMES = {"eager": "every operator alone", "fused": "launches of fastres.kernels"}
 _OP_STYLES: dict[str, dict[str, Any]] = {
     op: {"marker": marker, "color": f"C{number}", "alpha": 0.8}
     for number, (op, marker) in enumerate(zip(CONV_OPS, "os^", strict=True))
@@ -32,7 +28,7 @@ def show(result: "Roofline") -> None:
     from rich.console import Console
 
     console = Console()
-    for table in (_ceilings(result), _convolutions(result), _floors(result), _profile(result)):
+    for table in (_peak_rates(result), _convolutions(result), _floors(result), _profile(result)):
         console.print(table)
     for line in verdict(result):
         console.print(line, highlight=False)
@@ -41,7 +37,7 @@ def show(result: "Roofline") -> None:
 def verdict(result: "Roofline") -> list[str]:
     """Return the numbers that count, a line each."""
     step, over = median(result.step), result.over_convolutions
-    memory_bound = result.memory_seconds() > result.arithmetic_seconds
+    memory_bound = result.memory_seconds > result.arithmetic_seconds
     return [
         f"step ({result.route}): {_ms(step)} ms, {result.batch_size / step:,.0f} images/s, "
         f"n = {len(result.step)}, {_ms(min(result.step))} to {_ms(max(result.step))} ms",
@@ -65,8 +61,8 @@ def _table(title: str, *columns: str) -> "Table":
     return table
 
 
-def _ceilings(result: "Roofline") -> "Table":
-    table = _table("Ceilings of this machine", "what", "median", "lowest", "highest", "n", "unit")
+def _peak_rates(result: "Roofline") -> "Table":
+    table = _table("Peak rates of this machine", "what", "median", "lowest", "highest", "n", "unit")
     rates = {f"copy, {name}": ("GB/s", values) for name, values in result.copies.items()}
     for name, values in result.products.items():
         rates[f"matrix product, {name}"] = ("GFLOP/s", values)
@@ -80,7 +76,7 @@ def _convolutions(result: "Roofline") -> "Table":
     columns = ("shape", "layers", *(f"{op} GFLOP/s" for op in CONV_OPS), "all ms", "share of peak")
     table = _table(f"Convolutions alone: {result.case}", *columns)
     for conv in result.convs:
-        work = conv.layer.flops * result.batch_size
+        work = conv.layer.shape.flops * result.batch_size
         cells = []
         for op in CONV_OPS:
             times = conv.times.get(op)
@@ -96,11 +92,11 @@ def _floors(result: "Roofline") -> "Table":
     table = _table("Floors of the step", "what", "work", "rate", "ms", "share of the step")
     step, work = median(result.step), result.work
     bandwidth = f"{result.bandwidth / 1e9:,.1f} GB/s"
-    for scheme, meaning in _SCHEMES.items():
-        seconds = result.memory_seconds(scheme)
-        megabytes = f"{work.bytes[scheme] / result.batch_size / 1e6:.2f} MB/image"
+    for scheme, num_bytes in work.bytes.items():
+        seconds = num_bytes / result.bandwidth
+        megabytes = f"{num_bytes / result.batch_size / 1e6:.2f} MB/image"
         share = f"{100 * seconds / step:.0f} %"
-        table.add_row(f"memory: {meaning}", megabytes, bandwidth, _ms(seconds), share)
+        table.add_row(f"memory: {_SCHEMES[scheme]}", megabytes, bandwidth, _ms(seconds), share)
     seconds = result.arithmetic_seconds
     operations = f"{work.flops / result.batch_size / 1e9:.3g} GFLOP/image"
     rate = f"{result.arithmetic / 1e9:,.0f} GFLOP/s"
@@ -141,15 +137,13 @@ def _draw_roof(axes: Any, result: "Roofline") -> None:
     itemsize = 4 if result.dtype == "fp32" else 2
     points: list[float] = []
     for conv in result.convs:
-        layer = conv.layer
-        num_w = layer.inputs[0] * layer.outputs[0] * layer.kernel**2
-        elements = result.batch_size * (layer.num_x + layer.num_y) + num_w
-        work = layer.flops * result.batch_size
-        intensity = work / (elements * itemsize)
+        shape = replace(conv.layer.shape, N=result.batch_size)
+        work = shape.flops
+        intensity = work / shape.num_bytes(itemsize)
         points.append(intensity)
         for op, times in conv.times.items():
             axes.plot(intensity, work / median(times) / 1e9, linestyle="none", **_OP_STYLES[op])
-    whole = result.work.flops / result.work.bytes["least"]
+    whole = result.work.flops / result.work.fewest_bytes
     rate = result.work.flops / median(result.step) / 1e9
     axes.plot(whole, rate, "k*", markersize=14)
     axes.annotate("whole step", (whole, rate), (8, -12), textcoords="offset points")
@@ -172,7 +166,7 @@ def _draw_roof(axes: Any, result: "Roofline") -> None:
 
 def _draw_bars(axes: Any, result: "Roofline") -> None:
     step_ms = 1e3 * median(result.step)
-    floors = {f"memory, {name}": result.memory_seconds(name) for name in _SCHEMES}
+    floors = {f"memory, {name}": num / result.bandwidth for name, num in result.work.bytes.items()}
     floors["arithmetic"] = result.arithmetic_seconds
     floors["convolutions alone"] = result.convolutions
     for name, seconds in reversed(floors.items()):

@@ -10,7 +10,7 @@ from benchmarks.harness import ablation
 from benchmarks.harness.ablation import Unavailable, here, low_precision, why_not
 from fastres.data.dataset import Dataset
 
-__all__ = ["CASES", "OFTEN", "PEERS", "LadderCase", "data_words", "load_data"]
+__all__ = ["CASES", "OFTEN", "PEERS", "AblationCase", "data_arguments", "load_data"]
 
 PEERS = {
     "peer_fp32": "benchmarks.peers.eager_fp32",
@@ -19,12 +19,12 @@ PEERS = {
 }
 # The pairs whose ratio is claimed somewhere: they train in every turn, the others in every third.
 OFTEN = ("peer_fp32", "amp", "fast")
-_ALL = (*PEERS, *ablation.RUNGS)
+_ALL = (*PEERS, *ablation.CONFIGURATIONS)
 _COMPILED = ("peer_compiled", "compile")
 
 
 @dataclass(frozen=True)
-class LadderCase:
+class AblationCase:
     """One ladder.
 
     Attributes:
@@ -60,29 +60,29 @@ class LadderCase:
             Unavailable: where the provider cannot be had.
         """
         _refuse(provider, self.device)
-        words = data_words(self.device, self.model, self.batch_size, self.steps, data_dir)
+        words = data_arguments(self.device, self.model, self.batch_size, self.steps, data_dir)
         if provider in PEERS:
             return PEERS[provider], words
-        return "benchmarks.harness.ablation_worker", ["--rung", provider, *words]
+        return "benchmarks.suites.ablation_worker", ["--configuration", provider, *words]
 
 
 # A CPU compiles ResNet-20 for a minute: torch.compile has a ladder of its own there, and the other
 # is repeated in three minutes. A step of ResNet-18 takes a CPU a second, so few climb it.
 CASES = (
-    LadderCase(
+    AblationCase(
         "cpu resnet20", "cpu", "resnet20", 128, 4, 60, tuple(p for p in _ALL if p not in _COMPILED)
     ),
-    LadderCase(
+    AblationCase(
         "cpu resnet18", "cpu", "resnet18", 64, 1, 45,
         ("peer_fp32", "channels_last", "amp", "fused", "fast"),
     ),
-    LadderCase(
+    AblationCase(
         "compiled resnet20", "cpu", "resnet20", 128, 4, 180,
         ("peer_fp32", "amp", *_COMPILED, "fast"), slow=True,
     ),
-    LadderCase("cuda resnet20", "cuda", "resnet20", 512, 40, 45, _ALL),
-    LadderCase("cuda resnet18", "cuda", "resnet18", 256, 20, 45, _ALL),
-    LadderCase("resnet8", here().type, "resnet8", 64, 2, 10, ("peer_fp32", "fast"), quick=True),
+    AblationCase("cuda resnet20", "cuda", "resnet20", 512, 40, 45, _ALL),
+    AblationCase("cuda resnet18", "cuda", "resnet18", 256, 20, 45, _ALL),
+    AblationCase("resnet8", here().type, "resnet8", 64, 2, 10, ("peer_fp32", "fast"), quick=True),
 )  # fmt: skip
 
 
@@ -97,13 +97,13 @@ def _refuse(provider: str, device: str) -> None:
         reason = why_not("compile", torch.device(device))
         if reason:
             raise Unavailable(reason)
-    if provider in ablation.RUNGS:
+    if provider in ablation.CONFIGURATIONS:
         ablation.make_config(provider, torch.device(device))
     elif provider != "peer_fp32" and device == "cpu":
         low_precision(torch.device(device))
 
 
-def data_words(
+def data_arguments(
     device: str, model: str, batch_size: int, steps: int, data_dir: str | None
 ) -> list[str]:
     """The command line that every provider of a ladder understands."""

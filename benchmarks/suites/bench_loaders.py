@@ -17,10 +17,11 @@ import torch
 
 import fastres
 from benchmarks.harness.ablation import Unavailable, here
+from benchmarks.harness.records import BenchmarkInfo
 from benchmarks.harness.scheduler import Prepared
 from benchmarks.harness.timing import wall_sample
-from benchmarks.harness.worker_pool import Fleet
-from benchmarks.suites.ablation_cases import data_words, load_data
+from benchmarks.harness.worker_pool import WorkerPool
+from benchmarks.suites.ablation_cases import data_arguments, load_data
 from fastres.data.dataset import Dataset, ImageSet
 from fastres.data.loaders import Loader, dali_missing
 
@@ -80,11 +81,11 @@ def _check_pixels(name: str, served: Loader, data_dir: str | None) -> None:
 def _prepare_alone(data_dir: str | None, loader: str) -> Prepared:
     _refuse(loader)
     if loader == "torchvision":
-        from benchmarks.peers import parts
+        from benchmarks.peers import common
 
-        data = parts.load_data(data_dir)
+        data = common.load_data(data_dir)
         images, detail = _EPOCH["torchvision"], f"{data.name}, 2 worker processes"
-        served: Any = parts.make_train_loader(data.train, BATCH_SIZE, 2, images)
+        served: Any = common.make_train_loader(data.train, BATCH_SIZE, 2, images)
     else:
         served = _make(loader, data_dir)
         _check_pixels(loader, served, data_dir)
@@ -94,12 +95,12 @@ def _prepare_alone(data_dir: str | None, loader: str) -> Prepared:
         count = sum(len(labels) for _, labels in served)
         assert count == images
 
-    def close() -> dict[str, Any]:
+    def close() -> BenchmarkInfo:
         if isinstance(served, Loader):
             served.close()
         return {}
 
-    info = {
+    info: BenchmarkInfo = {
         "suite": "loaders",
         "case": f"alone, batch {BATCH_SIZE}, {load_data(data_dir).name}",
         "images": images,
@@ -121,15 +122,15 @@ def _training_command(data_dir: str | None, loader: str) -> tuple[str, list[str]
     _refuse(loader)
     if loader == "dali" and DEVICE.type == "cuda":
         raise Unavailable("beside a GPU that trains DALI runs on the GPU")
-    words = ["--rung", "fast", "--loader", loader.removesuffix("_gpu")]
-    words += data_words(DEVICE.type, "resnet20", *_FAST_STEPS, data_dir)
-    return "benchmarks.harness.ablation_worker", words
+    words = ["--configuration", "fast", "--loader", loader.removesuffix("_gpu")]
+    words += data_arguments(DEVICE.type, "resnet20", *_FAST_STEPS, data_dir)
+    return "benchmarks.suites.ablation_worker", words
 
 
-def _prepare_training(fleet: Fleet, data: str, loader: str) -> Prepared:
-    worker = fleet.worker(loader)
+def _prepare_training(pool: WorkerPool, data: str, loader: str) -> Prepared:
+    worker = pool.worker(loader)
     batch_size, steps = _FAST_STEPS
-    info = {
+    info: BenchmarkInfo = {
         "suite": "loaders",
         "case": f"while ResNet-20 trains, batch {batch_size}, {data}",
         "images": batch_size,
@@ -148,7 +149,7 @@ def bench_while_training(measure, data_dir, provider):
 
     What a step takes beyond that of `none` it has waited for its loader, or lost to it.
     """
-    fleet = Fleet(functools.partial(_training_command, data_dir), _FAST_STEPS[1])
+    pool = WorkerPool(functools.partial(_training_command, data_dir), _FAST_STEPS[1])
     measure(
-        functools.partial(_prepare_training, fleet, load_data(data_dir).name), "none", fleet.started
+        functools.partial(_prepare_training, pool, load_data(data_dir).name), "none", pool.started
     )

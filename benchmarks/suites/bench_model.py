@@ -1,9 +1,10 @@
-"""Whole networks: the ladder with data flowing, single steps and batches, cost curves.
+"""Whole networks: the ablation with data flowing, single steps and batches, cost curves.
 
-`bench_ladder` is the comparison that a user would make: every provider is a process that trains on
-real batches from its own loader, as it would be started by hand, and all of them take turns. The
+`bench_ablation` is the comparison that a user would make: every provider is a process that trains
+on real batches from its own loader, as it would be started by hand, and all of them take turns. The
 peers read $FASTRES_DATA with torchvision. `pytest benchmarks/ -k cpu` repeats it on a CPU; there
-torch.compile has a ladder of its own, `-m slow`, for the minutes that it compiles.
+torch.compile has an ablation of its own, `-m slow`, for the minutes that it compiles. Rows and
+tables call the ablation a ladder: one change a rung, from the eager step to the fastest one.
 
 `bench_step`, `bench_inference` and the curves take a fixed batch through one process, so that the
 network alone is compared; the allocator is set as `--fast` sets it, for all of them.
@@ -19,10 +20,11 @@ from torch import Tensor
 import fastres
 from benchmarks.harness import ablation, error_bound
 from benchmarks.harness.ablation import Unavailable, here
+from benchmarks.harness.records import BenchmarkInfo
 from benchmarks.harness.scheduler import Prepared
 from benchmarks.harness.timing import peak_bytes, wall_sample
-from benchmarks.harness.worker_pool import Fleet
-from benchmarks.suites.ablation_cases import CASES, OFTEN, LadderCase, load_data
+from benchmarks.harness.worker_pool import WorkerPool
+from benchmarks.suites.ablation_cases import CASES, OFTEN, AblationCase, load_data
 from fastres.engine import machine
 from fastres.model.summary import summarize
 
@@ -39,20 +41,20 @@ _INFERENCE_BATCHES = {
 _CURVE_BATCHES = (32, 128, 512, 2048) if ON_GPU else (16, 64, 256)
 _CURVE_DEPTHS = (20, 32, 44, 56, 110)
 _DEPTH_BATCH = 512 if ON_GPU else 16
-_CURVE_RUNGS = ["eager", "amp", "graph", "fast"]
+_CURVE_CONFIGURATIONS = ["eager", "amp", "graph", "fast"]
 _STEP_S = 6.0
-# Compiling a network takes up to a minute, on top of every other rung.
+# Compiling a network takes up to a minute, on top of every other configuration.
 _COMPILED = {("resnet20", 512), ("resnet18", 512), ("resnet50", 256)} if ON_GPU else set()
 
 
-def _choice(case: LadderCase) -> list[pytest.MarkDecorator]:
+def _choice(case: AblationCase) -> list[pytest.MarkDecorator]:
     """The marks that decide when a ladder is measured."""
     if case.quick:
         return [pytest.mark.quick]
     return [pytest.mark.full, *([pytest.mark.slow] if case.slow else [])]
 
 
-def _ladder_params() -> list:
+def _ablation_params() -> list:
     """Every provider of every ladder; --quick has a ladder of its own, the smallest."""
     params = []
     for case in CASES:
@@ -73,22 +75,22 @@ def _reference_loss(model: str, batch_size: int) -> float:
     return torch.nn.functional.cross_entropy(logits, labels).item()
 
 
-class _Ladder:
+class _Ablation:
     """The providers of one ladder, a process each."""
 
-    def __init__(self, case: LadderCase, data_dir: str | None):
+    def __init__(self, case: AblationCase, data_dir: str | None):
         self.case = case
-        self.fleet = Fleet(lambda provider: case.command(provider, data_dir), case.steps)
+        self.pool = WorkerPool(lambda provider: case.command(provider, data_dir), case.steps)
         self.data = load_data(data_dir).name
 
     def prepare(self, provider: str) -> Prepared:
         """Wait for a provider and compare the loss of its first step."""
-        worker = self.fleet.worker(provider)
+        worker = self.pool.worker(provider)
         case = self.case
         truth, loss = _reference_loss(case.model, case.batch_size), worker.hello["loss"]
         if not abs(loss - truth) <= error_bound.LOSS_BOUND * truth:
             raise AssertionError(f"{provider}: first loss {loss:.5f}, the reference's {truth:.5f}")
-        info = {
+        info: BenchmarkInfo = {
             "suite": "ladder",
             "case": f"{case.words}, {self.data}",
             "images": case.batch_size,
@@ -107,48 +109,48 @@ def _flops(model: str, *, training: bool) -> int:
     return summary.training_flops if training else summary.forward_flops
 
 
-@pytest.mark.parametrize(("case", "provider"), _ladder_params())
-def bench_ladder(measure, data_dir, case, provider):
+@pytest.mark.parametrize(("case", "provider"), _ablation_params())
+def bench_ablation(measure, data_dir, case, provider):
     """Training with data flowing, against the scripts that people write."""
-    group = _Ladder(case, data_dir)
-    measure(group.prepare, "peer_fp32", group.fleet.started)
+    group = _Ablation(case, data_dir)
+    measure(group.prepare, "peer_fp32", group.pool.started)
 
 
-def _update(model_name: str, batch_size: int, rung: ablation.Rung) -> list[Tensor]:
+def _update(model_name: str, batch_size: int, built: ablation.Configuration) -> list[Tensor]:
     """By how much the first step moved every parameter, on the CPU."""
     start = fastres.create_model(model_name, 10, seed=0)
     return [
         after.detach().cpu().double() - before.detach().double()
-        for after, before in zip(rung.model.parameters(), start.parameters(), strict=True)
+        for after, before in zip(built.model.parameters(), start.parameters(), strict=True)
     ]
 
 
 @functools.lru_cache(maxsize=2)
-def _reference_update(rung: str, model: str, batch_size: int) -> list[Tensor]:
-    """The update of plain eager torch: in float32 the truth, in 16 bits the yardstick."""
+def _reference_update(configuration: str, model: str, batch_size: int) -> list[Tensor]:
+    """The update of plain eager torch: in float32 the truth, in 16 bits the baseline."""
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
-        return _update(model, batch_size, ablation.build(rung, model, batch_size, DEVICE))
+        return _update(model, batch_size, ablation.build(configuration, model, batch_size, DEVICE))
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
 
 
-def _check_step(name: str, model: str, batch_size: int, rung: ablation.Rung) -> None:
+def _check_step(name: str, model: str, batch_size: int, built: ablation.Configuration) -> None:
     """Raise AssertionError unless the first step has the loss and the update of the reference."""
     loss = _reference_loss(model, batch_size)
-    if not abs(rung.loss - loss) <= error_bound.LOSS_BOUND * loss:
-        raise AssertionError(f"{name}: first loss {rung.loss:.5f}, the reference has {loss:.5f}")
-    update = _update(model, batch_size, rung)
+    if not abs(built.loss - loss) <= error_bound.LOSS_BOUND * loss:
+        raise AssertionError(f"{name}: first loss {built.loss:.5f}, the reference has {loss:.5f}")
+    update = _update(model, batch_size, built)
     truth = _reference_update("eager", model, batch_size)
-    if rung.runtime.dtype == torch.float32 and not ON_GPU:
+    if built.runtime.dtype == torch.float32 and not ON_GPU:
         error = error_bound.distance(update, truth)
         if not error <= error_bound.FP32_BOUND:
             raise AssertionError(f"{name} is off by {error:.2e} of the update")
     elif name != "amp":
-        # On a GPU float32 convolutions round to TF32, which is finer than the yardstick too.
-        yardstick = _reference_update("amp", model, batch_size)
-        error_bound.check(name, update, yardstick, truth, rung.runtime.dtype)
+        # On a GPU float32 convolutions round to TF32, which is finer than the baseline too.
+        baseline = _reference_update("amp", model, batch_size)
+        error_bound.check(name, update, baseline, truth, built.runtime.dtype)
 
 
 def _prepare_step(suite: str, model: str, batch_size: int, provider: str) -> Prepared:
@@ -159,21 +161,21 @@ def _prepare_step(suite: str, model: str, batch_size: int, provider: str) -> Pre
     # On a GPU --fast compiles around the fused ops too, which is measured in the same few cases.
     is_compiled = (model, batch_size) in _COMPILED or not ON_GPU
     options: dict[str, Any] = {} if is_compiled else {"compile": "off"}
-    rung = ablation.build(provider, model, batch_size, DEVICE, **options)
-    _check_step(provider, model, batch_size, rung)
-    info = {
+    built = ablation.build(provider, model, batch_size, DEVICE, **options)
+    _check_step(provider, model, batch_size, built)
+    info: BenchmarkInfo = {
         "suite": suite,
         "case": f"{model} batch {batch_size}",
         "images": batch_size,
         "flops": batch_size * _flops(model, training=True),
-        "dtype": rung.runtime.precision,
+        "dtype": built.runtime.precision,
         "clock": "wall clock, one step on a fixed batch",
-        "choices": {choice.piece: choice.value for choice in rung.runtime.choices},
+        "choices": {setting.name: setting.value for setting in built.runtime.settings},
     }
     # A replayed graph allocates nothing.
-    if not rung.runtime.graph:
-        info["peak_bytes"] = peak_bytes(rung.train, DEVICE)
-    return Prepared(wall_sample(rung.train, DEVICE), info)
+    if not built.runtime.graph:
+        info["peak_bytes"] = peak_bytes(built.train, DEVICE)
+    return Prepared(wall_sample(built.train, DEVICE), info)
 
 
 def _sized_params(batches: dict[str, tuple[int, ...]]) -> list:
@@ -188,16 +190,16 @@ def _sized_params(batches: dict[str, tuple[int, ...]]) -> list:
     return params
 
 
-@pytest.mark.parametrize("provider", ablation.RUNGS)
+@pytest.mark.parametrize("provider", ablation.CONFIGURATIONS)
 @pytest.mark.parametrize(("model", "batch_size"), _sized_params(_STEP_BATCHES))
 def bench_step(measure, model, batch_size, provider):
-    """One training step on a fixed batch, one change a rung."""
+    """One training step on a fixed batch, one change each."""
     measure(functools.partial(_prepare_step, "step", model, batch_size), "eager")
 
 
 @pytest.mark.full
 @pytest.mark.share(4.0)
-@pytest.mark.parametrize("provider", _CURVE_RUNGS)
+@pytest.mark.parametrize("provider", _CURVE_CONFIGURATIONS)
 @pytest.mark.parametrize("batch_size", _CURVE_BATCHES)
 def bench_batch_curve(measure, batch_size, provider):
     """What an image costs as the batch grows: ResNet-20."""
@@ -206,7 +208,7 @@ def bench_batch_curve(measure, batch_size, provider):
 
 @pytest.mark.full
 @pytest.mark.share(4.0)
-@pytest.mark.parametrize("provider", _CURVE_RUNGS)
+@pytest.mark.parametrize("provider", _CURVE_CONFIGURATIONS)
 @pytest.mark.parametrize("depth", _CURVE_DEPTHS)
 def bench_depth_curve(measure, depth, provider):
     """What an image costs as the network deepens, from 20 to 110 layers."""
@@ -240,7 +242,7 @@ def _prepare_inference(model: str, batch_size: int, provider: str) -> Prepared:
     error = error_bound.distance([predict().cpu().float()], _logits(model, batch_size))
     if not error <= error_bound.LOGITS_BOUND:
         raise AssertionError(f"{provider}: logits are off by {error:.2e} of their RMS")
-    info = {
+    info: BenchmarkInfo = {
         "suite": "inference",
         "case": f"{model} batch {batch_size}",
         "images": batch_size,
@@ -252,7 +254,10 @@ def _prepare_inference(model: str, batch_size: int, provider: str) -> Prepared:
     return Prepared(wall_sample(predict, DEVICE), info)
 
 
-@pytest.mark.parametrize("provider", [rung for rung in ablation.RUNGS if rung != "graph"])
+@pytest.mark.parametrize(
+    "provider",
+    [name for name in ablation.CONFIGURATIONS if name != "graph"],
+)
 @pytest.mark.parametrize(("model", "batch_size"), _sized_params(_INFERENCE_BATCHES))
 def bench_inference(measure, model, batch_size, provider):
     """One batch through the network in evaluation mode; fused folds batch norm away."""

@@ -9,11 +9,9 @@ On a CPU by the wall clock, operands as hot as they fit into its caches; on a GP
 as a CUDA graph replayed with a cold L2 cache.
 """
 
-import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.harness import error_bound
 from benchmarks.harness.ablation import Unavailable, here, low_precision, why_not
+from benchmarks.harness.records import BenchmarkInfo
 from benchmarks.harness.scheduler import Prepared
 from benchmarks.harness.timing import graph_sample, peak_bytes, wall_sample
 from benchmarks.suites import op_cases
@@ -85,25 +84,16 @@ def _dtype(provider: str) -> torch.dtype:
     return torch.float32 if provider in ("eager", "channels_last") else _low(DEVICE)
 
 
-@contextlib.contextmanager
-def _forced(provider: str) -> Iterator[None]:
+def _forced(provider: str) -> AbstractContextManager[None]:
     """Run all convolutions of fused ops on the route that a provider is named after, if any.
 
     Backward passes choose their route when they run, so they belong inside the context too.
     """
     if provider not in ("triton", "cudnn"):
-        yield
-        return
-    from fastres.kernels.gpu import backend as gpu_backend
+        return nullcontext()
+    from fastres.kernels.gpu.launch_config import force_route
 
-    choose = gpu_backend.conv_config
-
-    def forced(*args, **options):
-        config = choose(*args, **options)
-        return dataclasses.replace(config, route=provider)  # type: ignore[arg-type]
-
-    with mock.patch.object(gpu_backend, "conv_config", forced):
-        yield
+    return force_route("triton" if provider == "triton" else "cudnn")
 
 
 @functools.lru_cache(maxsize=1)
@@ -145,7 +135,7 @@ def _results(op: Op, case: OpCase, inputs: Inputs) -> list[Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def _references(case: OpCase) -> dict[torch.dtype, list[Tensor]]:
-    """Eager results in float64, the truth, and in the dtype of the fused op, the yardstick."""
+    """Eager results in float64, the truth, and in the dtype of the fused op, the baseline."""
     return {
         dtype: _results(op_cases.eager, case, op_cases.make_inputs(case, dtype, DEVICE, nhwc=True))
         for dtype in (torch.float64, _low(DEVICE))
@@ -154,7 +144,7 @@ def _references(case: OpCase) -> dict[torch.dtype, list[Tensor]]:
 
 @functools.lru_cache(maxsize=len(PROVIDERS))
 def _check(provider: str, case: OpCase) -> None:
-    """Raise AssertionError where the provider computes something else; eager is the yardstick."""
+    """Raise AssertionError where the provider computes something else; eager is the baseline."""
     if provider in ("eager", "channels_last", "amp"):
         return
     dtype = _dtype(provider)
@@ -199,15 +189,16 @@ def _prepare(case: OpCase, what: Pass, provider: str) -> Prepared:
         if before is not None:
             before()
         sample = wall_sample(call, DEVICE)
-    itemsize = torch.empty(0, dtype=dtype).element_size()
-    info = {
+    counted = op_cases.count_bytes(case, dtype)
+    info: BenchmarkInfo = {
         "suite": "ops",
         "case": f"{case.name} batch {case.layers[0].N} {what}",
         "dtype": str(dtype).removeprefix("torch."),
-        "bytes": case.num_bytes(what, itemsize),
         "flops": case.flops(what),
         "clock": "CUDA graph replay, L2 cold" if on_gpu else "wall clock, caches hot",
     }
+    if counted is not None:
+        info["bytes"] = counted[what]
     if what == "both" or case.op == "conv_bn_folded":
         info["peak_bytes"] = peak_bytes(call, DEVICE)
     return Prepared(sample, info)

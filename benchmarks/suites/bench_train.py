@@ -21,14 +21,16 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.ablation import Unavailable, here, why_not
+from benchmarks.harness.records import BenchmarkInfo
 from benchmarks.harness.scheduler import Prepared
 from benchmarks.harness.worker_pool import Worker
-from benchmarks.suites.ablation_cases import data_words, load_data
-from fastres.engine import machine
+from benchmarks.suites.ablation_cases import data_arguments, load_data
+from fastres import host
+from fastres.engine.summary import Summary
 
 DEVICE = here()
 _ROOT = Path(__file__).resolve().parents[2]
-_CORES = machine.usable_cores()
+_CORES = host.usable_cores()
 _SEEDS = 3 if DEVICE.type == "cpu" else 5
 # A CPU compiles ResNet-20 for the better part of a minute.
 _COMPILED = "resnet8" if DEVICE.type == "cpu" else "resnet20"
@@ -60,7 +62,7 @@ def _source(data_dir: str | None) -> list[str]:
     return ["--data-dir", data_dir] if data_dir else ["--dataset", "synthetic"]
 
 
-def _train(words: list[str], processes: int = 1) -> dict[str, Any]:
+def _train(words: list[str], processes: int = 1) -> "_Run":
     """Train apart from this process and return the run's summary, with its epochs as `rows`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     program = ["-m", "fastres.train", *words, "--json"]
@@ -72,6 +74,12 @@ def _train(words: list[str], processes: int = 1) -> dict[str, Any]:
             return json.loads(printed) | {"rows": list(csv.DictReader(stream))}
 
 
+class _Run(Summary):
+    """The summary of a run, and its epochs."""
+
+    rows: list[dict[str, str]]
+
+
 class _Runs:
     """Whole training runs, one seed after the other, and how long each took to the goal."""
 
@@ -81,7 +89,7 @@ class _Runs:
         self.provider = provider
         self.source = _source(data_dir)
         self.seeds = itertools.count()
-        self.summaries: list[dict[str, Any]] = []
+        self.summaries: list[_Run] = []
 
     def sample(self) -> float:
         """Train the next seed and return the seconds of training until it reached the goal."""
@@ -96,7 +104,7 @@ class _Runs:
             f"end, the goal is {self.goal:g} %"
         )
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> BenchmarkInfo:
         """Return what the runs ended with; nothing where none came to its end."""
         if not self.summaries:
             return {}
@@ -115,7 +123,10 @@ def _prepare_accuracy(data_dir: str | None, quick: bool, provider: str) -> Prepa
     if quick and provider == "eager":
         raise Unavailable("--quick trains one seed, by --fast")
     runs = _Runs(provider, data_dir)
-    info = {"suite": "accuracy", "clock": "training time at the end of the epoch that reached it"}
+    info: BenchmarkInfo = {
+        "suite": "accuracy",
+        "clock": "training time at the end of the epoch that reached it",
+    }
     rounds = 1 if quick else _SEEDS
     return Prepared(runs.sample, info, runs.finish, warm=False, rounds=rounds)
 
@@ -133,14 +144,14 @@ class _WholeRun:
     def __init__(self, data_dir: str | None):
         self.words = [*_source(data_dir), "--fast", "--recipe", "standard", "--batch-size", "512"]
         self.words += ["--limit-train", "5120", "--epochs", "1"]
-        self.summaries: list[dict[str, Any]] = []
+        self.summaries: list[_Run] = []
 
     def sample(self) -> float:
         """Run once and return the seconds of training."""
         self.summaries.append(_train(self.words))
         return self.summaries[-1]["train_seconds"]
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> BenchmarkInfo:
         """Return what else the runs measured; nothing where none came to its end."""
         if not self.summaries:
             return {}
@@ -158,7 +169,7 @@ class _WholeRun:
 
 def _prepare_whole_run(data_dir: str | None, provider: str) -> Prepared:
     runs = _WholeRun(data_dir)
-    info = {"suite": "whole run", "clock": "training time of an epoch, own process"}
+    info: BenchmarkInfo = {"suite": "whole run", "clock": "training time of an epoch, own process"}
     return Prepared(runs.sample, info, runs.finish, warm=False, rounds=3)
 
 
@@ -184,10 +195,10 @@ def _prepare_scaling(data_dir: str | None, provider: str) -> Prepared:
     def sample() -> float:
         return _train(words, int(count) if kind == "processes" else 1)["train_seconds"]
 
-    info = {
+    info: BenchmarkInfo = {
         "suite": "scaling",
         "case": f"resnet20 batch {batch}, {load_data(data_dir).name}",
-        "dtype": "bf16" if machine.bf16_instructions() else "fp32",
+        "dtype": "bf16" if host.bf16_instructions() else "fp32",
         "images": images,
         "clock": "training time of an epoch, own processes",
     }
@@ -212,12 +223,16 @@ _COMMANDS = {
 }
 
 
+# What a first step is taken of; by its name alone, at width 1.
+_STARTED = "resnet20"
+
+
 def _first_step(data_dir: str | None, *, fast: bool) -> float:
     """Seconds from the start of a training process to the end of its first step, as it says.
 
     The data have been read before, so that they come from the cache.
     """
-    words = [*_source(data_dir), "--model", "resnet20", "--limit-train", "128", "--epochs", "1"]
+    words = [*_source(data_dir), "--model", _STARTED, "--limit-train", "128", "--epochs", "1"]
     seconds = _train([*words, *(["--fast"] if fast else [])])["first_step_seconds"]
     if seconds is None:
         raise Unavailable("this system does not tell when a process was started")
@@ -235,8 +250,9 @@ def _prepare_start_up(data_dir: str | None, quick: bool, provider: str) -> Prepa
         _run(_COMMANDS[provider])
         return time.perf_counter() - started
 
-    what = f"from the start of the process, cached data: {load_data(data_dir).name}"
-    info = {"suite": "start-up", "case": what, "dtype": "any", "clock": "wall clock"}
+    data = load_data(data_dir).name
+    what = f"from the start of the process, {_STARTED} w1, cached data: {data}"
+    info: BenchmarkInfo = {"suite": "start-up", "case": what, "dtype": "any", "clock": "wall clock"}
     return Prepared(sample, info, warm=False, rounds=1 if quick else 3)
 
 
@@ -250,23 +266,23 @@ def bench_start_up(measure, data_dir, quick, provider):
 
 
 def _prepare_compile(folder: Path, provider: str) -> Prepared:
-    rung = "eager" if provider == "eager" else "compile"
-    reason = why_not(rung, DEVICE)
+    configuration = "eager" if provider == "eager" else "compile"
+    reason = why_not(configuration, DEVICE)
     if reason:
         raise Unavailable(reason)
     if provider == "cold":
         shutil.rmtree(folder, ignore_errors=True)
-    words = ["--rung", rung, "--loader", "none"]
-    words += data_words(DEVICE.type, _COMPILED, 128, 1, None)
+    words = ["--configuration", configuration, "--loader", "none"]
+    words += data_arguments(DEVICE.type, _COMPILED, 128, 1, None)
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": f"{folder}/t"}
 
     def sample() -> float:
-        worker = Worker("benchmarks.harness.ablation_worker", words, 1, env)
+        worker = Worker("benchmarks.suites.ablation_worker", words, 1, env)
         seconds = worker.hello["build_seconds"]
         worker.close()
         return seconds
 
-    info = {
+    info: BenchmarkInfo = {
         "suite": "compile",
         "case": f"{_COMPILED} batch 128, building the network and its first step",
         "dtype": "any",

@@ -1,5 +1,7 @@
-"""The fused ops on the layers of real networks: inputs, every way through them, bytes and flops."""
+"""The fused ops on the layers of real networks: inputs, eager and fused, bytes and flops."""
 
+import functools
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,14 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness.launch_bytes import tensor_bytes
 from fastres.kernels import ops
-from fastres.kernels.conv_shape import ConvShape, resnet18_convs, resnet20_convs
-from fastres.kernels.reference.block import ConvBN, bn_fold_ref, stat_dtype
+from fastres.kernels.block import Block, Shortcut
+from fastres.kernels.block import backward as run_backward
+from fastres.kernels.block import forward as run_forward
+from fastres.kernels.conv_shape import ConvShape
+from fastres.kernels.conv_types import ConvBN, stat_dtype
+from fastres.kernels.reference.block import bn_fold_ref
+from fastres.kernels.tools.networks import resnet18_convs, resnet20_convs
 
-__all__ = ["Inputs", "OpCase", "Pass", "all_cases", "eager", "fused_op", "make_inputs"]
+__all__ = [
+    "Inputs",
+    "OpCase",
+    "Pass",
+    "all_cases",
+    "count_bytes",
+    "eager",
+    "fused_op",
+    "make_inputs",
+]
 
 Pass = Literal["forward", "backward", "both"]
-Op = Literal["conv_bn_relu", "conv_bn_add_relu", "residual_block", "conv_bn_folded"]
+Op = Literal["conv_bn_relu", "residual_block", "conv_bn_folded"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +43,7 @@ class OpCase:
         op: which.
         layers: the convolutions of the main path.
         projection: the convolution of the shortcut.
-        residual: whether a tensor is added: the input of the block, or a given one.
+        residual: whether the input of the block is added.
     """
 
     op: Op
@@ -46,47 +63,48 @@ class OpCase:
         """Elements of the result."""
         return self.layers[-1].num_y
 
+    @property
+    def shortcut(self) -> Shortcut:
+        """What is added before the last ReLU, as `kernels.block.Block` says it."""
+        if self.projection is not None:
+            return "projected"
+        return "input" if self.residual else "none"
+
     def flops(self, what: Pass) -> int:
         """Operations of the convolutions; backward has two products where forward has one."""
         convs = [*self.layers, self.projection] if self.projection else self.layers
         return {"forward": 1, "backward": 2, "both": 3}[what] * sum(c.flops for c in convs)
 
-    def num_bytes(self, what: Pass, itemsize: int) -> int:
-        """Bytes of activations and filters that the fused scheme has to move.
 
-        Every kernel reads its operands once and writes its result once, and no activation between
-        the layers of a block is stored; numbers per channel are not counted. The same count
-        stands for every route, so GB/s compare times. 7 + 18 tensors for a basic block.
-        """
-        forward, backward = self._forward_elements(), 0
-        if self.op != "conv_bn_folded":
-            backward = self._backward_elements()
-        count = {"forward": forward, "backward": backward, "both": forward + backward}[what]
-        return count * itemsize
+@functools.lru_cache
+def count_bytes(case: OpCase, dtype: torch.dtype) -> dict[Pass, int] | None:
+    """Bytes of images and filters that the fused op moves, by pass; None where Triton is missing.
 
-    def _forward_elements(self) -> int:
-        shortcut = self.num_out if self.residual or self.projection else 0
-        if self.op == "conv_bn_folded":
-            (conv,) = self.layers
-            return conv.num_x + conv.num_w + conv.num_y + shortcut
-        convs = [*self.layers, self.projection] if self.projection else self.layers
-        products = sum(conv.num_x + conv.num_w + conv.num_y for conv in convs)
-        return products + self.layers[-1].num_y + shortcut + self.num_out
+    The same count stands for every route, so GB/s compare times.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from fastres.kernels.gpu import backend
+    from fastres.kernels.gpu.launch import recording
 
-    def _backward_elements(self) -> int:
-        joins = self.residual or self.projection is not None
-        # The reduction reads dout, y and, where something was added, the mask, and writes g.
-        total = (4 if joins else 3) * self.num_out
-        for i, conv in enumerate(self.layers):
-            inner = i > 0
-            # dgrad: g, y; the mask's y or the shortcut's gradient; dx. wgrad: g, y, the input.
-            adds = conv.num_x if inner or self.op == "residual_block" else 0
-            total += 2 * conv.num_y + adds + conv.num_x + conv.num_w
-            total += 2 * conv.num_y + conv.num_x + conv.num_w
-        if self.projection:
-            conv = self.projection
-            total += conv.num_y + 2 * (2 * conv.num_y + conv.num_x + conv.num_w)
-        return total
+    inputs = make_inputs(case, dtype, torch.device("meta"), nhwc=True)
+    with recording() as forward, torch.no_grad():
+        if case.op == "conv_bn_folded":
+            (layer,) = inputs.layers
+            backend.conv_folded(
+                inputs.x, layer, layer.weight.new_empty((2, layer.w.shape[0])), None, True
+            )
+            state = None
+        else:
+            block = Block(inputs.layers, inputs.projection, case.shortcut)
+            state = run_forward(block, inputs.x, None, backend)
+    with recording() as backward, torch.no_grad():
+        if state is not None:
+            out, states = state
+            mask = None if case.shortcut == "none" else out
+            run_backward(block, inputs.dout, inputs.x, mask, states, backend, need_dx=True)
+    counts = tensor_bytes(forward), tensor_bytes(backward)
+    return {"forward": counts[0], "backward": counts[1], "both": sum(counts)}
 
 
 def _named(net: str, batch: int) -> dict[str, ConvShape]:
@@ -103,7 +121,6 @@ def _make_cases(net: str, batch: int) -> Iterator[OpCase]:
             yield OpCase("conv_bn_folded", net, layer, (shape,))
     for layer, shape in shapes.items():
         if layer.startswith("stage") and "_" not in layer:
-            yield OpCase("conv_bn_add_relu", net, layer, (shape,), residual=True)
             yield OpCase("residual_block", net, layer, (shape, shape), residual=True)
             if f"{layer}_down" in shapes:
                 down, projection = shapes[f"{layer}_down"], shapes[f"{layer}_projection"]
@@ -129,7 +146,7 @@ def all_cases(batches: dict[str, int]) -> list[OpCase]:
         *_make_cases("resnet18", batches["resnet18"]),
         *_make_bottlenecks(batches["resnet50"]),
     ]
-    order = ("residual_block", "conv_bn_relu", "conv_bn_add_relu", "conv_bn_folded")
+    order = ("residual_block", "conv_bn_relu", "conv_bn_folded")
     return sorted(cases, key=lambda case: order.index(case.op))
 
 
@@ -140,14 +157,12 @@ class Inputs:
     x: Tensor
     layers: list[ConvBN]
     projection: ConvBN | None
-    residual: Tensor | None
     dout: Tensor
 
     def learned(self) -> list[Tensor]:
-        """Everything with a gradient: x, the residual, the parameters of every layer."""
+        """All tensors with a gradient: x, and the parameters of every layer."""
         layers = [*self.layers, self.projection] if self.projection else self.layers
-        given = [] if self.residual is None else [self.residual]
-        return [self.x, *given, *(tensor for layer in layers for tensor in layer[:3])]
+        return [self.x, *(tensor for layer in layers for tensor in layer[:3])]
 
     def require_grad(self) -> "Inputs":
         """Make `learned` differentiable, in place."""
@@ -187,12 +202,10 @@ def make_inputs(
     first, last = case.layers[0], case.layers[-1]
     n = batch or first.N
     out_size = (n, last.K, last.P, last.Q)
-    given = case.residual and case.op != "residual_block"
     return Inputs(
         x=pixels(n, first.C, first.H, first.W),
         layers=[layer(conv) for conv in case.layers],
         projection=None if case.projection is None else layer(case.projection),
-        residual=pixels(*out_size) if given else None,
         dout=pixels(*out_size),
     )
 
@@ -217,7 +230,7 @@ def eager(case: OpCase, inputs: Inputs) -> Tensor:
     if inputs.projection is not None:
         z = z + _eager_layer(inputs.x, inputs.projection)
     elif case.residual:
-        z = z + (inputs.x if inputs.residual is None else inputs.residual)
+        z = z + inputs.x
     return F.relu(z)
 
 
@@ -231,7 +244,4 @@ def fused_op(case: OpCase, inputs: Inputs) -> Tensor:
         return ops.conv_bn_folded(inputs.x, layer, fold)
     if case.op == "conv_bn_relu":
         return ops.conv_bn_relu(inputs.x, layers[0])[0]
-    if case.op == "conv_bn_add_relu":
-        assert inputs.residual is not None
-        return ops.conv_bn_add_relu(inputs.x, layers[0], inputs.residual)[0]
     return ops.residual_block(inputs.x, layers, projection=inputs.projection)[0]

@@ -1,17 +1,17 @@
-"""The decoded cache: the second start maps what the first one decoded.
+"""The cache of decoded datasets: the second run maps what the first one decoded.
 
 An entry is a folder named by the fingerprint of its content, with four .npy files:
 
     <cache>/datasets/<fingerprint>/{train,test}_{images,labels}.npy
     <cache>/index/<SHA-256 of a source's signature>.json    -> fingerprint, name, classes, ...
 
-The signature says where the data came from cheaply (paths, sizes, times), the fingerprint says what
-it is. Two sources with the same pixels share an entry. Entries are memory-mapped, so processes
-share one copy, and hashed in full before use: the fingerprint is the check.
+The signature identifies the source from paths, sizes and times; the fingerprint identifies the
+content. Two sources with the same content share an entry. Entries are memory-mapped, so processes
+share one copy. They are hashed in full before use and compared with the fingerprint.
 
-Nothing here can stop a run. An entry that fails its check is built again, a folder that cannot be
-written means no cache, and both say so in a notice. Entries and index files appear under their
-names by one rename, so two processes may write at once.
+A broken cache never stops a run. An entry that fails its check is built again, and where the folder
+cannot be written the dataset is used without a cache; a notice says so. Entries and index files
+are written under a temporary name and renamed, so two processes may write at once.
 """
 
 import dataclasses
@@ -28,42 +28,26 @@ from typing import Any
 import numpy as np
 
 from fastres.data.dataset import Dataset, ImageSet, content_fingerprint
-from fastres.errors import FailureError
+from fastres.host import cache_folder
 
-__all__ = ["cache_folder", "cached"]
+__all__ = ["cached"]
 
-# Raised with the fields of Dataset or the layout of an entry: older entries are then not found.
+# Increase with any change to the fields of Dataset or to the files of an entry.
 _FORMAT = 1
 _STALE_S = 24 * 3600
 _UNFINISHED = ".unfinished-"
 
 
 class _DamagedError(Exception):
-    """An index file or an entry that does not hold what its name promises."""
-
-
-def cache_folder() -> Path:
-    """$FASTRES_CACHE, else $XDG_CACHE_HOME/fastres, else ~/.cache/fastres.
-
-    Raises:
-        FailureError: neither is set and this user has no home folder.
-    """
-    if named := os.environ.get("FASTRES_CACHE"):
-        return Path(os.path.expanduser(named))
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "fastres"
-    home = os.path.expanduser("~")
-    if home == "~":
-        raise FailureError("this user has no home folder: name a cache folder with FASTRES_CACHE")
-    return Path(home) / ".cache" / "fastres"
+    """An index file or an entry fails its check."""
 
 
 def cached(signature: str, build: Callable[[], Dataset]) -> Dataset:
-    """The dataset that `build` would return, from the cache if it is there, else built and stored.
+    """The dataset that `build` returns, from the cache if it is there, else built and stored.
 
     Args:
-        signature: everything that `build` depends on: another reader, file, size or time must
-            give another signature.
+        signature: of all that `build` depends on: another reader, file, size or time must give
+            another signature.
         build: reads and decodes the source; its errors pass through and nothing is stored.
 
     Returns:
@@ -95,7 +79,7 @@ def _read(root: Path, index: Path) -> Dataset:
 
     Raises:
         FileNotFoundError: this source was never stored.
-        _DamagedError: it was stored and is not as it was; what is left of it has been removed.
+        _DamagedError: the stored copy failed its check and has been removed.
     """
     facts = _read_index(index)
     entry = root / "datasets" / facts["fingerprint"]
@@ -160,8 +144,8 @@ def _write_entry(datasets: Path, entry: Path, dataset: Dataset) -> None:
         for split, images in (("train", dataset.train), ("test", dataset.test)):
             np.save(unfinished / f"{split}_images.npy", images.images)
             np.save(unfinished / f"{split}_labels.npy", images.labels)
-        # A folder is not renamed onto another that holds files: when two processes write the same
-        # entry, the second rename fails and the first, whose content is the same, stays.
+        # When two processes write the same entry, the second rename fails, since the target is no
+        # empty folder. The first entry stays; its content is the same.
         unfinished.rename(entry)
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -170,7 +154,7 @@ def _write_entry(datasets: Path, entry: Path, dataset: Dataset) -> None:
 
 
 def _remove_stale(datasets: Path) -> None:
-    """Delete what killed processes left, once it is too old to belong to a living one."""
+    """Delete unfinished entries of killed processes: those too old for a running one."""
     for left in datasets.glob(f"{_UNFINISHED}*"):
         try:
             if time.time() - left.stat().st_mtime > _STALE_S:

@@ -1,7 +1,7 @@
-"""The two types every other part of fastres speaks: a set of images, and a dataset of two sets.
+"""`ImageSet`, images with labels, and `Dataset`, a training set and a test set.
 
-Images are plain read-only NumPy arrays, so that each loader can map, pin or upload them in its own
-way without this module knowing about torch.
+Images are read-only NumPy arrays, so each loader can map, pin or upload them in its own way. This
+module does not import torch.
 """
 
 import hashlib
@@ -37,14 +37,14 @@ CIFAR10_CLASSES = (
     "truck",
 )
 
-# A channel that never varies has a standard deviation of 0; normalising by one grey level instead
-# maps it to exactly 0 and keeps every other pixel finite.
+# A channel that never varies has a standard deviation of 0. Dividing by one grey level instead maps
+# that channel to exactly 0.
 _SMALLEST_STD = 1 / 255
 _CHUNK_IMAGES = 2048
 
 
 def plural(count: int, noun: str) -> str:
-    """`count` and `noun` as a reader expects them: `1 image`, `60,000 images`."""
+    """Count and noun in the right number: `1 image`, `60,000 images`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
@@ -84,18 +84,18 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A training set, a test set, and what a record must say about them.
+    """A training set, a test set, and what records say about them.
 
     Args:
-        name: what results on this data are filed under, e.g. `cifar10` or `cifar10-jpeg`.
+        name: the dataset's name in results, e.g. `cifar10` or `cifar10-jpeg`.
         classes: the class names; label k means `classes[k]`.
         train: the training images.
         test: the test images; they are never used to choose a checkpoint.
         mean: per channel, in units of 0..1, over the training images, rounded to 4 decimals.
         std: likewise, the population standard deviation.
-        fingerprint: SHA-256 over classes, labels and pixels: equal means the same data.
+        fingerprint: SHA-256 over classes, labels and pixels; equal means the same data.
         source: where the data came from, for people.
-        notices: sentences that the user should see: what was resized, converted or not verified.
+        notices: one-line messages for the user: what was resized, converted or not verified.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Dataset:
         source: str,
         notices: tuple[str, ...] = (),
     ) -> "Dataset":
-        """Describe two sets: check them against `classes`, compute statistics and fingerprint.
+        """Make a dataset of two sets: check the labels, compute statistics and fingerprint.
 
         Raises:
             FailureError: when a set is empty or a label names no class.
@@ -141,17 +141,17 @@ class Dataset:
 def channel_statistics(
     images: np.ndarray,
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """mean_c = sum(x_c) / 255n and std_c = sqrt(n * sum(x_c^2) - sum(x_c)^2) / 255n.
+    """`mean_c = sum(x_c) / 255n` and `std_c = sqrt(n * sum(x_c^2) - sum(x_c)^2) / 255n`.
 
-    Both come from a histogram of the 256 values, so the sums are exact integers and the result
-    depends neither on the order of the images nor on the machine.
+    The sums come from a histogram of the 256 values and are exact integers, so the result depends
+    neither on the order of the images nor on the machine.
 
     Args:
         images: (N, 32, 32, 3) uint8, N >= 1.
 
     Returns:
-        mean and std of each channel in units of 0..1, rounded to 4 decimals; a channel that never
-        varies has the std of one grey level, 0.0039, so that dividing by it stays finite.
+        mean and std of each channel in units of 0..1, rounded to 4 decimals. A channel that never
+        varies gets the std of one grey level, 0.0039, so that dividing by it stays finite.
     """
     counts = np.zeros((3, 256), dtype=np.int64)
     for start in range(0, len(images), _CHUNK_IMAGES):
@@ -172,8 +172,8 @@ def channel_statistics(
 def content_fingerprint(classes: tuple[str, ...], train: ImageSet, test: ImageSet) -> str:
     """SHA-256 over class names, lengths, labels and pixels, as 64 hex digits.
 
-    Lengths come first and labels are hashed as little-endian int64, so that two different datasets
-    never feed the hash the same bytes and every machine computes the same value.
+    The lengths are hashed first, so two different datasets never give the hash the same bytes.
+    Labels are hashed as little-endian int64, so every machine computes the same value.
     """
     head = json.dumps([list(classes), len(train), len(test)], ensure_ascii=True)
     digest = hashlib.sha256(head.encode())

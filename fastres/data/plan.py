@@ -1,8 +1,8 @@
-"""The augmentation plan: what happens to each image of an epoch, decided before any loader runs.
+"""The plan of an epoch: order, crops, flips and cutout boxes, decided before a loader runs.
 
-Every random choice is a hash of (seed, epoch, sample index, purpose), a counter-based generator: no
-choice depends on how many were drawn before it. Loaders take the plan as data, so all of them give
-the same pixels, for every number of workers and every point of resumption.
+The random numbers are counter-based: each is a hash of (seed, epoch, image index, purpose) and does
+not depend on the numbers drawn before it. Loaders take the plan as data, so all of them serve the
+same pixels, with any number of workers and wherever a run is resumed.
 
 The hash is the finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom
 number generators"), applied once for each part of the key.
@@ -33,15 +33,15 @@ class _Purpose(IntEnum):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images are varied; all of it happens on raw pixels, before normalisation.
+    """How training images are augmented; it happens on raw pixels, before normalisation.
 
     Attributes:
         crop_padding: black pixels added on each side before a random 32x32 crop; 0 for no crop.
-        flip: mirror left to right with probability one half ("random"), or mirror each image in
-            every other epoch from a random start ("alternating", Jordan 2024,
-            https://arxiv.org/abs/2404.00498), or never ("none").
-        cutout: side in pixels of a square around a random centre that is painted in the mean
-            colour of the training set, clipped at the border (DeVries and Taylor 2017,
+        flip: "random" mirrors left to right with probability one half; "alternating" mirrors each
+            image in every other epoch, starting with a random half of the images (Jordan 2024,
+            https://arxiv.org/abs/2404.00498); "none" never mirrors.
+        cutout: side in pixels of a square around a random centre that is filled with the mean
+            colour of the training set and clipped at the border (DeVries and Taylor 2017,
             https://arxiv.org/abs/1708.04552); 0 for none.
     """
 
@@ -63,14 +63,14 @@ NO_AUGMENTATION = Augmentation(crop_padding=0, flip="none", cutout=0)
 
 @dataclass(frozen=True)
 class Plan:
-    """The images of an epoch, or of a slice of it, in the order in which they are served.
+    """The plan of an epoch or of a slice of it; row i is the image served as number i.
 
     Attributes:
-        index: (B,) int64, which image of the set.
+        index: (B,) int64, index of the image in the set.
         crop: (B, 2) int64, top and left corner of the crop in the padded image, 0 to 2 * padding.
         flip: (B,) bool, mirror left to right after the crop.
-        cutout: (B, 4) int64, top, left, bottom and right (exclusive) of the painted box, clipped
-            to the image and applied last; top equals bottom where there is none.
+        cutout: (B, 4) int64, top, left, bottom and right (exclusive) of the cutout box, clipped to
+            the image and applied last; top equals bottom where there is none.
         padding: black pixels on each side of the padded image.
     """
 
@@ -90,7 +90,7 @@ class Plan:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64-bit words one to one; every input bit reaches every output bit."""
+    """A bijective hash of 64-bit words; every input bit affects every output bit."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""One way to show progress while data is read or fetched."""
+"""The progress bar for reading, decoding and downloading."""
 
 import sys
 
@@ -18,7 +18,7 @@ __all__ = ["progress_bar"]
 
 
 def progress_bar(*, in_bytes: bool = False) -> Progress:
-    """A transient bar on stderr, silent when stderr is not a terminal.
+    """A bar on stderr that vanishes at the end; silent when stderr is not a terminal.
 
     Args:
         in_bytes: count bytes and show the rate, instead of counting items.

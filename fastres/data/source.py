@@ -1,4 +1,4 @@
-"""From a dataset name and a folder to a `Dataset`: look, download, or draw the synthetic set."""
+"""Load a dataset by name: find it in a folder, download it, or draw the synthetic one."""
 
 import dataclasses
 import os
@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fastres.data.cache import cache_folder, cached
+from fastres.data.cache import cached
 from fastres.data.dataset import Dataset, ImageSet
-from fastres.data.download import download_cifar
+from fastres.data.download import download_cifar, not_downloaded
 from fastres.data.readers.cifar import CifarFiles, find_cifar
 from fastres.data.readers.folder import ImageFolder, find_image_folder
 from fastres.data.synthetic import SYNTHETIC_VERSION, synthetic_dataset
 from fastres.errors import FailureError, UsageError
+from fastres.host import cache_folder
 
 __all__ = ["DATASET_NAMES", "load_dataset", "split_validation"]
 
@@ -26,16 +27,16 @@ def load_dataset(
 ) -> Dataset:
     """Find, decode and cache a dataset.
 
-    `auto` takes what is in the data folder: CIFAR-10, else CIFAR-100, else an image folder. A
-    folder that was named and holds none of these is an error. With no folder named, `auto`
-    downloads CIFAR-10, and where that fails it draws the synthetic set and says so in a notice.
-    `cifar10` and `cifar100` are looked for, then downloaded into the data folder, and never
-    replaced by anything else.
+    `auto` takes what is in the data folder: CIFAR-10, else CIFAR-100, else an image folder. It is
+    an error if the user named the folder and it holds none of these. With no folder named, `auto`
+    downloads CIFAR-10; where that fails it returns the synthetic dataset, with a notice. `cifar10`
+    and `cifar100` are looked for, then downloaded into the data folder; if that fails it is an
+    error.
 
     Args:
         name: one of `DATASET_NAMES`.
-        data_dir: where to look; by default $FASTRES_DATA, which counts as named, else `data` in the
-            cache folder.
+        data_dir: where to look; by default $FASTRES_DATA, which counts as named by the user, else
+            `data` in the cache folder.
         download: whether the network may be used; $FASTRES_OFFLINE=1 forbids it as well.
 
     Returns:
@@ -43,7 +44,7 @@ def load_dataset(
 
     Raises:
         UsageError: an unknown name, a missing folder, a folder that holds something else.
-        FailureError: the data is there and broken or unreadable, or could not be downloaded.
+        FailureError: the data is broken or unreadable, or could not be downloaded.
     """
     if name not in DATASET_NAMES:
         raise UsageError(f"unknown dataset {name!r}: choose from {', '.join(DATASET_NAMES)}")
@@ -97,7 +98,7 @@ def _find(name: str, root: Path) -> CifarFiles | ImageFolder | None:
 
 
 def _refuse_other_content(name: str, root: Path) -> None:
-    """Before downloading into a folder that the user named: is it the right folder?"""
+    """Raise UsageError where a folder that the user named is not one to download into."""
     if name == "auto":
         raise UsageError(
             f"{root} holds no dataset, looked for {_WANTED}; "
@@ -114,14 +115,13 @@ def _fetch(name: str, root: Path, download: bool) -> Dataset:
     wanted = "cifar10" if name == "auto" else name
     try:
         if not download:
-            raise FailureError(f"{root} holds no {_TITLES[wanted]} and downloading was not allowed")
+            raise not_downloaded(wanted, root, "not allowed")
         download_cifar(wanted, root)
     except FailureError as error:
         if name != "auto":
             raise
-        loud = f"SYNTHETIC DATA: no CIFAR-10 here, so this is the built-in drawn set ({error})"
         dataset = _synthetic()
-        return dataclasses.replace(dataset, notices=(loud, *dataset.notices))
+        return dataclasses.replace(dataset, notices=(f"SYNTHETIC DATA: {error}", *dataset.notices))
     found = find_cifar(root, wanted)
     assert found is not None  # the download ended with the archive in place
     return cached(found.signature, found.read)
@@ -132,11 +132,11 @@ def _synthetic() -> Dataset:
 
 
 def split_validation(train: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Cut `count` validation images out of the training set, evenly over the classes.
+    """Split `count` validation images off the training set, in proportion over the classes.
 
-    Which images are taken depends on (seed, the labels) alone: each image draws a 64-bit number
-    from the Philox counter at its own index, and a class gives those with the smallest numbers.
-    Classes share `count` in proportion to their size, by largest remainder.
+    The choice depends on the seed and the labels alone: each image has a 64-bit number, drawn from
+    the Philox counter at its index, and the images with the smallest numbers of their class are
+    taken. Classes share `count` in proportion to their size, by largest remainder.
 
     Args:
         train: the images to split.

@@ -1,12 +1,12 @@
-"""A built-in dataset: ten shapes drawn by integer arithmetic from a seed.
+"""The synthetic dataset: images of ten shapes, drawn with integer arithmetic from a seed.
 
-It stands in where there is neither data nor a network. Every picture shows one shape at a random
-place, size and angle, in random colours, lighter or darker than its ground, over a colour gradient,
-two bits of clutter and noise. No single pixel says anything about the class, so a linear model
-stays near chance, while a small convolutional network learns the shapes in a few epochs. No shape
-changes its class when it is mirrored or shifted, so the usual augmentation is harmless.
+It is used where there is neither data nor a network. Every image shows one shape at a random
+place, size and angle, in random colours, lighter or darker than the background, over a colour
+gradient, two dots and noise. No single pixel depends on the class, so a linear model stays near
+chance, while a small convolutional network learns the shapes in a few epochs. Mirroring or shifting
+keeps the class, so the usual augmentation applies.
 
-Numerics: random words come straight from the Philox counter (Salmon et al. 2011), whose output does
+Numerics: random words come from the Philox counter (Salmon et al. 2011), whose output does
 not depend on the NumPy release, and all geometry is int32 fixed point: lengths in 1/256 pixel,
 directions in 1/4096, depth (the distance inside an edge) in 1/256 pixel. The same seed therefore
 gives the same bytes on every machine.
@@ -23,12 +23,12 @@ from fastres.data.dataset import Dataset, ImageSet
 
 __all__ = ["SYNTHETIC_CLASSES", "SYNTHETIC_VERSION", "synthetic_dataset"]
 
-# Raised whenever the same seed gives other pixels than before, so that no cache mixes the two.
+# Increase whenever the same seed gives other pixels than before, so that no cache mixes the two.
 SYNTHETIC_VERSION = 1
 
 _PIXEL = 256  # one pixel in the fixed-point unit of lengths
-_WORDS = 8  # random uint64 words that place and colour one image
-_NOISE_WORDS = 32 * 32 * 3 // 8  # and those that add one byte of noise to each of its values
+_WORDS = 8  # random uint64 words for the geometry and colours of one image
+_NOISE_WORDS = 32 * 32 * 3 // 8  # and for its noise, one byte a value
 _CHUNK = 250  # images drawn at a time, so that the int32 planes stay in cache
 
 # Rounding to 1/4096 hides the last bit in which two C libraries may disagree about a cosine.
@@ -138,13 +138,13 @@ def _draw_split(count: int, *, key: int) -> ImageSet:
         bytes_ = noise.random_raw(len(rows) * _NOISE_WORDS).astype("<u8").view(np.uint8)
         grain = bytes_.reshape(len(rows), 32, 32, 3)
         for label, shape in enumerate(shapes):
-            mine = rows[labels[rows] == label]
-            images[mine] = _draw(shape, words[mine], grain[mine - start])
+            members = rows[labels[rows] == label]
+            images[members] = _draw(shape, words[members], grain[members - start])
     return ImageSet(images, labels)
 
 
-class _Dice:
-    """Random integers for n images, drawn from the 16-bit lanes of their (n, 8) words in turn."""
+class _RandomIntegers:
+    """Random integers for n images; each draw takes the next 16 bits of their (n, 8) words."""
 
     def __init__(self, words: np.ndarray) -> None:
         self._words = words
@@ -164,51 +164,51 @@ class _Dice:
 def _draw(
     shape: Callable[[_Plane, _Plane, _Plane], _Plane], words: np.ndarray, grain: np.ndarray
 ) -> np.ndarray:
-    """One shape, n times.
+    """Draw n images of one shape.
 
     Args:
-        shape: depth of a point inside the shape.
+        shape: returns the depth of each pixel inside the shape.
         words: (n, 8) uint64 random words.
         grain: (n, 32, 32, 3) uint8 random bytes.
 
     Returns:
         (n, 32, 32, 3) uint8 images.
     """
-    dice = _Dice(words)
-    radius = dice.draw(6 * _PIXEL, 11 * _PIXEL)
-    x, y = _offsets(dice, 11 * _PIXEL, 21 * _PIXEL)
-    angle = dice.draw(0, _ANGLES - 1)
+    random = _RandomIntegers(words)
+    radius = random.draw(6 * _PIXEL, 11 * _PIXEL)
+    x, y = _offsets(random, 11 * _PIXEL, 21 * _PIXEL)
+    angle = random.draw(0, _ANGLES - 1)
     cosine, sine = _COSINES[angle], _COSINES[angle - _ANGLES // 4]
     u, v = (x * cosine + y * sine) // 4096, (y * cosine - x * sine) // 4096
 
-    ground = dice.draw(48, 207, 3)
-    slope_x, slope_y = dice.draw(-2, 2, 3), dice.draw(-2, 2, 3)
+    background = random.draw(48, 207, 3)
+    slope_x, slope_y = random.draw(-2, 2, 3), random.draw(-2, 2, 3)
     step = np.arange(-16, 16, dtype=np.int32)
-    picture = ground + slope_x * step[:, None] + slope_y * step[:, None, None]
-    # Each channel moves its own way, by at least 20 grey levels: half of all shapes are lighter
-    # than the ground, half are darker, and most are both.
-    contrast = dice.draw(20, 110, 3) * (2 * dice.draw(0, 1, 3) - 1)
+    picture = background + slope_x * step[:, None] + slope_y * step[:, None, None]
+    # Each channel differs by at least 20 grey levels and has a sign of its own, so that most shapes
+    # are lighter than the background in one channel and darker in another.
+    contrast = random.draw(20, 110, 3) * (2 * random.draw(0, 1, 3) - 1)
 
     for _ in range(2):
-        dot_x, dot_y = _offsets(dice, 0, 31 * _PIXEL)
-        dot = _disc(dot_x, dot_y, dice.draw(_PIXEL, 2 * _PIXEL))
-        picture = _paint(picture, dot, ground + dice.draw(-80, 80, 3))
-    picture = _paint(picture, shape(u, v, radius), ground + contrast)
+        dot_x, dot_y = _offsets(random, 0, 31 * _PIXEL)
+        dot = _disc(dot_x, dot_y, random.draw(_PIXEL, 2 * _PIXEL))
+        picture = _paint(picture, dot, background + random.draw(-80, 80, 3))
+    picture = _paint(picture, shape(u, v, radius), background + contrast)
 
     # The difference of two uniform nibbles: triangular noise of about 6.5 grey levels, twice over.
     noise = ((grain & 15).astype(np.int32) - (grain >> 4)) * 2
     return np.clip(picture + noise, 0, 255).astype(np.uint8)
 
 
-def _offsets(dice: _Dice, low: int, high: int) -> tuple[_Plane, _Plane]:
+def _offsets(random: _RandomIntegers, low: int, high: int) -> tuple[_Plane, _Plane]:
     """Distance of each pixel, along x and along y, from a random centre in low..high."""
     grid = np.arange(32, dtype=np.int32) * _PIXEL
-    centre_x, centre_y = dice.draw(low, high), dice.draw(low, high)
+    centre_x, centre_y = random.draw(low, high), random.draw(low, high)
     x, y = grid[None, None, :] - centre_x, grid[None, :, None] - centre_y
     return np.broadcast_to(x, (len(x), 32, 32)), np.broadcast_to(y, (len(y), 32, 32))
 
 
 def _paint(picture: np.ndarray, depth: _Plane, colour: np.ndarray) -> np.ndarray:
-    """Blend `colour` into `picture` where depth > 0, with an edge one pixel wide."""
+    """Blend `colour` into `picture` where depth > 0; the edge is one pixel wide."""
     coverage = np.clip(depth + _PIXEL // 2, 0, _PIXEL)[..., None]
     return picture + (colour - picture) * coverage // _PIXEL

@@ -10,8 +10,9 @@ from rich.table import Table
 from fastres.data.dataset import Dataset
 from fastres.engine.runtime import Runtime
 from fastres.model.summary import ModelSummary
+from fastres.recipes import Origins
 
-__all__ = ["Screen", "layer_table"]
+__all__ = ["RunConsole", "layer_table"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -38,7 +39,14 @@ def layer_table(summary: ModelSummary) -> Table:
     return table
 
 
-class Screen:
+def _plain(value: object) -> str:
+    """A value of an option as the command line would spell it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class RunConsole:
     """Writes for people.
 
     Args:
@@ -47,12 +55,18 @@ class Screen:
     """
 
     def __init__(self, *, quiet_stdout: bool = False, silent: bool = False):
-        self.console = Console(stderr=quiet_stdout, quiet=silent, highlight=False, soft_wrap=True)
+        self.rich = Console(stderr=quiet_stdout, quiet=silent, highlight=False, soft_wrap=True)
         self._columns: list[str] = []
 
     def line(self, text: str, style: str | None = None) -> None:
         """Print one line as it is."""
-        self.console.print(text, style=style, markup=False)
+        self.rich.print(text, style=style, markup=False)
+
+    def origins(self, origins: Origins) -> None:
+        """Print where the values of a run were taken from, a line a source."""
+        for number, (source, options) in enumerate(origins.items()):
+            words = (f"{name.replace('_', '-')} {_plain(v)}" for name, v in options.items())
+            self.line(f"{'' if number else 'options':<10} {source}: {', '.join(words)}")
 
     def data(self, data: Dataset, num_train: int, num_val: int) -> None:
         """Print what is trained on, with every notice of the reader."""
@@ -72,13 +86,13 @@ class Screen:
 
     def runtime(self, runtime: Runtime, *, training: bool = True) -> None:
         """Print what really runs, and why; fallbacks stand out."""
-        for choice in runtime.choices:
-            if not training and choice.piece in ("route", "graph", "optimizer"):
+        for setting in runtime.settings:
+            if not training and setting.name in ("route", "graph", "optimizer"):
                 continue
-            mark = "! " if choice.fallback else ""
-            reason = f"  ({mark}{choice.reason})" if choice.reason else ""
-            style = "yellow" if choice.fallback else None
-            self.line(f"{choice.piece:<10} {choice.value}{reason}", style=style)
+            mark = "! " if setting.fallback else ""
+            reason = f"  ({mark}{setting.reason})" if setting.reason else ""
+            style = "yellow" if setting.fallback else None
+            self.line(f"{setting.name:<10} {setting.value}{reason}", style=style)
 
     def row(self, values: Mapping[str, Any]) -> None:
         """Print one row of the epoch table, and the header before the first."""
@@ -96,7 +110,7 @@ class Screen:
             what: shown before the bar.
             images: how many one item stands for.
         """
-        if self.console.quiet or not self.console.is_terminal:
+        if self.rich.quiet or not self.rich.is_terminal:
             yield from items
             return
         columns = (
@@ -105,7 +119,7 @@ class Screen:
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        with Progress(*columns, console=self.rich, transient=True) as bar:
             task = bar.add_task(what, total=len(items), rate="")
             for item in items:
                 yield item

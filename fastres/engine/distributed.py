@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fastres.data.dataset import ImageSet
-from fastres.data.loaders import Batches
+from fastres.data.loaders import BatchSpec
 from fastres.errors import UsageError
 
 __all__ = ["ALONE", "Processes", "join_processes"]
@@ -43,7 +43,7 @@ class Processes:
         """Return whether this process speaks and writes for all."""
         return self.rank == 0
 
-    def share(self, batches: Batches) -> Batches:
+    def share(self, batches: BatchSpec) -> BatchSpec:
         """Return this process's part of every training batch.
 
         Raises:
@@ -54,7 +54,7 @@ class Processes:
                 f"a batch of {batches.batch_size} images cannot be dealt out to {self.size} "
                 "processes evenly; choose a multiple with --batch-size"
             )
-        return replace(batches, part=self.rank, parts=self.size)
+        return replace(batches, rank=self.rank, world_size=self.size)
 
     def share_of_set(self, images: ImageSet) -> ImageSet:
         """Return this process's part of a set: every image belongs to exactly one process."""

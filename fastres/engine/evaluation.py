@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastres.config import Config
 from fastres.data.dataset import ImageSet
-from fastres.data.loaders import Batches, Loader, build_loader
+from fastres.data.loaders import BatchSpec, Loader, build_loader
 from fastres.data.plan import NO_AUGMENTATION
 from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.runtime import Runtime
@@ -35,7 +35,7 @@ def evaluation_loader(
     runtime: Runtime,
 ) -> Loader:
     """Make the loader that serves `images` once, in order and unchanged but for normalisation."""
-    batches = Batches(
+    batches = BatchSpec(
         images=images,
         mean=mean,
         std=std,

@@ -5,20 +5,17 @@ import fcntl
 import io
 import json
 import os
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from fastres.config import Config
-from fastres.engine import machine
 from fastres.engine.checkpoint import replace_file
 from fastres.errors import FailureError, UsageError
 
-__all__ = ["RunFolder", "default_folder", "provenance"]
+__all__ = ["RunDir", "default_folder"]
 
 _FILES = (
     "config.json",
@@ -43,18 +40,7 @@ def default_folder(config: Config) -> Path:
     return folder
 
 
-def provenance() -> dict[str, Any]:
-    """Return machine, versions, commit, date and command of this process."""
-    return {
-        "machine": machine.describe_machine(),
-        "versions": machine.versions(),
-        "commit": machine.commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "fastres.train", *sys.argv[1:]]),
-    }
-
-
-class RunFolder:
+class RunDir:
     """A folder that holds one run.
 
     Args:

@@ -6,24 +6,29 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from fastres.config import Config
+from fastres import host
+from fastres.config import Config, LoaderName, PrecisionName, RouteName
 from fastres.data.loaders import choose_loader
 from fastres.engine import machine
 from fastres.engine.distributed import ALONE, Processes
 from fastres.errors import UsageError
 from fastres.model.kernel_status import cpu_kernels_missing, fused_kernels
 
-__all__ = ["Choice", "Runtime", "resolve_runtime"]
+__all__ = ["Runtime", "Setting", "resolve_runtime"]
 
 _DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_PRECISIONS: dict[torch.dtype, PrecisionName] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One line of the first screen: what a piece is set to, and why."""
+class Setting:
+    """One line of the first screen: what is set to which value, and why."""
 
-    piece: str
+    name: str
     value: str
     reason: str
     fallback: bool = False
@@ -42,21 +47,25 @@ class Runtime:
         graph: the step is one CUDA graph.
         fused_optimizer: the optimizer is one kernel for all parameters.
         loader: "dali", "resident" or "torch".
-        choices: the same with reasons, for people.
+        threads: of torch on a CPU; None leaves torch's own number.
+        deterministic: two runs on one machine are equal bit for bit.
+        settings: the same with reasons, for people.
     """
 
     device: torch.device
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
-    route: str = "eager"
+    route: RouteName = "eager"
     compiled: bool = False
     graph: bool = False
     fused_optimizer: bool = False
-    loader: str = "torch"
-    choices: list[Choice] = field(default_factory=list)
+    loader: LoaderName = "torch"
+    threads: int | None = None
+    deterministic: bool = False
+    settings: list[Setting] = field(default_factory=list)
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> PrecisionName:
         """Return "fp32", "bf16" or "fp16"."""
         return _PRECISIONS[self.dtype]
 
@@ -64,6 +73,15 @@ class Runtime:
     def memory_format(self) -> torch.memory_format:
         """Return the layout of images and filters."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def configure_torch(self) -> None:
+        """Set what belongs to the whole process: threads, determinism, cuDNN's search."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        # A warning names an operation without a deterministic form. One is harmless here: max
+        # pooling adds gradients in any order, and the windows of resnet9 do not overlap.
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+        torch.backends.cudnn.benchmark = not self.deterministic
 
     def place(self, model: nn.Module) -> None:
         """Move `model` to the device and into the layout, in place."""
@@ -78,9 +96,9 @@ class Runtime:
             enabled=self.dtype != torch.float32,
         )
 
-    def note(self, piece: str, value: str, reason: str, *, fallback: bool = False) -> None:
+    def note(self, name: str, value: str, reason: str, *, fallback: bool = False) -> None:
         """Add a line to the first screen."""
-        self.choices.append(Choice(piece, value, reason, fallback))
+        self.settings.append(Setting(name, value, reason, fallback))
 
 
 def resolve_runtime(config: Config, model: nn.Module, processes: Processes = ALONE) -> Runtime:
@@ -89,11 +107,11 @@ def resolve_runtime(config: Config, model: nn.Module, processes: Processes = ALO
     Raises:
         UsageError: where an option that was set to something else than auto cannot be had here.
     """
-    runtime = Runtime(device=_choose_device(config))
+    runtime = Runtime(device=_choose_device(config), deterministic=config.deterministic)
     if runtime.device.type == "cpu":
-        share = max(1, machine.usable_cores() // processes.local_size)
-        torch.set_num_threads(config.threads or share)
-        runtime.note("device", "cpu", f"{torch.get_num_threads()} threads, {_why_cpu(config)}")
+        share = max(1, host.usable_cores() // processes.local_size)
+        runtime.threads = config.threads or share
+        runtime.note("device", "cpu", f"{runtime.threads} threads, {_why_cpu(config)}")
     else:
         runtime.note("device", "cuda", torch.cuda.get_device_name(runtime.device))
     if processes.size > 1:
@@ -135,7 +153,7 @@ def _choose_precision(config: Config, runtime: Runtime) -> None:
         reason = "native on this GPU" if native else "this GPU has no bf16; with loss scaling"
         runtime.note("precision", runtime.precision, reason, fallback=not native)
     else:
-        instructions = machine.bf16_instructions()
+        instructions = host.bf16_instructions()
         runtime.dtype = torch.bfloat16 if instructions else torch.float32
         reason = (
             f"the processor has {instructions}"
@@ -170,7 +188,7 @@ def _unsafe_in_nhwc(model: nn.Module) -> str | None:
     writes past its workspace when a tensor has fewer: wrong gradients, a hang or a crash
     (https://github.com/uxlfoundation/oneDNN/issues/6035; seen with torch 2.15 on AVX2).
     """
-    vector = 16 if machine.has_avx512() else 8
+    vector = 16 if host.has_avx512() else 8
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.Conv2d)
@@ -212,7 +230,7 @@ def _choose_route(config: Config, runtime: Runtime) -> None:
     runtime.note("route", runtime.route + around, why, fallback=fallback)
 
 
-def _fastest_route(runtime: Runtime, compiler: str | None) -> tuple[str, str]:
+def _fastest_route(runtime: Runtime, compiler: str | None) -> tuple[RouteName, str]:
     """The route of --fast and why; on a CPU as measured, see benchmarks/results."""
     if runtime.device.type == "cuda":
         if importlib.util.find_spec("triton") is not None:

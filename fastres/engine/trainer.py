@@ -1,58 +1,67 @@
 """A whole run, from options to a summary; reads from top to bottom."""
 
 import math
-import os
-import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 
+from fastres import host
 from fastres.config import Config, changed_options
-from fastres.data.loaders import Batches, Loader, build_loader
+from fastres.data.loaders import BatchSpec, Loader, build_loader
 from fastres.data.plan import Augmentation
 from fastres.data.source import load_dataset, split_validation
 from fastres.engine import checkpoint, machine
-from fastres.engine.console import Screen
+from fastres.engine.console import RunConsole
 from fastres.engine.curves import draw_curves
 from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.evaluation import Score, evaluate, evaluation_loader
-from fastres.engine.run_dir import RunFolder, provenance
+from fastres.engine.run_dir import RunDir
 from fastres.engine.runtime import resolve_runtime
+from fastres.engine.signals import Stopped, StopSignal
+from fastres.engine.state import TrainingState
 from fastres.engine.step import TrainStep
+from fastres.engine.summary import ExecutionMode, MetricsRow, Summary, chosen_row
 from fastres.errors import FailureError
 from fastres.model.fuse import fuse
 from fastres.model.resnet import create_model
 from fastres.model.summary import ModelSummary, summarize
 from fastres.model.whiten import whiten_stem
 
-__all__ = ["Stopped", "Trainer", "count_steps"]
-
-
-class Stopped(Exception):
-    """The run was interrupted by a signal and has saved a checkpoint."""
-
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_code = 128 + number
+__all__ = ["PreparedRun", "Trainer", "count_steps"]
 
 
 @dataclass
-class Progress:
-    """How far a run is, and what it has measured: the part of a checkpoint that is no tensor."""
+class PreparedRun:
+    """What a run needs beside its network: compiled, captured, loaders open.
 
-    step: int = 0
-    train_seconds: float = 0.0
-    compile_seconds: float = 0.0
-    epoch_seconds: float = 0.0
-    first_step_seconds: float | None = None
-    evaluation_rate: float = 0.0
-    best_val_accuracy: float = -1.0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    way: dict[str, Any] = field(default_factory=dict)
+    Attributes:
+        step: trains on one batch.
+        train_loader: of this process's part of every batch.
+        eval_loaders: {"val" or "test": loader}.
+        total_steps: of the whole run.
+        state: how far it is.
+    """
+
+    step: TrainStep
+    train_loader: Loader
+    eval_loaders: dict[str, Loader]
+    total_steps: int
+    state: TrainingState
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the batches of an epoch."""
+        return len(self.train_loader)
+
+    def close(self) -> None:
+        """Release what the loaders hold."""
+        for loader in (self.train_loader, *self.eval_loaders.values()):
+            loader.close()
 
 
 def count_steps(epochs: float, steps_per_epoch: int) -> int:
@@ -66,19 +75,15 @@ class Trainer:
     Args:
         config: validated options.
         folder: the run folder, made by the caller.
-        screen: where to report.
+        console: where to report.
         processes: who trains the same network; the first of them writes the files.
     """
 
     def __init__(
-        self, config: Config, folder: RunFolder, screen: Screen, processes: Processes = ALONE
+        self, config: Config, folder: RunDir, console: RunConsole, processes: Processes = ALONE
     ):
-        self.config, self.folder, self.screen = config, folder, screen
+        self.config, self.folder, self.console = config, folder, console
         self.processes = processes
-        # A warning names an operation without a deterministic form. One is harmless here: max
-        # pooling adds gradients in any order, and the windows of resnet9 do not overlap.
-        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
-        torch.backends.cudnn.benchmark = not config.deterministic
         # What one process downloads and decodes, the others find.
         with processes.main_first():
             self.data = load_dataset(config.dataset, config.data_dir)
@@ -93,12 +98,10 @@ class Trainer:
         if config.whiten:
             whiten_stem(self.model, self.train_images.images, self.data.mean, self.data.std)
         self.runtime = resolve_runtime(config, self.model, processes)
-        self.summary: ModelSummary = summarize(self.model)
+        self.model_summary: ModelSummary = summarize(self.model)
         if self.runtime.route == "fused":
             self.model = fuse(self.model, verbose=False)
-        self.progress = Progress()
         self.last = folder.file("last")
-        self._signal: int | None = None
 
     def _split(self) -> None:
         """Cut the training images down and hold some out, the test set untouched."""
@@ -113,40 +116,20 @@ class Trainer:
     def show_header(self) -> None:
         """Print the first screen: data, network, and what really runs."""
         num_val = len(self.val_images) if self.val_images is not None else 0
-        self.screen.data(self.data, len(self.train_images), num_val)
-        self.screen.model(self.config.model, self.summary)
-        self.screen.runtime(self.runtime)
+        self.console.data(self.data, len(self.train_images), num_val)
+        self.console.model(self.config.model, self.model_summary)
+        self.console.runtime(self.runtime)
 
-    def run(self, *, resume: bool) -> dict[str, Any]:
-        """Train to the end and return the summary.
-
-        Raises:
-            Stopped: after a signal, with a checkpoint in the run folder.
-            FailureError: when the loss is no longer finite, or a file cannot be read or written.
-        """
-        if resume:
-            self._restore()
-        self.screen.line("")
-        with self._catching_signals():
-            while self.progress.step < self.total_steps:
-                number = self.processes.any(self._signal)
-                if number is not None:
-                    raise Stopped(number)
-                self._train_epoch()
-        summary = self._finish()
-        for loader in (self.train_loader, *self.eval_loaders.values()):
-            loader.close()
-        return summary
-
-    def prepare(self) -> None:
+    def prepare(self) -> PreparedRun:
         """Build loaders and step; compile and capture before any loader starts.
 
         Raises:
             UsageError: for a batch larger than the training set, or a loader that is missing.
         """
         config, runtime = self.config, self.runtime
+        runtime.configure_torch()
         augmentation = Augmentation(config.crop_padding, config.flip, config.cutout)
-        batches = Batches(
+        batches = BatchSpec(
             images=self.train_images,
             mean=self.data.mean,
             std=self.data.std,
@@ -156,116 +139,128 @@ class Trainer:
             training=True,
         )
         batches = self.processes.share(batches)
-        self.steps_per_epoch = len(batches)
-        self.total_steps = count_steps(config.epochs, self.steps_per_epoch)
+        total_steps = count_steps(config.epochs, len(batches))
         runtime.place(self.model)
         self.model.train()
-        self.step = TrainStep(self.model, config, runtime, self.total_steps, self.processes)
+        step = TrainStep(self.model, config, runtime, total_steps, self.processes)
         shape = (batches.size, 3, 32, 32)
         started = time.perf_counter()
-        self.step.prepare(
+        step.prepare(
             torch.randn(shape, device=runtime.device),
             torch.zeros(batches.size, dtype=torch.int64, device=runtime.device),
         )
         self._wait()
-        self.progress.compile_seconds = time.perf_counter() - started
-        self.train_loader = build_loader(
-            runtime.loader, batches, runtime.device, workers=config.workers
-        )
+        state = TrainingState(compile_seconds=time.perf_counter() - started)
+        loader = build_loader(runtime.loader, batches, runtime.device, workers=config.workers)
         sets = {"val": self.val_images, "test": self.data.test}
-        self.eval_loaders = {
+        eval_loaders = {
             split: evaluation_loader(
                 self.processes.share_of_set(images), self.data.mean, self.data.std, config, runtime
             )
             for split, images in sets.items()
             if images is not None
         }
+        return PreparedRun(step, loader, eval_loaders, total_steps, state)
 
-    def _train_epoch(self) -> None:
+    def run(self, prepared: PreparedRun, *, resume: bool) -> Summary:
+        """Train to the end and return the summary.
+
+        Raises:
+            Stopped: after a signal, with a checkpoint in the run folder.
+            FailureError: when the loss is no longer finite, or a file cannot be read or written.
+        """
+        if resume:
+            self._restore(prepared)
+        self.console.line("")
+        stop = StopSignal()
+        with stop.caught():
+            while prepared.state.step < prepared.total_steps:
+                number = self.processes.any(stop.number)
+                if number is not None:
+                    raise Stopped(number)
+                self._train_epoch(prepared, stop)
+        summary = self._finish(prepared)
+        prepared.close()
+        return summary
+
+    def _train_epoch(self, run: PreparedRun, stop: StopSignal) -> None:
         """Train to the end of the epoch, or of the run; evaluate, record and save."""
-        progress = self.progress
-        # How the steps were made; a run that goes on in another way is a mixture.
-        progress.way = {
-            key: value if progress.way.get(key, value) == value else "mixed"
-            for key, value in self._way().items()
-        }
-        epoch, first = divmod(progress.step, self.steps_per_epoch)
-        last = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
-        batches = _Part(self.train_loader, epoch, first, last)
-        started = time.perf_counter() - progress.epoch_seconds
-        for images, labels in self.screen.progress(
+        state = run.state
+        state.add_mode(self._execution_mode())
+        epoch, first = divmod(state.step, run.steps_per_epoch)
+        last = min(run.steps_per_epoch, run.total_steps - epoch * run.steps_per_epoch)
+        batches = _EpochSlice(run.train_loader, epoch, first, last)
+        started = time.perf_counter() - state.epoch_seconds
+        for images, labels in self.console.progress(
             batches, f"epoch {epoch + 1}", self.config.batch_size
         ):
-            self.step(progress.step, images, labels)
-            progress.step += 1
-            if progress.first_step_seconds is None:
+            run.step(state.step, images, labels)
+            state.step += 1
+            if state.first_step_seconds is None:
                 self._wait()
-                progress.first_step_seconds = machine.process_seconds()
-            number = self.processes.any(self._signal)
-            if number is not None and progress.step < epoch * self.steps_per_epoch + last:
-                progress.epoch_seconds = time.perf_counter() - started
-                self._save()
+                state.first_step_seconds = machine.process_seconds()
+            number = self.processes.any(stop.number)
+            if number is not None and state.step < epoch * run.steps_per_epoch + last:
+                state.epoch_seconds = time.perf_counter() - started
+                self._save(run)
                 raise Stopped(number)
         self._wait()
         seconds = time.perf_counter() - started
-        loss, accuracy, count = self.step.totals.read(self.processes)
+        loss, accuracy, count = run.step.totals.read(self.processes)
         if not math.isfinite(loss):
             raise FailureError(
                 f"the loss is {loss} in epoch {epoch + 1}: the run has diverged; lower --lr. "
                 f"{self.folder.path} keeps the checkpoint of the epoch before, if there was one"
             )
-        self.step.totals.values.zero_()
-        progress.train_seconds += seconds
-        progress.epoch_seconds = 0.0
-        self._end_epoch(loss, accuracy, count / seconds)
+        run.step.totals.values.zero_()
+        state.train_seconds += seconds
+        state.epoch_seconds = 0.0
+        self._end_epoch(run, loss, accuracy, count / seconds)
 
-    def _end_epoch(self, loss: float, accuracy: float, rate: float) -> None:
-        progress = self.progress
-        row: dict[str, Any] = {
-            "epoch": round(progress.step / self.steps_per_epoch, 4),
+    def _end_epoch(self, run: PreparedRun, loss: float, accuracy: float, rate: float) -> None:
+        state, scores = run.state, self._scores(run)
+        row: dict[str, float] = {
+            "epoch": round(state.step / run.steps_per_epoch, 4),
             "train_loss": loss,
             "train_accuracy": accuracy,
         }
-        scores = self._scores()
         for split, score in scores.items():
             row |= {f"{split}_loss": score.loss, f"{split}_accuracy": score.accuracy}
-        row |= {"images_per_second": rate, "train_seconds": progress.train_seconds}
-        progress.rows.append(row)
-        self.screen.row(row)
+        row |= {"images_per_second": rate, "train_seconds": state.train_seconds}
+        state.rows.append(cast(MetricsRow, row))
+        self.console.row(row)
         if self.processes.is_main:
-            self.folder.write_metrics(progress.rows)
-        if "val" in scores and scores["val"].accuracy > progress.best_val_accuracy:
-            progress.best_val_accuracy = scores["val"].accuracy
-            self._save_weights(self.folder.file("best"))
-        self._save()
+            self.folder.write_metrics(state.rows)
+        if "val" in scores and scores["val"].accuracy > state.best_val_accuracy:
+            state.best_val_accuracy = scores["val"].accuracy
+            self._save_weights(run, self.folder.file("best"))
+        self._save(run)
 
-    def _scores(self) -> dict[str, Score]:
+    def _scores(self, run: PreparedRun) -> dict[str, Score]:
         """Evaluate on every held-out split, with the averaged weights where there are any."""
         started = time.perf_counter()
-        with self.step.evaluated_weights():
+        with run.step.evaluated_weights():
             scores = {
                 split: evaluate(self.model, loader, self.runtime, processes=self.processes)
-                for split, loader in self.eval_loaders.items()
+                for split, loader in run.eval_loaders.items()
             }
         images = sum(score.images for score in scores.values())
-        self.progress.evaluation_rate = images / (time.perf_counter() - started)
+        run.state.evaluation_rate = images / (time.perf_counter() - started)
         return scores
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, run: PreparedRun) -> Summary:
         """Write weights, curves and summary."""
-        self._save_weights(self.folder.file("model"))
-        summary = self._summarize()
+        self._save_weights(run, self.folder.file("model"))
+        summary = self._summarize(run)
         if not self.processes.is_main:
             return summary
         title = f"{summary['model']} on {summary['dataset']}, {summary['epochs']:g} epochs"
-        picture = draw_curves(
-            self.progress.rows, title, label_smoothing=self.config.label_smoothing
-        )
+        picture = draw_curves(run.state.rows, title, label_smoothing=self.config.label_smoothing)
         checkpoint.replace_file(self.folder.path / "curves.png", picture)
         self.folder.write_json("summary.json", summary)
         return summary
 
-    def _way(self) -> dict[str, Any]:
+    def _execution_mode(self) -> ExecutionMode:
         """Return how this process trains, as the summary says it."""
         return {
             "fast": self.config.fast,
@@ -278,13 +273,11 @@ class Trainer:
             "processes": self.processes.size,
         }
 
-    def _summarize(self) -> dict[str, Any]:
-        config, progress = self.config, self.progress
-        final = progress.rows[-1]
-        chosen = final
-        if config.val:
-            chosen = max(progress.rows, key=lambda row: row["val_accuracy"])
-        images = self.total_steps * config.batch_size
+    def _summarize(self, run: PreparedRun) -> Summary:
+        config, state = self.config, run.state
+        chosen = chosen_row(state.rows)
+        images = run.total_steps * config.batch_size
+        mode = cast(ExecutionMode, self._execution_mode() | state.execution_mode)
         return {
             "dataset": self.data.name,
             "dataset_fingerprint": self.data.fingerprint,
@@ -292,23 +285,23 @@ class Trainer:
             "test_images": len(self.data.test),
             "model": config.model,
             "width": config.width,
-            "parameters": self.summary.params,
+            "parameters": self.model_summary.params,
             "recipe": config.recipe,
             "seed": config.seed,
-            **(self._way() | progress.way),
+            **mode,
             "batch_size": config.batch_size,
             "epochs": config.epochs,
             "test_accuracy": chosen["test_accuracy"],
             "test_loss": chosen["test_loss"],
             "val_accuracy": chosen.get("val_accuracy"),
             "checkpoint": self.folder.result().name,
-            "train_seconds": round(progress.train_seconds, 3),
-            "compile_seconds": round(progress.compile_seconds, 3),
-            "first_step_seconds": progress.first_step_seconds,
+            "train_seconds": round(state.train_seconds, 3),
+            "compile_seconds": round(state.compile_seconds, 3),
+            "first_step_seconds": state.first_step_seconds,
             "peak_memory_mib": round(machine.peak_memory_mib(), 1),
-            "images_per_second": round(images / progress.train_seconds, 1),
-            "evaluation_images_per_second": round(progress.evaluation_rate, 1),
-            **provenance(),
+            "images_per_second": round(images / state.train_seconds, 1),
+            "evaluation_images_per_second": round(state.evaluation_rate, 1),
+            **host.provenance(["python", "-m", "fastres.train", *sys.argv[1:]]),
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -322,18 +315,18 @@ class Trainer:
             "std": list(self.data.std),
         }
 
-    def _save_weights(self, path: Any) -> None:
-        with self.step.evaluated_weights():
+    def _save_weights(self, run: PreparedRun, path: Path) -> None:
+        with run.step.evaluated_weights():
             if self.processes.is_main:
                 checkpoint.write(path, self.model.state_dict(), self._identity())
 
-    def _save(self) -> None:
-        meta = self._identity() | {"progress": vars(self.progress)}
-        state = self.step.state_dict()
+    def _save(self, run: PreparedRun) -> None:
+        meta = self._identity() | {"progress": run.state.to_json()}
+        tensors = run.step.state_dict()
         if self.processes.is_main:
-            checkpoint.write(self.last, state, meta)
+            checkpoint.write(self.last, tensors, meta)
 
-    def _restore(self) -> None:
+    def _restore(self, run: PreparedRun) -> None:
         tensors, meta = checkpoint.read(self.last)
         if meta.get("dataset_fingerprint") != self.data.fingerprint:
             raise FailureError(
@@ -345,41 +338,18 @@ class Trainer:
                 f"{self.last} is of a run with other options than its config.json names: "
                 f"{', '.join(changed)}"
             )
-        self.step.load_state_dict(tensors, self.last)
-        self.progress = Progress(**meta["progress"])
-        done = self.progress.step / self.steps_per_epoch
-        self.screen.line(f"resume     {self.last} after {done:.2f} of {self.config.epochs:g}")
+        run.step.load_state_dict(tensors, self.last)
+        run.state = TrainingState.from_json(meta["progress"])
+        done = run.state.step / run.steps_per_epoch
+        self.console.line(f"resume     {self.last} after {done:.2f} of {self.config.epochs:g}")
 
     def _wait(self) -> None:
         if self.runtime.device.type == "cuda":
             torch.cuda.synchronize(self.runtime.device)
 
-    @contextmanager
-    def _catching_signals(self) -> Iterator[None]:
-        """Turn the first Ctrl-C or SIGTERM into a save after the step; a second one kills."""
-        trainer_process = os.getpid()
-
-        def remember(number: int, _frame: object) -> None:
-            # Ctrl-C reaches the loader's workers too, which inherit this; they end with the loader.
-            if os.getpid() != trainer_process:
-                return
-            self._signal = number
-            signal.signal(number, signal.SIG_DFL)
-            # The handler may interrupt the console in the middle of a line, so it writes past it.
-            os.write(2, b"stopping after this step; once more to stop at once\n")
-
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in before:
-            signal.signal(number, remember)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
 
 @dataclass
-class _Part:
+class _EpochSlice:
     """The batches `first` to `last` of an epoch, with a length for the progress bar."""
 
     loader: Loader

@@ -1,7 +1,9 @@
-"""A convolution and its batch norm, computed by the fused ops in the way that fits the mode.
+"""A convolution and its batch norm as modules, computed by the fused ops.
 
-Under autocast activations and filters are cast to its dtype; the parameters and statistics of batch
-norm are used in float32.
+In training with the statistics of the batch, in evaluation with the running statistics folded into
+the convolution, and by the modules themselves wherever an op would compute something else. Under
+autocast activations and filters are cast to its dtype; parameters and statistics of batch norm are
+used in float32.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.kernels import ops
+from fastres.kernels.conv_types import ConvBN, stat_dtype
 from fastres.kernels.ops import BatchStats
-from fastres.kernels.reference.block import ConvBN, bn_fold_ref, stat_dtype
+from fastres.kernels.reference.block import bn_fold_ref
 
 __all__ = [
-    "Pair",
+    "ConvBNModules",
+    "batched_running_stats",
     "block_folded",
     "can_fold",
     "can_train",
@@ -26,40 +30,39 @@ __all__ = [
     "constant_parameters",
     "conv_bn",
     "conv_bn_folded",
-    "has_equal_sides",
-    "is_plain_relu",
-    "is_seen",
-    "move_running_statistics",
-    "running_statistics_together",
-    "to_layer",
-    "to_pixels",
+    "has_hooks",
+    "is_unmodified_relu",
+    "layer_params",
+    "to_compute_dtype",
+    "update_running_stats",
+    "why_not_fused",
 ]
 
-_kept: ContextVar[dict[Any, tuple[ConvBN, Tensor]] | None] = ContextVar(
-    "fastres_kept", default=None
+_folded_layers: ContextVar[dict[Any, tuple[ConvBN, Tensor]] | None] = ContextVar(
+    "fastres_folded_layers", default=None
 )
-_moves: ContextVar[list[tuple[nn.BatchNorm2d, BatchStats]] | None] = ContextVar(
-    "fastres_moves", default=None
+_pending_updates: ContextVar[list[tuple[nn.BatchNorm2d, BatchStats]] | None] = ContextVar(
+    "fastres_pending_updates", default=None
 )
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class Pair(NamedTuple):
-    """A convolution and the batch norm that reads it."""
+class ConvBNModules(NamedTuple):
+    """One layer of a net: a convolution and the batch norm that reads it."""
 
     conv: nn.Conv2d
     bn: nn.BatchNorm2d
 
 
-def is_seen(module: nn.Module) -> bool:
-    """Whether somebody outside would notice that the module's own forward is not called."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks or a forward of its own, so that it must be called itself."""
     return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
-def is_plain_relu(module: Any) -> bool:
+def is_unmodified_relu(module: Any) -> bool:
     """Whether a module is a ReLU that an op may take over."""
-    return type(module) is nn.ReLU and not is_seen(module)
+    return type(module) is nn.ReLU and not has_hooks(module)
 
 
 def _is_cast(x: Tensor) -> bool:
@@ -76,16 +79,16 @@ def cast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if _is_cast(x) else x.dtype
 
 
-def to_pixels(x: Tensor) -> Tensor:
-    """X as the kernels take it: in the dtype of the computation, channels_last."""
-    return x.to(cast_dtype(x)).contiguous(memory_format=torch.channels_last)
+def to_compute_dtype(x: Tensor) -> Tensor:
+    """Return x in the dtype of the computation; the ops bring it into their layout."""
+    return x.to(cast_dtype(x))
 
 
-def to_layer(pair: Pair, x: Tensor) -> ConvBN:
-    """The parameters of a pair as the kernels take them, beside activations like x."""
-    conv, bn = pair
+def layer_params(layer: ConvBNModules, x: Tensor) -> ConvBN:
+    """The parameters of a layer as the ops take them, beside activations like x."""
+    conv, bn = layer
     wide = stat_dtype(x.dtype)
-    w = conv.weight.to(cast_dtype(x)).contiguous(memory_format=torch.channels_last)
+    w = conv.weight.to(cast_dtype(x))
     padding = cast(tuple[int, int], conv.padding)
     return ConvBN(w, bn.weight.to(wide), bn.bias.to(wide), conv.stride[0], padding[0], bn.eps)
 
@@ -96,87 +99,91 @@ def constant_parameters() -> Iterator[None]:
 
     Nobody may change the network inside: what was folded from it would stay as it is.
     """
-    token = _kept.set({})
+    token = _folded_layers.set({})
     try:
         yield
     finally:
-        _kept.reset(token)
+        _folded_layers.reset(token)
 
 
-def _fold(pair: Pair, x: Tensor) -> tuple[ConvBN, Tensor]:
-    """A pair beside activations like x, and its running statistics as a * y + b: (2, K)."""
-    bn, layer, wide = pair.bn, to_layer(pair, x), stat_dtype(x.dtype)
+def _fold(layer: ConvBNModules, x: Tensor) -> tuple[ConvBN, Tensor]:
+    """Parameters beside activations like x, and the batch norm as a * y + b: (2, K)."""
+    bn, params, wide = layer.bn, layer_params(layer, x), stat_dtype(x.dtype)
+    # Here, where it is kept, and not in every call of an op.
+    params = params._replace(w=params.w.contiguous(memory_format=torch.channels_last))
     assert bn.running_mean is not None
     assert bn.running_var is not None
     rstd = (bn.running_var.to(wide) + bn.eps).rsqrt()
-    return layer, bn_fold_ref(bn.running_mean.to(wide), rstd, layer.weight, layer.bias)
+    return params, bn_fold_ref(bn.running_mean.to(wide), rstd, params.weight, params.bias)
 
 
-def _fold_once(pair: Pair, x: Tensor) -> tuple[ConvBN, Tensor]:
+def _fold_once(layer: ConvBNModules, x: Tensor) -> tuple[ConvBN, Tensor]:
     """`_fold`, or what it returned before in the same `constant_parameters`."""
-    kept = None if torch.compiler.is_compiling() else _kept.get()
-    if kept is None:
-        return _fold(pair, x)
-    key = (*pair, x.dtype, cast_dtype(x))
-    if key not in kept:
-        kept[key] = _fold(pair, x)
-    return kept[key]
+    folded = None if torch.compiler.is_compiling() else _folded_layers.get()
+    if folded is None:
+        return _fold(layer, x)
+    key = (*layer, x.dtype, cast_dtype(x))
+    if key not in folded:
+        folded[key] = _fold(layer, x)
+    return folded[key]
 
 
-def conv_bn_folded(x: Tensor, pair: Pair, *, relu: bool, residual: Tensor | None = None) -> Tensor:
+def conv_bn_folded(
+    x: Tensor, layer: ConvBNModules, *, relu: bool, residual: Tensor | None = None
+) -> Tensor:
     """`conv_bn` with the running statistics, in one op."""
-    layer, scale_shift = _fold_once(pair, x)
-    given = None if residual is None else to_pixels(residual)
-    return ops.conv_bn_folded(to_pixels(x), layer, scale_shift, residual=given, relu=relu)
+    params, scale_shift = _fold_once(layer, x)
+    given = None if residual is None else to_compute_dtype(residual)
+    return ops.conv_bn_folded(to_compute_dtype(x), params, scale_shift, residual=given, relu=relu)
 
 
 def block_folded(
-    x: Tensor, pairs: Sequence[Pair], *, projection: Pair | None, add_input: bool
+    x: Tensor, layers: Sequence[ConvBNModules], *, projection: ConvBNModules | None, add_input: bool
 ) -> Tensor:
     """A residual block with the running statistics."""
-    everything = pairs if projection is None else [*pairs, projection]
-    layers, scale_shifts = zip(*(_fold_once(pair, x) for pair in everything), strict=True)
+    all_layers = layers if projection is None else [*layers, projection]
+    params, scale_shifts = zip(*(_fold_once(layer, x) for layer in all_layers), strict=True)
     return ops.residual_block_folded(
-        to_pixels(x),
-        layers[: len(pairs)],
+        to_compute_dtype(x),
+        params[: len(layers)],
         scale_shifts,
-        projection=None if projection is None else layers[-1],
+        projection=None if projection is None else params[-1],
         add_input=add_input,
     )
 
 
-def move_running_statistics(pairs: Sequence[Pair], batches: Sequence[BatchStats]) -> None:
+def update_running_stats(layers: Sequence[ConvBNModules], batches: Sequence[BatchStats]) -> None:
     """Move the running statistics towards those of the batch, as nn.BatchNorm2d does."""
-    moves = [
+    updates = [
         (bn, batch)
-        for (_, bn), batch in zip(pairs, batches, strict=True)
+        for (_, bn), batch in zip(layers, batches, strict=True)
         if bn.track_running_stats and bn.running_mean is not None
     ]
-    waiting = None if torch.compiler.is_compiling() else _moves.get()
-    if waiting is None:
-        _move(moves)
+    pending = None if torch.compiler.is_compiling() else _pending_updates.get()
+    if pending is None:
+        _apply_updates(updates)
     else:
-        waiting += moves
+        pending += updates
 
 
 @contextmanager
-def running_statistics_together() -> Iterator[None]:
-    """Move the running statistics of all layers at the end of the `with` block, in a few calls.
+def batched_running_stats() -> Iterator[None]:
+    """Update the running statistics of all layers at the end of the `with` block, in a few calls.
 
     Inside they are what they were before it, and an exception leaves them so.
     """
-    moves: list[tuple[nn.BatchNorm2d, BatchStats]] = []
-    token = _moves.set(moves)
+    updates: list[tuple[nn.BatchNorm2d, BatchStats]] = []
+    token = _pending_updates.set(updates)
     try:
         yield
     finally:
-        _moves.reset(token)
-    _move(moves)
+        _pending_updates.reset(token)
+    _apply_updates(updates)
 
 
-def _are_alike(norms: Sequence[nn.BatchNorm2d]) -> bool:
-    """Whether the statistics of all can move in one call: one momentum, and nobody moves twice."""
-    # A compiler would take down which norms these are, and compile anew for every other net.
+def _can_update_together(norms: Sequence[nn.BatchNorm2d]) -> bool:
+    """Whether one call can update all: they have one momentum, and none occurs twice."""
+    # A compiler would guard on these very norms, and compile anew for every other net.
     if torch.compiler.is_compiling() or norms[0].momentum is None:
         return False
     is_same = all(bn.momentum == norms[0].momentum for bn in norms)
@@ -184,19 +191,19 @@ def _are_alike(norms: Sequence[nn.BatchNorm2d]) -> bool:
 
 
 @torch.no_grad()
-def _move(moves: Sequence[tuple[nn.BatchNorm2d, BatchStats]]) -> None:
-    if not moves:
+def _apply_updates(updates: Sequence[tuple[nn.BatchNorm2d, BatchStats]]) -> None:
+    if not updates:
         return
-    if len(moves) > 1 and not _are_alike([bn for bn, _ in moves]):
-        for move in moves:
-            _move([move])
+    if len(updates) > 1 and not _can_update_together([bn for bn, _ in updates]):
+        for update in updates:
+            _apply_updates([update])
         return
-    momentum = moves[0][0].momentum
-    counts = [bn.num_batches_tracked for bn, _ in moves if bn.num_batches_tracked is not None]
+    momentum = updates[0][0].momentum
+    counts = [bn.num_batches_tracked for bn, _ in updates if bn.num_batches_tracked is not None]
     if counts:
         torch._foreach_add_(counts, 1)
-    running = [cast(Tensor, t) for bn, _ in moves for t in (bn.running_mean, bn.running_var)]
-    seen = [t for _, batch in moves for t in batch]
+    running = [cast(Tensor, t) for bn, _ in updates for t in (bn.running_mean, bn.running_var)]
+    seen = [t for _, batch in updates for t in batch]
     seen = [value.to(average.dtype) for value, average in zip(seen, running, strict=True)]
     if momentum is not None:
         torch._foreach_lerp_(running, seen, momentum)
@@ -209,71 +216,89 @@ def _move(moves: Sequence[tuple[nn.BatchNorm2d, BatchStats]]) -> None:
         average.lerp_(value, step)
 
 
-def has_equal_sides(*sizes: Any) -> bool:
-    """Whether every stride or padding is a pair of equal numbers: no word, no rectangle."""
+def why_not_fused(conv: Any, bn: Any) -> str | None:
+    """Say why a convolution and the module behind it cannot be one op, or return None.
+
+    Asked when a net is fused, and again whenever it runs: a fused net can be hooked, pruned, given
+    another convolution or norm. Then the modules themselves are called.
+    """
+    if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
+        return f"{type(conv).__name__} before {type(bn).__name__}"
+    if has_hooks(conv) or has_hooks(bn):
+        return "a hook on convolution or batch norm"
+    if conv.groups != 1:
+        return f"{conv.groups} groups"
+    if conv.dilation != (1, 1):
+        return f"dilation {conv.dilation}"
+    if conv.bias is not None:
+        return "a bias"
+    if conv.padding_mode != "zeros":
+        return f"padding mode {conv.padding_mode}"
+    if not _are_square(conv.stride, conv.padding):
+        return f"stride {conv.stride}, padding {conv.padding}"
+    if not bn.affine:
+        return "batch norm without parameters"
+    if bn.running_mean is None or bn.running_var is None:
+        return "batch norm without running statistics"
+    if bn.num_features != conv.out_channels:
+        return "batch norm of other channels"
+    return None
+
+
+def _are_square(*sizes: Any) -> bool:
+    """Whether every stride or padding is two equal numbers, and none a word or a rectangle."""
     return all(isinstance(size, tuple) and len(set(size)) == 1 for size in sizes)
 
 
-def _is_plain(x: Tensor, pair: Pair) -> bool:
-    """Whether the op computes on x what calling the two modules would.
+def _computes(x: Tensor, layer: ConvBNModules) -> bool:
+    """Whether an op computes on x what calling the two modules would.
 
-    A fused net can be changed: hooked, pruned, given another convolution or norm, or images of
-    another dtype. Then the modules themselves are called, and raise what they raise.
+    Images of another dtype are left to the modules, which raise what they raise.
     """
-    conv, bn = pair
-    return (
-        type(conv) is nn.Conv2d
-        and type(bn) is nn.BatchNorm2d
-        and conv.bias is None
-        and conv.groups == 1
-        and conv.dilation == (1, 1)
-        and conv.padding_mode == "zeros"
-        and has_equal_sides(conv.stride, conv.padding)
-        and bn.affine
-        and (x.dtype == conv.weight.dtype or _is_cast(x))
-        and not (is_seen(conv) or is_seen(bn))
-    )
+    has_dtype = x.dtype == layer.conv.weight.dtype or _is_cast(x)
+    return has_dtype and why_not_fused(*layer) is None
 
 
-def can_train(x: Tensor, pairs: Iterable[Pair]) -> bool:
+def can_train(x: Tensor, layers: Iterable[ConvBNModules]) -> bool:
     """Whether all batch norms use the statistics of a batch that is not empty."""
-    return x.shape[0] > 0 and all(pair.bn.training and _is_plain(x, pair) for pair in pairs)
+    return x.shape[0] > 0 and all(layer.bn.training and _computes(x, layer) for layer in layers)
 
 
-def can_fold(x: Tensor, pairs: Sequence[Pair], residual: Tensor | None = None) -> bool:
+def can_fold(x: Tensor, layers: Sequence[ConvBNModules], residual: Tensor | None = None) -> bool:
     """Whether all batch norms use running statistics and nobody wants a gradient."""
-    if x.shape[0] == 0 or any(pair.bn.training or not _is_plain(x, pair) for pair in pairs):
-        return False
-    if any(pair.bn.running_mean is None or pair.bn.running_var is None for pair in pairs):
+    if x.shape[0] == 0 or any(layer.bn.training or not _computes(x, layer) for layer in layers):
         return False
     if not torch.is_grad_enabled():
         return True
-    learns = any(p.requires_grad for pair in pairs for m in pair for p in m.parameters())
+    learns = any(p.requires_grad for layer in layers for m in layer for p in m.parameters())
     return not (learns or x.requires_grad or (residual is not None and residual.requires_grad))
 
 
-def conv_bn(x: Tensor, pair: Pair, *, relu: bool = True, residual: Tensor | None = None) -> Tensor:
-    """`relu(bn(conv(x)) + residual)` on the way that fits the mode; see layers.py.
+def conv_bn(
+    x: Tensor, layer: ConvBNModules, *, relu: bool = True, residual: Tensor | None = None
+) -> Tensor:
+    """`relu(bn(conv(x)) + residual)`: by an op where one computes the same, else by the modules.
 
     Args:
         x: (N, C, H, W).
-        pair: the convolution, without bias, groups and dilation, and its batch norm.
+        layer: the convolution and its batch norm.
         relu: whether the ReLU is applied; no op adds a residual without it while training.
         residual: (N, K, P, Q), or None.
 
     Returns: (N, K, P, Q), channels_last when fused.
     """
-    if can_train(x, [pair]) and (relu or residual is None):
-        pixels, layer = to_pixels(x), to_layer(pair, x)
+    if can_train(x, [layer]) and (relu or residual is None):
+        operand, params = to_compute_dtype(x), layer_params(layer, x)
         if residual is None:
-            out, stats = ops.conv_bn_relu(pixels, layer, relu=relu)
+            out, stats = ops.conv_bn_relu(operand, params, relu=relu)
         else:
-            out, stats = ops.conv_bn_add_relu(pixels, layer, residual.to(pixels.dtype))
-        move_running_statistics([pair], stats)
+            given = residual.to(operand.dtype)
+            out, stats = ops.residual_block(operand, [params], residual=given)
+        update_running_stats([layer], stats)
         return out
-    if can_fold(x, [pair], residual):
-        return conv_bn_folded(x, pair, relu=relu, residual=residual)
-    z = pair.bn(pair.conv(x))
+    if can_fold(x, [layer], residual):
+        return conv_bn_folded(x, layer, relu=relu, residual=residual)
+    z = layer.bn(layer.conv(x))
     if residual is not None:
         z = z + residual
     return F.relu(z) if relu else z

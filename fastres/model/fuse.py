@@ -1,9 +1,9 @@
 """`fuse`: any ResNet with its convolutions, batch norms, ReLUs and additions in fused ops.
 
-A fused module is a subclass of the original that overrides `forward` (see layers.py), so fusing a
-copy is changing classes: no parameter moves, no key changes. Recognised are the nets and blocks of
-fastres and of torchvision, by exact type, and conv, bn (, relu) in a row in any nn.Sequential. A
-module whose own call is seen from outside, because it has a hook, is never absorbed.
+A fused module is a subclass of the original that overrides `forward`, see fused_modules.py, so
+fusing a copy is changing classes: no parameter moves, no key changes. Recognised are the nets and
+blocks of fastres and of torchvision, by exact type, and conv, bn (, relu) in a row in any
+nn.Sequential. A module with a hook on it is never absorbed.
 """
 
 import copy
@@ -15,9 +15,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastres.model.conv_bn import Pair, conv_bn, has_equal_sides, is_plain_relu, is_seen
+from fastres.model.conv_bn import (
+    ConvBNModules,
+    conv_bn,
+    has_hooks,
+    is_unmodified_relu,
+    why_not_fused,
+)
 from fastres.model.fused_modules import (
-    ConvBNReLU,
     FusedBasicBlock,
     FusedBlock,
     FusedBottleneck,
@@ -38,8 +43,8 @@ class TorchvisionStem(nn.Module):
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         net = cast(Any, self)
-        has_relu = is_plain_relu(net.relu)
-        x = conv_bn(x, Pair(net.conv1, net.bn1), relu=has_relu)
+        has_relu = is_unmodified_relu(net.relu)
+        x = conv_bn(x, ConvBNModules(net.conv1, net.bn1), relu=has_relu)
         x = net.maxpool(x if has_relu else net.relu(x))
         x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
         if _is_global_mean(net.avgpool):
@@ -74,11 +79,11 @@ def _report(model: nn.Module, absorbed: dict[str, str], reasons: dict[str, str])
     """Yield the lines of the report: every convolution, and where it runs or why it stays."""
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     # A projection is absorbed under the name of its Sequential, `downsample`.
-    homes = {name: absorbed.get(name) or absorbed.get(name.rpartition(".")[0]) for name in convs}
-    yield f"fuse: {sum(map(bool, homes.values()))} of {len(convs)} convolutions run fused"
-    for name, home in homes.items():
+    fused_in = {name: absorbed.get(name) or absorbed.get(name.rpartition(".")[0]) for name in convs}
+    yield f"fuse: {sum(map(bool, fused_in.values()))} of {len(convs)} convolutions run fused"
+    for name, owner in fused_in.items():
         reason = reasons.get(name, "batch norm does not follow it in a pattern known here")
-        yield f"  {'fused     ' if home else 'left alone'}  {name}: {home or reason}"
+        yield f"  {'fused     ' if owner else 'left alone'}  {name}: {owner or reason}"
 
 
 def _visit(module: nn.Module, name: str, absorbed: dict[str, str], reasons: dict[str, str]) -> None:
@@ -90,14 +95,14 @@ def _visit(module: nn.Module, name: str, absorbed: dict[str, str], reasons: dict
     kind: Any = type(module)
     fused_class: Any = _fused_class(kind)
     if fused_class is not None and "forward" not in vars(module):
-        faults = _faults(module)
-        reasons.update({_join(name, part): fault for part, fault in faults.items()})
+        against = _reasons_against(module)
+        reasons.update({_join(name, part): reason for part, reason in against.items()})
         if isinstance(module, nn.Sequential):
             runs = _runs(module)
             if runs:
                 module.__class__ = fused_class
                 cast(FusedSequential, module).fused_runs = runs
-        elif not faults:
+        elif not against:
             module.__class__ = fused_class
             if isinstance(module, FusedBlock):
                 module.fused_downsample = _is_projection(module.downsample)
@@ -158,10 +163,8 @@ def _absorbed_parts(module: nn.Module) -> list[str]:
     """Names of the children whose work a fused module does itself."""
     if isinstance(module, FusedSequential):
         return [str(i + k) for i, length in module.fused_runs.items() for k in range(length)]
-    if isinstance(module, ConvBNReLU):
-        return ["conv", "bn"]
     if isinstance(module, FusedBlock):
-        parts = [part for pair in _pairs_of(module) for part in pair]
+        parts = [part for layer in _layer_names(module) for part in layer]
         is_projected = module.fused_downsample and isinstance(module.downsample, nn.Sequential)
         return [*parts, "downsample"] if is_projected else parts
     if isinstance(module, FusedResNet | FusedResNet9 | TorchvisionStem):
@@ -169,61 +172,43 @@ def _absorbed_parts(module: nn.Module) -> list[str]:
     return []
 
 
-def _pairs_of(module: nn.Module) -> list[tuple[str, str]]:
+def _layer_names(module: nn.Module) -> list[tuple[str, str]]:
     """Names of convolution and batch norm, of a net's stem or a block's main path."""
     depth = sum(name.startswith("conv") for name, _ in module.named_children())
     return [(f"conv{i}", f"bn{i}") for i in range(1, depth + 1)]
 
 
-def _faults(module: nn.Module) -> dict[str, str]:
-    """What stands against fusing a recognised module: {name of a convolution: why}."""
+def _reasons_against(module: nn.Module) -> dict[str, str]:
+    """Why a recognised module cannot be fused: {name of a convolution: reason}."""
     if isinstance(module, nn.Sequential):
         parts = list(module)
-        checks = {str(i): _why_not_pair(*parts[i : i + 2]) for i in range(len(parts) - 1)}
+        checks = {str(i): why_not_fused(*parts[i : i + 2]) for i in range(len(parts) - 1)}
         return {
-            name: fault
-            for name, fault in checks.items()
-            if fault is not None and isinstance(parts[int(name)], nn.Conv2d)
+            name: reason
+            for name, reason in checks.items()
+            if reason is not None and isinstance(parts[int(name)], nn.Conv2d)
         }
-    pairs = _pairs_of(module)
-    if hasattr(module, "relu") and not is_plain_relu(module.relu):
-        return dict.fromkeys((conv for conv, _ in pairs), "its activation is no plain ReLU")
-    checks = {conv: _why_not_pair(getattr(module, conv), getattr(module, bn)) for conv, bn in pairs}
-    first = next((f"{fault} in {conv}" for conv, fault in checks.items() if fault), None)
+    layers = _layer_names(module)
+    if hasattr(module, "relu") and not is_unmodified_relu(module.relu):
+        return dict.fromkeys((conv for conv, _ in layers), "its activation is no plain ReLU")
+    checks = {
+        conv: why_not_fused(getattr(module, conv), getattr(module, bn)) for conv, bn in layers
+    }
+    first = next((f"{reason} in {conv}" for conv, reason in checks.items() if reason), None)
     return {} if first is None else {conv: checks[conv] or first for conv in checks}
 
 
-def _why_not_pair(conv: nn.Module, bn: nn.Module) -> str | None:
-    """Why a convolution and the module behind it cannot be one op, or None."""
-    if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
-        return f"{type(conv).__name__} before {type(bn).__name__}"
-    if is_seen(conv) or is_seen(bn):
-        return "a hook on convolution or batch norm"
-    is_square = has_equal_sides(conv.stride, conv.padding)
-    faults = {
-        f"{conv.groups} groups": conv.groups != 1,
-        f"dilation {conv.dilation}": set(conv.dilation) != {1},
-        "a bias": conv.bias is not None,
-        f"padding mode {conv.padding_mode}": conv.padding_mode != "zeros",
-        f"stride {conv.stride}, padding {conv.padding}": not is_square,
-        "batch norm without parameters": not bn.affine,
-        "batch norm without running statistics": bn.running_mean is None,
-        "batch norm of other channels": bn.num_features != conv.out_channels,
-    }
-    return next((fault for fault, is_present in faults.items() if is_present), None)
-
-
 def _is_global_mean(pool: nn.Module) -> bool:
-    """Whether a pool is AdaptiveAvgPool2d(1) and nobody sees its output."""
-    is_plain = type(pool) is nn.AdaptiveAvgPool2d and not is_seen(pool)
+    """Whether a pool is an AdaptiveAvgPool2d(1) without hooks."""
+    is_plain = type(pool) is nn.AdaptiveAvgPool2d and not has_hooks(pool)
     return is_plain and pool.output_size in (1, (1, 1))
 
 
 def _is_projection(downsample: Any) -> bool:
     """Whether a shortcut is a convolution and a batch norm that the block can absorb."""
-    if type(downsample) is not nn.Sequential or len(downsample) != 2 or is_seen(downsample):
+    if type(downsample) is not nn.Sequential or len(downsample) != 2 or has_hooks(downsample):
         return False
-    return _why_not_pair(downsample[0], downsample[1]) is None
+    return why_not_fused(downsample[0], downsample[1]) is None
 
 
 def _runs(modules: nn.Sequential) -> dict[int, int]:
@@ -231,7 +216,7 @@ def _runs(modules: nn.Sequential) -> dict[int, int]:
     parts = list(modules)
     runs = {}
     for i in range(len(parts) - 1):
-        if _why_not_pair(parts[i], parts[i + 1]) is None:
+        if why_not_fused(parts[i], parts[i + 1]) is None:
             last = parts[i + 2] if i + 2 < len(parts) else None
-            runs[i] = 3 if is_plain_relu(last) else 2
+            runs[i] = 3 if is_unmodified_relu(last) else 2
     return runs

@@ -1,4 +1,4 @@
-"""Fused layers: the reference's modules with another way through them.
+"""Fused modules: the reference's modules with another forward pass.
 
 A fused module is a subclass of the module that it speeds up and overrides `forward` alone. It has
 the same children, parameters, buffers and state_dict keys, because it inherits them, and where it
@@ -13,32 +13,29 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.kernels import ops
+from fastres.kernels.conv_types import stat_dtype
 from fastres.kernels.ops_head import is_worth_an_op, pool_linear, smooth_cross_entropy
-from fastres.kernels.reference.block import stat_dtype
 from fastres.model.conv_bn import (
-    Pair,
+    ConvBNModules,
     block_folded,
     can_fold,
     can_train,
     cast_dtype,
     conv_bn,
     conv_bn_folded,
-    is_plain_relu,
-    is_seen,
-    move_running_statistics,
-    to_layer,
-    to_pixels,
+    has_hooks,
+    is_unmodified_relu,
+    layer_params,
+    to_compute_dtype,
+    update_running_stats,
 )
 from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, ResNet9
 
 __all__ = [
-    "ConvBNAddReLU",
-    "ConvBNReLU",
     "FusedBasicBlock",
     "FusedBlock",
     "FusedBottleneck",
@@ -48,36 +45,6 @@ __all__ = [
     "SmoothCrossEntropy",
     "pool_classify",
 ]
-
-
-class ConvBNReLU(nn.Module):
-    """out = relu(bn(conv(x))), children `conv` and `bn`.
-
-    Args:
-        in_channels: C.
-        out_channels: K.
-        kernel_size: odd; the convolution is padded to keep the map's size at stride 1.
-        stride: of the convolution.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1):
-        super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False
-        )
-        self.bn = nn.BatchNorm2d(out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
-        return conv_bn(x, Pair(self.conv, self.bn))
-
-
-class ConvBNAddReLU(ConvBNReLU):
-    """out = relu(bn(conv(x)) + residual), children `conv` and `bn`."""
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        """Map (N, in_channels, H, W) and the shape of the result to that shape."""
-        return conv_bn(x, Pair(self.conv, self.bn), residual=residual)
 
 
 class FusedSequential(nn.Sequential):
@@ -99,15 +66,15 @@ class FusedSequential(nn.Sequential):
             if len(run) == 1:
                 x = run[0](x)
             else:
-                x = conv_bn(x, Pair(*cast(Any, run[:2])), relu=is_plain_relu(run[-1]))
-                if len(run) == 3 and not is_plain_relu(run[-1]):
+                x = conv_bn(x, ConvBNModules(*cast(Any, run[:2])), relu=is_unmodified_relu(run[-1]))
+                if len(run) == 3 and not is_unmodified_relu(run[-1]):
                     x = run[-1](x)
             i += len(run)
         return x
 
 
 class FusedBlock(nn.Module):
-    """The fused way through a residual block; mixed in before the class of the block.
+    """The fused forward pass of a residual block; mixed in before the class of the block.
 
     Attributes:
         depth: convolutions of the main path, named conv1, bn1, conv2, bn2 and so on.
@@ -117,58 +84,63 @@ class FusedBlock(nn.Module):
     depth: int
     fused_downsample = True
 
-    def _pairs(self) -> tuple[list[Pair], Pair | None]:
-        """The pairs of the main path, and that of the projection."""
-        pairs = [
-            Pair(getattr(self, f"conv{i}"), getattr(self, f"bn{i}"))
+    def _layers(self) -> tuple[list[ConvBNModules], ConvBNModules | None]:
+        """The layers of the main path, and that of the projection."""
+        layers = [
+            ConvBNModules(getattr(self, f"conv{i}"), getattr(self, f"bn{i}"))
             for i in range(1, self.depth + 1)
         ]
         downsample: Any = self.downsample
-        is_pair = isinstance(downsample, nn.Sequential) and len(downsample) == 2
-        if self.fused_downsample and is_pair and not is_seen(downsample):
-            return pairs, Pair(*downsample)
-        return pairs, None
+        is_layer = isinstance(downsample, nn.Sequential) and len(downsample) == 2
+        if self.fused_downsample and is_layer and not has_hooks(downsample):
+            return layers, ConvBNModules(*downsample)
+        return layers, None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x as the block does."""
-        pairs, projection = self._pairs()
-        everything = [*pairs, projection] if projection is not None else pairs
-        if hasattr(self, "relu") and not is_plain_relu(self.relu):
+        layers, projection = self._layers()
+        all_layers = [*layers, projection] if projection is not None else layers
+        if hasattr(self, "relu") and not is_unmodified_relu(self.relu):
             return super().forward(x)
-        if can_train(x, everything):
-            return self._train(x, pairs, projection)
-        if can_fold(x, everything):
-            return self._evaluate(x, pairs, projection)
+        if can_train(x, all_layers):
+            return self._train(x, layers, projection)
+        if can_fold(x, all_layers):
+            return self._evaluate(x, layers, projection)
         return super().forward(x)
 
-    def _given_shortcut(self, x: Tensor, projection: Pair | None) -> Tensor | None:
-        """What a downsample that is not fused makes of x."""
-        if projection is not None or self.downsample is None or not self._adds():
+    def _given_shortcut(self, x: Tensor, projection: ConvBNModules | None) -> Tensor | None:
+        """The output of a downsample that is not fused."""
+        if projection is not None or self.downsample is None or not self._has_shortcut():
             return None
-        return to_pixels(cast(nn.Module, self.downsample)(x))
+        return to_compute_dtype(cast(nn.Module, self.downsample)(x))
 
-    def _adds(self) -> bool:
+    def _has_shortcut(self) -> bool:
         """Whether there is a shortcut: the reference's plain nets have none."""
         return bool(getattr(self, "residual", True))
 
-    def _train(self, x: Tensor, pairs: list[Pair], projection: Pair | None) -> Tensor:
+    def _train(
+        self, x: Tensor, layers: list[ConvBNModules], projection: ConvBNModules | None
+    ) -> Tensor:
         out, stats = ops.residual_block(
-            to_pixels(x),
-            [to_layer(pair, x) for pair in pairs],
-            projection=None if projection is None else to_layer(projection, x),
+            to_compute_dtype(x),
+            [layer_params(layer, x) for layer in layers],
+            projection=None if projection is None else layer_params(projection, x),
             residual=self._given_shortcut(x, projection),
-            add_input=self._adds(),
+            add_input=self._has_shortcut(),
         )
-        move_running_statistics([*pairs, projection] if projection else pairs, stats)
+        update_running_stats([*layers, projection] if projection else layers, stats)
         return out
 
-    def _evaluate(self, x: Tensor, pairs: list[Pair], projection: Pair | None) -> Tensor:
+    def _evaluate(
+        self, x: Tensor, layers: list[ConvBNModules], projection: ConvBNModules | None
+    ) -> Tensor:
         shortcut = self._given_shortcut(x, projection)
         if shortcut is None:
-            return block_folded(x, pairs, projection=projection, add_input=self._adds())
-        *inner, last = pairs
-        for pair in inner:
-            x = conv_bn_folded(x, pair, relu=True)
+            has_shortcut = self._has_shortcut()
+            return block_folded(x, layers, projection=projection, add_input=has_shortcut)
+        *inner, last = layers
+        for layer in inner:
+            x = conv_bn_folded(x, layer, relu=True)
         # A shortcut that is not fused may want a gradient.
         return conv_bn(x, last, residual=shortcut)
 
@@ -191,13 +163,12 @@ def pool_classify(x: Tensor, fc: nn.Module) -> Tensor:
     Args:
         x: (N, C, H, W).
         fc: the classifier; the op uses its parameters as they are, in float32 under autocast.
-            Where somebody sees its output through a hook it is called itself.
+            With a hook on it, it is called itself.
 
     Returns: (N, classes) in the dtype that autocast gives a linear layer.
     """
-    if type(fc) is nn.Linear and not is_seen(fc) and x.shape[0] > 0 and is_worth_an_op(x):
-        pixels = x.contiguous(memory_format=torch.channels_last)
-        return pool_linear(pixels, fc.weight, fc.bias).to(cast_dtype(x))
+    if type(fc) is nn.Linear and not has_hooks(fc) and x.shape[0] > 0 and is_worth_an_op(x):
+        return pool_linear(x, fc.weight, fc.bias).to(cast_dtype(x))
     return fc(x.mean(dim=(2, 3)))
 
 
@@ -228,7 +199,7 @@ class FusedResNet(ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""
-        x = conv_bn(x, Pair(self.conv1, self.bn1))
+        x = conv_bn(x, ConvBNModules(self.conv1, self.bn1))
         for stage in self.stages:
             x = getattr(self, stage)(x)
         return pool_classify(x, self.fc)
@@ -239,6 +210,6 @@ class FusedResNet9(ResNet9):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""
-        x = conv_bn(x, Pair(self.conv1, self.bn1))
+        x = conv_bn(x, ConvBNModules(self.conv1, self.bn1))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.amax(dim=(2, 3))) * self.logit_scale

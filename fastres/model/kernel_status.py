@@ -19,7 +19,7 @@ def cpu_kernels_missing() -> str | None:
         return "TRITON_INTERPRET is set, and Triton's interpreter would take their place"
     if cpu_build.unavailable() is not None:
         return cpu_build.unavailable()
-    return None if cpu_build.has_direct_conv() else "the processor has no AVX-512 bf16 instructions"
+    return None if cpu_build.has_fused_conv() else "the processor has no AVX-512 bf16 instructions"
 
 
 def fused_kernels(device: torch.device) -> str:

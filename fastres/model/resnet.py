@@ -250,6 +250,7 @@ def _wide(block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...]) -
 MODELS: dict[str, ModelSpec] = {
     **{f"resnet{depth}": _thin(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     "resnet9": ModelSpec(64, lambda c, n, _shortcut: ResNet9(c, n)),
+    "resnet9_small": ModelSpec(16, lambda c, n, _shortcut: ResNet9(c, n)),
     "resnet10": _wide(BasicBlock, (1, 1, 1, 1)),
     "resnet18": _wide(BasicBlock, (2, 2, 2, 2)),
     "resnet34": _wide(BasicBlock, (3, 4, 6, 3)),
@@ -271,7 +272,7 @@ def create_model(
     Args:
         name: a key of `MODELS`: resnet20/32/44/56/110 (three stages of 16/32/64 filters),
             resnet10/18/34/50 (64/128/256/512, 3x3 stem), plain20/32/44/56 (no shortcuts), resnet9
-            (shallow, with pooling).
+            (shallow, with pooling) and resnet9_small (a quarter of its filters).
         num_classes: outputs of the classifier, at least 1.
         width: multiplies the filters of every stage; the first stage is rounded, later ones double.
         shortcut: "B" 1x1 projection or "A" zero padding, where a block changes the shape.

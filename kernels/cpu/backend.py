@@ -1,24 +1,23 @@
-"""The steps of a chain in the CPU kernels, each convolution on the faster of two routes.
+"""The steps of a fused block in C++ kernels, each convolution on the faster of two routes.
 
-`direct`: bf16 convolutions of few channels, 3x3 and 1x1 (conv.cpp), with batch norm, ReLU,
-shortcut and sums in their prologue and epilogue, an image at a time in the cache: the scheme of the
-GPU kernels.
+`fused`: bf16 convolutions of few channels in AVX-512, 3x3 and 1x1 (conv.cpp), with batch norm,
+ReLU, shortcut and sums in their prologue and epilogue, an image at a time in the cache: the scheme
+of the GPU kernels.
 `onednn`: torch's convolution, with the batch-norm kernels around it (batchnorm.cpp), each one pass.
 
 bf16 and fp32. Deterministic for one number of threads.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres.kernels.block import BackwardStep, LayerState
+from fastres.kernels.block import Block
+from fastres.kernels.conv_types import ConvBN, ConvGrads, DeferredGrad, GradSums, LayerState
 from fastres.kernels.cpu import build as cpu_build
-from fastres.kernels.reference.backend import FoldedGrad, to_nhwc
-from fastres.kernels.reference.block import ConvBN
+from fastres.kernels.layout import empty_channels_last, to_dense_channels_last
 
 __all__ = [
     "apply",
@@ -26,25 +25,17 @@ __all__ = [
     "conv_backward",
     "conv_bn",
     "conv_folded",
-    "fold_grad",
-    "is_direct_block",
+    "defer_dy",
     "reduce",
     "runs_on",
 ]
 
 _DTYPES = (torch.bfloat16, torch.float32)
-# Input and output channels that the direct convolutions are written for, by stride.
+# Input and output channels that the fused convolutions are written for, by stride.
 _CHANNELS = {
     1: ((16, 32, 64), (16, 32, 64)),
     2: ((16, 32, 64, 128), (16, 32, 64, 128, 256)),
 }
-
-
-class Sums(NamedTuple):
-    """Sums over the pixels: (2, K) fp64, of g above those of g * (y - mean); and the shortcut's."""
-
-    g: Tensor
-    shortcut: Tensor | None = None
 
 
 def runs_on(x: Tensor) -> bool:
@@ -52,13 +43,13 @@ def runs_on(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _DTYPES and cpu_build.library() is not None
 
 
-def _is_direct(x: Tensor, layer: ConvBN) -> bool:
-    """Whether the direct kernels know this convolution."""
-    return x.dtype == torch.bfloat16 and _is_direct_size(x.shape[2], x.shape[3], layer)
+def _is_fused(x: Tensor, layer: ConvBN) -> bool:
+    """Whether the fused kernels know this convolution."""
+    return x.dtype == torch.bfloat16 and _fuses_size(x.shape[2], x.shape[3], layer)
 
 
-def _is_direct_size(height: int, width: int, layer: ConvBN) -> bool:
-    """Whether the direct kernels know this convolution of maps of a size, in bf16."""
+def _fuses_size(height: int, width: int, layer: ConvBN) -> bool:
+    """Whether the fused kernels know this convolution of maps of a size, in bf16."""
     k, c, *filter_size = layer.w.shape
     is_3x3 = filter_size == [3, 3] and layer.padding == 1
     inputs, outputs = _CHANNELS.get(layer.stride, ((), ()))
@@ -68,7 +59,7 @@ def _is_direct_size(height: int, width: int, layer: ConvBN) -> bool:
         and k in outputs
         and height % layer.stride == width % layer.stride == 0
         and width // layer.stride >= 8
-        and cpu_build.has_direct_conv()
+        and cpu_build.has_fused_conv()
     )
 
 
@@ -90,24 +81,24 @@ def _vectors(*sizes: int) -> Tensor:
 
 
 def _empty_output(x: Tensor, layer: ConvBN) -> Tensor:
-    """An uninitialised y of a direct convolution."""
+    """An uninitialised y of a fused convolution."""
     n, _, h, w = x.shape
-    size = (n, layer.w.shape[0], h // layer.stride, w // layer.stride)
-    return torch.empty(size, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
+    return empty_channels_last(x, n, layer.w.shape[0], h // layer.stride, w // layer.stride)
 
 
 def _apply(
     y: Tensor,
     scale_shift: Tensor,
     shortcut: Tensor | None,
-    fold: Tensor | None,
+    shortcut_scale_shift: Tensor | None,
     relu: bool,
     *,
     in_place: bool = False,
 ) -> Tensor:
     out = y if in_place else torch.empty_like(y, memory_format=torch.channels_last)
-    shortcut = None if shortcut is None else to_nhwc(shortcut)
-    cpu_build.call("bn_apply", y, scale_shift, shortcut, fold, out, *_image_shape(y), int(relu))
+    shortcut = None if shortcut is None else to_dense_channels_last(shortcut)
+    operands = (y, scale_shift, shortcut, shortcut_scale_shift, out)
+    cpu_build.call("bn_apply", *operands, *_image_shape(y), int(relu))
     return out
 
 
@@ -125,7 +116,9 @@ def _rows(x: Tensor, layer: ConvBN) -> Tensor:
 def _convolve(x: Tensor, layer: ConvBN) -> Tensor:
     """Torch's convolution of x; a strided 1x1 as a matrix product, which is safe and faster."""
     if layer.stride == 1 or not _is_1x1(layer):
-        return to_nhwc(F.conv2d(x, layer.w, stride=layer.stride, padding=layer.padding))
+        return to_dense_channels_last(
+            F.conv2d(x, layer.w, stride=layer.stride, padding=layer.padding)
+        )
     n, _, h, w = x.shape
     k, c = layer.w.shape[:2]
     y = _rows(x, layer) @ layer.w.view(k, c).t()
@@ -142,10 +135,10 @@ def _convolve_backward(
         dx, dw, _ = torch.ops.aten.convolution_backward(
             dy, x, layer.w, None, *geometry, [need_dx, True, False]
         )
-        return (to_nhwc(dx) if need_dx else None), to_nhwc(dw)
+        return (to_dense_channels_last(dx) if need_dx else None), to_dense_channels_last(dw)
     k, c = layer.w.shape[:2]
     rows = dy.permute(0, 2, 3, 1).reshape(-1, k)
-    dw = to_nhwc((rows.t() @ _rows(x, layer)).view_as(layer.w))
+    dw = to_dense_channels_last((rows.t() @ _rows(x, layer)).view_as(layer.w))
     if not need_dx:
         return None, dw
     dx = torch.zeros_like(x) if layer.stride > 1 else torch.empty_like(x)
@@ -154,20 +147,22 @@ def _convolve_backward(
     return dx, dw
 
 
-def conv_bn(x: Tensor, layer: ConvBN, fold: Tensor | None) -> LayerState:
-    """See `chain.Backend`."""
-    x, k = to_nhwc(x), layer.w.shape[0]
-    mean, unbiased_var, rstd, scale_shift = (_vectors(*size) for size in ((k,), (k,), (k,), (2, k)))
-    results = (layer.weight, layer.bias, layer.eps, mean, unbiased_var, rstd, scale_shift)
-    if _is_direct(x, layer):
+def conv_bn(x: Tensor, layer: ConvBN, scale_shift: Tensor | None) -> LayerState:
+    """See `block.Backend`."""
+    x, k = to_dense_channels_last(x), layer.w.shape[0]
+    stats = [_vectors(*size) for size in ((k,), (k,), (k,), (2, k))]
+    results: list[Tensor | float] = [layer.weight, layer.bias, layer.eps, *stats]
+    if _is_fused(x, layer):
         y = _empty_output(x, layer)
         _check_values(y)
-        cpu_build.call("conv_fprop", x, fold, to_nhwc(layer.w), y, *results, *_sizes(x, layer))
+        operands = (x, scale_shift, to_dense_channels_last(layer.w), y)
+        cpu_build.call("conv_fprop", *operands, *results, *_sizes(x, layer))
     else:
-        y = _convolve(x if fold is None else _apply(x, fold, None, None, True), layer)
+        activation = x if scale_shift is None else _apply(x, scale_shift, None, None, True)
+        y = _convolve(activation, layer)
         _check_values(y)
         cpu_build.call("bn_stats", y, *results, *_image_shape(y))
-    return LayerState(y, mean, unbiased_var, rstd, scale_shift)
+    return LayerState(y, *stats)
 
 
 def _check_values(y: Tensor) -> None:
@@ -175,22 +170,29 @@ def _check_values(y: Tensor) -> None:
         raise ValueError(f"training needs more than 1 value a channel, got {tuple(y.shape)}")
 
 
-def apply(state: LayerState, shortcut: Tensor | None, fold: Tensor | None, relu: bool) -> Tensor:
-    """See `chain.Backend`."""
-    return _apply(state.y, state.scale_shift, shortcut, fold, relu)
+def apply(
+    state: LayerState, shortcut: Tensor | None, shortcut_scale_shift: Tensor | None, relu: bool
+) -> Tensor:
+    """See `block.Backend`."""
+    return _apply(state.y, state.scale_shift, shortcut, shortcut_scale_shift, relu)
 
 
 def reduce(
     dout: Tensor, state: LayerState, mask: Tensor | None, projected: LayerState | None
-) -> tuple[Tensor, Sums]:
-    """See `chain.Backend`."""
-    dout = to_nhwc(dout)
+) -> tuple[Tensor, GradSums]:
+    """See `block.Backend`."""
+    dout = to_dense_channels_last(dout)
     return _reduce(dout, state, mask, projected, torch.empty_like(dout))
+
+
+def _to_sums(sums: Tensor, projected_sums: Tensor | None = None) -> GradSums:
+    """The sums as the kernels write them: (2, K) fp64, of g above those of g * (y - mean)."""
+    return GradSums(sums[0], sums[1], None if projected_sums is None else projected_sums[1])
 
 
 def _reduce(
     dout: Tensor, state: LayerState, mask: Tensor | None, projected: LayerState | None, g: Tensor
-) -> tuple[Tensor, Sums]:
+) -> tuple[Tensor, GradSums]:
     """`reduce` into g, which may be dout itself."""
     k = dout.shape[1]
     sums = torch.empty((2, k), dtype=torch.float64, device="cpu")
@@ -210,148 +212,145 @@ def _reduce(
         projected_sums,
         *_image_shape(dout),
     )
-    return g, Sums(sums, projected_sums)
+    return g, _to_sums(sums, projected_sums)
 
 
-def fold_grad(
-    g: Tensor, sums: Sums, state: LayerState, weight: Tensor, *, of_projection: bool
-) -> tuple[FoldedGrad, Tensor, Tensor]:
-    """See `chain.Backend`."""
+def defer_dy(
+    g: Tensor, sums: GradSums, state: LayerState, weight: Tensor, *, of_projection: bool
+) -> tuple[DeferredGrad, Tensor, Tensor]:
+    """See `block.Backend`."""
     k = g.shape[1]
-    along_y = sums.shortcut if of_projection else sums.g
-    assert along_y is not None
+    sum_gy = sums.gy_shortcut if of_projection else sums.gy
+    assert sum_gy is not None
     dgamma, dbeta, coefficients = (_vectors(*size) for size in ((k,), (k,), (3, k)))
     count = g.numel() // k
-    inputs = (sums.g, along_y[1], state.mean, state.rstd, weight)
-    cpu_build.call("fold_grad", *inputs, count, k, dgamma, dbeta, coefficients)
-    return FoldedGrad(g, state.y, coefficients), dgamma, dbeta
+    inputs = (sums.g, sum_gy, state.mean, state.rstd, weight)
+    cpu_build.call("defer_dy", *inputs, count, k, dgamma, dbeta, coefficients)
+    return DeferredGrad(g, state.y, coefficients), dgamma, dbeta
 
 
 def conv_backward(
-    dy: FoldedGrad,
+    dy: DeferredGrad,
     x: Tensor,
     layer: ConvBN,
     *,
-    before: LayerState | None,
+    producer: LayerState | None,
     shortcut: Tensor | None,
     need_dx: bool,
-) -> BackwardStep:
-    """See `chain.Backend`."""
-    x = to_nhwc(x)
-    if _is_direct(x, layer) and not (need_dx and x.shape[1] == 3):
-        return _direct_backward(dy, x, layer, before, shortcut, need_dx)
-    return _onednn_backward(dy, x, layer, before, shortcut, need_dx)
+) -> ConvGrads:
+    """See `block.Backend`."""
+    x = to_dense_channels_last(x)
+    if _is_fused(x, layer) and not (need_dx and x.shape[1] == 3):
+        return _fused_backward(dy, x, layer, producer, shortcut, need_dx)
+    return _onednn_backward(dy, x, layer, producer, shortcut, need_dx)
 
 
-def _direct_backward(
-    dy: FoldedGrad,
+def _fused_backward(
+    dy: DeferredGrad,
     x: Tensor,
     layer: ConvBN,
-    before: LayerState | None,
+    producer: LayerState | None,
     shortcut: Tensor | None,
     need_dx: bool,
-) -> BackwardStep:
-    filters = to_nhwc(layer.w)
+) -> ConvGrads:
+    filters = to_dense_channels_last(layer.w)
     dw = torch.empty_like(filters)
     dx = torch.empty_like(x) if need_dx else None
     sums = (
-        None if before is None else torch.empty((2, x.shape[1]), dtype=torch.float64, device="cpu")
+        None
+        if producer is None
+        else torch.empty((2, x.shape[1]), dtype=torch.float64, device="cpu")
     )
     cpu_build.call(
         "conv_backward",
         *dy,
         x,
-        None if before is None else before.scale_shift,
-        None if before is None else before.mean,
+        None if producer is None else producer.scale_shift,
+        None if producer is None else producer.mean,
         filters,
-        None if shortcut is None else to_nhwc(shortcut),
+        None if shortcut is None else to_dense_channels_last(shortcut),
         dx,
         dw,
         sums,
         *_sizes(x, layer),
     )
-    return BackwardStep(dx, dw, None if sums is None else Sums(sums))
+    return ConvGrads(dx, dw, None if sums is None else _to_sums(sums))
 
 
 def _onednn_backward(
-    dy: FoldedGrad,
+    dy: DeferredGrad,
     x: Tensor,
     layer: ConvBN,
-    before: LayerState | None,
+    producer: LayerState | None,
     shortcut: Tensor | None,
     need_dx: bool,
-) -> BackwardStep:
-    formed = torch.empty_like(dy.g)
-    cpu_build.call("bn_form_dy", *dy, formed, *_image_shape(formed))
-    activation = x if before is None else _apply(x, before.scale_shift, None, None, True)
-    dx, dw = _convolve_backward(formed, activation, layer, need_dx)
+) -> ConvGrads:
+    computed_dy = torch.empty_like(dy.g)
+    cpu_build.call("bn_compute_dy", *dy, computed_dy, *_image_shape(computed_dy))
+    activation = x if producer is None else _apply(x, producer.scale_shift, None, None, True)
+    dx, dw = _convolve_backward(computed_dy, activation, layer, need_dx)
     if dx is None:
-        return BackwardStep(None, dw, None)
+        return ConvGrads(None, dw, None)
     if shortcut is not None:
         dx.add_(shortcut)
-    if before is None:
-        return BackwardStep(dx, dw, None)
-    g, sums = _reduce(dx, before, before.scale_shift, None, dx)
-    return BackwardStep(g, dw, sums)
+    if producer is None:
+        return ConvGrads(dx, dw, None)
+    g, sums = _reduce(dx, producer, producer.scale_shift, None, dx)
+    return ConvGrads(g, dw, sums)
 
 
 def conv_folded(
     x: Tensor, layer: ConvBN, scale_shift: Tensor, residual: Tensor | None, relu: bool
 ) -> Tensor:
     """`out = relu(a * conv(x) + b + residual)`: a layer of inference."""
-    x = to_nhwc(x)
-    if not _is_direct(x, layer):
+    x = to_dense_channels_last(x)
+    if not _is_fused(x, layer):
         return _apply(_convolve(x, layer), scale_shift, residual, None, relu, in_place=True)
     out = _empty_output(x, layer)
-    given = None if residual is None else to_nhwc(residual)
-    operands = (x, to_nhwc(layer.w), scale_shift, given, out)
+    given = None if residual is None else to_dense_channels_last(residual)
+    operands = (x, to_dense_channels_last(layer.w), scale_shift, given, out)
     cpu_build.call("conv_folded", *operands, *_sizes(x, layer), int(relu))
     return out
 
 
-def is_direct_block(
-    x: Tensor,
-    layers: Sequence[ConvBN],
-    scale_shifts: Sequence[Tensor],
-    projection: ConvBN | None,
-    add_input: bool,
-) -> bool:
-    """Whether `block_folded` knows a block. Layers that do not fit together it does not know."""
+def _fuses_block(x: Tensor, block: Block, scale_shifts: Sequence[Tensor]) -> bool:
+    """Whether there is a kernel for a block; for layers that do not fit together there is none."""
+    layers, projection = block.layers, block.projection
     if len(layers) != 2 or x.dim() != 4 or layers[0].w.dim() != 4 or x.dtype != torch.bfloat16:
         return False
     (n, c, h, w), (first, second) = x.shape, layers
     k, stride = first.w.shape[0], first.stride
-    everything = [first, second] if projection is None else [first, second, projection]
+    operands = [layer.w for layer in block.all_layers]
     wanted: list[tuple[int, ...]] = [(k, c, 3, 3), (k, k, 3, 3), (k, c, 1, 1)]
-    operands = [layer.w for layer in everything]
     return (
         n > 0
-        and [layer.w.shape for layer in everything] == wanted[: len(everything)]
-        and all(w.dtype == x.dtype for w in operands)
+        and [filters.shape for filters in operands] == wanted[: len(operands)]
+        and all(filters.dtype == x.dtype for filters in operands)
         and [(t.shape, t.dtype) for t in scale_shifts] == [((2, k), torch.float32)] * len(operands)
         and all(t.device == x.device for t in (*operands, *scale_shifts))
         and c != 3
         and second.stride == 1
         and (projection is None or projection.stride == stride)
-        and (projection is not None or not add_input or (c == k and stride == 1))
-        and all(_is_direct_size(h, w, layer) for layer in everything if layer is not second)
-        and _is_direct_size(h // stride, w // stride, second)
+        and (block.shortcut != "input" or (c == k and stride == 1))
+        and all(_fuses_size(h, w, layer) for layer in block.all_layers if layer is not second)
+        and _fuses_size(h // stride, w // stride, second)
     )
 
 
-def block_folded(
-    x: Tensor,
-    layers: Sequence[ConvBN],
-    scale_shifts: Sequence[Tensor],
-    projection: ConvBN | None,
-    add_input: bool,
-) -> Tensor:
-    """A basic block of inference, see `fused.residual_block_folded`."""
-    x, first = to_nhwc(x), layers[0]
+def block_folded(x: Tensor, block: Block, scale_shifts: Sequence[Tensor]) -> Tensor | None:
+    """See `block.Backend`: there is one for bf16 basic blocks of few channels."""
+    if not _fuses_block(x, block, scale_shifts):
+        return None
+    x, first = to_dense_channels_last(x), block.layers[0]
     out = _empty_output(x, first)
-    filters = [to_nhwc(layer.w) for layer in layers]
-    folds = [t.contiguous() for t in scale_shifts]
-    projected = (None, None) if projection is None else (to_nhwc(projection.w), folds[2])
-    operands = (x, filters[0], folds[0], filters[1], folds[1], *projected, out)
-    cpu_build.call("block_folded", *operands, *_sizes(x, first)[:-1], int(add_input))
+    first_w, second_w, *projection_w = (
+        to_dense_channels_last(layer.w) for layer in block.all_layers
+    )
+    first_scale_shift, second_scale_shift, *projection_scale_shift = (
+        t.contiguous() for t in scale_shifts
+    )
+    projected = (*projection_w, *projection_scale_shift) or (None, None)
+    operands = (x, first_w, first_scale_shift, second_w, second_scale_shift, *projected, out)
+    add_input = int(block.shortcut == "input")
+    cpu_build.call("block_folded", *operands, *_sizes(x, first)[:-1], add_input)
     return out

@@ -11,24 +11,25 @@ namespace {
 template <class T>
 void stats(const T* y, BatchNorm bn, int64_t images, int64_t pixels, int64_t channels) {
   const Blocks blocks(pixels, channels);
-  std::vector<RunningStats> parts(omp_get_max_threads(), RunningStats(blocks));
+  std::vector<RunningStats> per_thread(omp_get_max_threads(), RunningStats(blocks));
 #pragma omp parallel for schedule(static)
-  for (int64_t n = 0; n < images; ++n) parts[omp_get_thread_num()].add(y + n * blocks.size());
-  bn.finalize(parts, channels);
+  for (int64_t n = 0; n < images; ++n) per_thread[omp_get_thread_num()].add(y + n * blocks.size());
+  bn.finalize(per_thread, channels);
 }
 
 // out = relu(a * y + b + shortcut), or with a_s * shortcut + b_s.
 template <class T, bool kShortcut, bool kRelu>
-void apply(const T* y, const float* scale_shift, const T* shortcut, const float* shortcut_fold,
-           T* out, int64_t images, int64_t pixels, int64_t channels) {
+void apply(const T* y, const float* scale_shift, const T* shortcut,
+           const float* shortcut_scale_shift, T* out, int64_t images, int64_t pixels,
+           int64_t channels) {
   const Blocks blocks(pixels, channels);
   const int64_t width = blocks.width;
   const auto scale = repeat(scale_shift, channels, width);
   auto shift = repeat(scale_shift + channels, channels, width);
   std::vector<float> shortcut_scale(width, 1.0f);
-  if (shortcut_fold) {
-    shortcut_scale = repeat(shortcut_fold, channels, width);
-    for (int64_t j = 0; j < width; ++j) shift[j] += shortcut_fold[channels + j % channels];
+  if (shortcut_scale_shift) {
+    shortcut_scale = repeat(shortcut_scale_shift, channels, width);
+    for (int64_t j = 0; j < width; ++j) shift[j] += shortcut_scale_shift[channels + j % channels];
   }
   const float *a = scale.data(), *b = shift.data(), *a_s = shortcut_scale.data();
 #pragma omp parallel
@@ -56,7 +57,7 @@ void reduce(const T* dout, const T* y, const T* out, const float* scale_shift, c
             double* sums_shortcut, int64_t images, int64_t pixels, int64_t channels) {
   const Blocks blocks(pixels, channels);
   const int64_t size = blocks.size();
-  std::vector<GradSums> parts(omp_get_max_threads(), GradSums(blocks, mean, scale_shift));
+  std::vector<GradSums> per_thread(omp_get_max_threads(), GradSums(blocks, mean, scale_shift));
   std::vector<GradSums> projected(y_shortcut ? omp_get_max_threads() : 0,
                                   GradSums(blocks, mean_shortcut, nullptr));
 #pragma omp parallel for schedule(static)
@@ -65,44 +66,49 @@ void reduce(const T* dout, const T* y, const T* out, const float* scale_shift, c
     const T *from = dout + n * size, *raw = y + n * size;
     T* to = g + n * size;
     if (scale_shift)
-      parts[thread].add_masked_by_y(from, raw, to);
+      per_thread[thread].add_masked_by_y(from, raw, to);
     else
-      parts[thread].add_masked_by_out(from, out ? out + n * size : nullptr, raw, to);
+      per_thread[thread].add_masked_by_out(from, out ? out + n * size : nullptr, raw, to);
     // g is in the second-level cache now: the projection's sums read only its y from memory.
     if (y_shortcut)
       projected[thread].add_masked_by_out(to, static_cast<const T*>(nullptr), y_shortcut + n * size,
                                           to);
   }
-  total(parts, sums);
+  total(per_thread, sums);
   if (y_shortcut) total(projected, sums_shortcut);
 }
 
 template <class T>
-void form_dy(const T* g, const T* y, const float* coefficients, T* dy, int64_t images,
-             int64_t pixels, int64_t channels) {
+void compute_dy(const T* g, const T* y, const float* coefficients, T* dy, int64_t images,
+                int64_t pixels, int64_t channels) {
   const Blocks blocks(pixels, channels);
   const int64_t width = blocks.width;
-  const FormDy form(coefficients, width, channels);
+  const ComputeDy compute(coefficients, width, channels);
 #pragma omp parallel
   {
     std::vector<float> values(width);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < images * blocks.count; ++i)
-      form(g + i * width, y + i * width, values.data(), dy + i * width);
+      compute(g + i * width, y + i * width, values.data(), dy + i * width);
   }
 }
 
 template <class T>
-void apply_any(const T* y, const float* scale_shift, const T* shortcut, const float* fold, T* out,
-               int64_t images, int64_t pixels, int64_t channels, bool with_relu) {
+void apply_any(const T* y, const float* scale_shift, const T* shortcut,
+               const float* shortcut_scale_shift, T* out, int64_t images, int64_t pixels,
+               int64_t channels, bool with_relu) {
   if (shortcut && with_relu)
-    apply<T, true, true>(y, scale_shift, shortcut, fold, out, images, pixels, channels);
+    apply<T, true, true>(y, scale_shift, shortcut, shortcut_scale_shift, out, images, pixels,
+                         channels);
   else if (shortcut)
-    apply<T, true, false>(y, scale_shift, shortcut, fold, out, images, pixels, channels);
+    apply<T, true, false>(y, scale_shift, shortcut, shortcut_scale_shift, out, images, pixels,
+                          channels);
   else if (with_relu)
-    apply<T, false, true>(y, scale_shift, shortcut, fold, out, images, pixels, channels);
+    apply<T, false, true>(y, scale_shift, shortcut, shortcut_scale_shift, out, images, pixels,
+                          channels);
   else
-    apply<T, false, false>(y, scale_shift, shortcut, fold, out, images, pixels, channels);
+    apply<T, false, false>(y, scale_shift, shortcut, shortcut_scale_shift, out, images, pixels,
+                           channels);
 }
 
 }  // namespace
@@ -111,9 +117,9 @@ void apply_any(const T* y, const float* scale_shift, const T* shortcut, const fl
 using namespace fastres;
 
 // Coefficients of dy = c0 * g + c1 * y + c2, and the gradients of gamma and beta.
-extern "C" void fold_grad(const double* sum_g, const double* sum_gy, const float* mean,
-                          const float* rstd, const float* gamma, int64_t count, int64_t channels,
-                          float* dgamma, float* dbeta, float* coefficients) {
+extern "C" void defer_dy(const double* sum_g, const double* sum_gy, const float* mean,
+                         const float* rstd, const float* gamma, int64_t count, int64_t channels,
+                         float* dgamma, float* dbeta, float* coefficients) {
   for (int64_t c = 0; c < channels; ++c) {
     const double r = rstd[c], scale = gamma[c] * r;
     const double along_y = -scale * r * r * sum_gy[c] / count;
@@ -134,9 +140,10 @@ extern "C" void fold_grad(const double* sum_g, const double* sum_gy, const float
     stats(y, {gamma, beta, eps, mean, unbiased_var, rstd, scale_shift}, images, pixels, channels); \
   }                                                                                                \
   extern "C" void bn_apply_##NAME(const T* y, const float* scale_shift, const T* shortcut,         \
-                                  const float* fold, T* out, int64_t images, int64_t pixels,       \
-                                  int64_t channels, int64_t with_relu) {                           \
-    apply_any(y, scale_shift, shortcut, fold, out, images, pixels, channels, with_relu);           \
+                                  const float* shortcut_scale_shift, T* out, int64_t images,       \
+                                  int64_t pixels, int64_t channels, int64_t with_relu) {           \
+    apply_any(y, scale_shift, shortcut, shortcut_scale_shift, out, images, pixels, channels,       \
+              with_relu);                                                                          \
   }                                                                                                \
   extern "C" void bn_reduce_##NAME(                                                                \
       const T* dout, const T* y, const T* out, const float* scale_shift, const float* mean,        \
@@ -145,9 +152,9 @@ extern "C" void fold_grad(const double* sum_g, const double* sum_gy, const float
     reduce(dout, y, out, scale_shift, mean, y_shortcut, mean_shortcut, g, sums, sums_shortcut,     \
            images, pixels, channels);                                                              \
   }                                                                                                \
-  extern "C" void bn_form_dy_##NAME(const T* g, const T* y, const float* coefficients, T* dy,      \
-                                    int64_t images, int64_t pixels, int64_t channels) {            \
-    form_dy(g, y, coefficients, dy, images, pixels, channels);                                     \
+  extern "C" void bn_compute_dy_##NAME(const T* g, const T* y, const float* coefficients, T* dy,   \
+                                       int64_t images, int64_t pixels, int64_t channels) {         \
+    compute_dy(g, y, coefficients, dy, images, pixels, channels);                                  \
   }
 
 FASTRES_FOR_TYPE(bf16, bf16)

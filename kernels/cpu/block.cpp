@@ -13,17 +13,17 @@
 namespace fastres {
 namespace {
 
-// A convolution and its folded batch norm.
+// A convolution and its batch norm as scale and shift.
 struct Layer {
-  Layer(const bf16* w, const float* fold, const Shape& shape)
+  Layer(const bf16* w, const float* scale_shift, const Shape& shape)
       : s(shape),
-        scale_shift(fold),
+        scale_shift(scale_shift),
         packed(pack<false>(w, s.taps, s.in, s.out)),
         run((s.stride == 1 ? dense : strided)(s.taps, s.in, s.out_width(), s.out)) {}
 
   // Convolve one image, which lies in rows of x_row numbers, into rows of out_row numbers.
   void operator()(const bf16* x, int64_t x_row, bf16* out, int64_t out_row, const bf16* residual,
-                  bool with_relu, const Upcoming& next) const {
+                  bool with_relu, const Prefetch& next) const {
     run({x, packed.get(), out, s.out_height(), s.out_width(), s.out, x_row, out_row},
         {scale_shift, s.out, residual, with_relu}, next);
   }
@@ -66,7 +66,7 @@ extern "C" void block_folded(const bf16* x, const bf16* w1, const float* scale_s
       fill_padded(padded.get(), height, width, in, 1, [&](int64_t h, bf16* to) {
         std::memcpy(to, image + h * row, row * sizeof(bf16));
       });
-      const Upcoming next{{n + 1 < images ? image + height * row : nullptr}, stride * row};
+      const Prefetch next{{n + 1 < images ? image + height * row : nullptr}, stride * row};
       first(padded.get(), x_row, between.get() + inner_row + channels, inner_row, nullptr, true,
             next);
       if (projection) {

@@ -19,7 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["call", "has_direct_conv", "library", "unavailable"]
+from fastres.errors import FailureError
+from fastres.host import cache_folder
+
+__all__ = ["call", "has_fused_conv", "library", "unavailable"]
 
 _FOLDER = Path(__file__).resolve().parent
 _SOURCES = ("block.cpp", "conv.cpp", "conv_strided.cpp", "batchnorm.cpp")
@@ -34,23 +37,15 @@ _SIGNATURES = {
     "bn_stats": "pppdppppiii",
     "bn_apply": "pppppiiii",
     "bn_reduce": "ppppppppppiii",
-    "bn_form_dy": "ppppiii",
-    "fold_grad": "pppppiippp",
+    "bn_compute_dy": "ppppiii",
+    "defer_dy": "pppppiippp",
     "conv_fprop": "ppppppdppppiiiiiii",
     "conv_folded": "pppppiiiiiiii",
     "conv_backward": "pppppppppppiiiiiii",
     "block_folded": "ppppppppiiiiiii",
 }
-_TYPED = ("bn_stats", "bn_apply", "bn_reduce", "bn_form_dy")
+_TYPED = ("bn_stats", "bn_apply", "bn_reduce", "bn_compute_dy")
 _TYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-
-def _cache_folder() -> Path:
-    """Where the library is kept: beside the decoded data, in the user's cache."""
-    if os.environ.get("FASTRES_CACHE"):
-        return Path(os.environ["FASTRES_CACHE"]) / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fastres" / "kernels"
 
 
 def _openmp_runtime() -> list[str]:
@@ -82,7 +77,7 @@ def _build(compiler: list[str]) -> Path:
         key.update(text.encode())
     for path in (*sources, *(_FOLDER / name for name in _HEADERS)):
         key.update(path.read_bytes())
-    target = _cache_folder() / f"cpu-{key.hexdigest()[:16]}.so"
+    target = cache_folder() / "kernels" / f"cpu-{key.hexdigest()[:16]}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -127,15 +122,15 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         lines = error.stderr.decode(errors="replace").splitlines()
         why = next((line for line in lines if "error" in line), lines[-1] if lines else str(error))
         return None, f"{compiler[0]} failed: {why.strip()}"
-    # Path.home() raises a RuntimeError for a user without a home folder.
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    # A user without a home folder has no cache folder either.
+    except (OSError, FailureError, subprocess.SubprocessError) as error:
         return None, f"they cannot be built: {error}"
     for name, letters in _SIGNATURES.items():
         names = [f"{name}_{t}" for t in _TYPE_NAMES.values()] if name in _TYPED else [name]
         for function in (getattr(loaded, n) for n in names if hasattr(loaded, n)):
             function.argtypes = [_CODES[letter] for letter in letters]
             function.restype = None
-    loaded.has_direct_conv.restype = ctypes.c_int64
+    loaded.has_fused_conv.restype = ctypes.c_int64
     return loaded, None
 
 
@@ -150,10 +145,10 @@ def unavailable() -> str | None:
 
 
 @functools.cache
-def has_direct_conv() -> bool:
-    """Whether the processor has the instructions that the direct convolutions are written in."""
+def has_fused_conv() -> bool:
+    """Whether the processor has the instructions that the fused convolutions are written in."""
     loaded = library()
-    return loaded is not None and bool(loaded.has_direct_conv())
+    return loaded is not None and bool(loaded.has_fused_conv())
 
 
 def call(name: str, *arguments: Tensor | float | None) -> None:

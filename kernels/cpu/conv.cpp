@@ -1,10 +1,11 @@
 // Convolutions of bf16 tensors on CPUs with bfloat16 instructions: 3x3 with padding 1 and stride 1
 // or 2, and 1x1 with stride 2.
 //
-//   fprop     y = conv(x'), x' = x or relu(a * x + b) formed while loading; and the batch norm of y
+//   fprop     y = conv(x'), x' = x or relu(a * x + b) computed while loading; and the batch
+//             norm of y
 //   folded    out = relu(a * conv(x) + b + residual), for inference
-//   backward  dx and dw from dy = c0 * g + c1 * y + c2, formed while loading; x' as above; dx gets
-//             the shortcut's gradient added, or the mask and the sums of the batch norm before x
+//   backward  dx and dw from dy = c0 * g + c1 * y + c2, computed while loading; x' as above; dx
+//             gets the shortcut's gradient added, or the mask and the sums of the producer's norm
 //
 // Letters: x (N, H, W, C), w (K, R, R, C), y (N, P, Q, K). A thread takes one image through all
 // steps while it lies in the second-level cache, so that only x, y, g and dx cross memory. The
@@ -31,12 +32,12 @@ struct Dense {
 // y, or relu(a * y + b + residual), image by image; `done(n)` follows while image n is in the
 // cache.
 template <class Done>
-void forward(const bf16* x, const float* fold, const bf16* w, bf16* y, Epilogue epilogue,
+void forward(const bf16* x, const float* in_scale_shift, const bf16* w, bf16* y, Epilogue epilogue,
              const Shape& s, const Done& done) {
   const int64_t depth = depth_of(s.in), row = s.width * s.in, size = s.out_pixels() * s.out;
   const auto packed = pack<false>(w, s.taps, s.in, s.out);
   const auto run = (s.stride == 1 ? dense : strided)(s.taps, depth, s.out_width(), s.out);
-  const Prologue prologue(fold, s.width, s.in);
+  const Prologue prologue(in_scale_shift, s.width, s.in);
 #pragma omp parallel
   {
     const auto padded = buffer<bf16>(s.padded_x());
@@ -49,7 +50,7 @@ void forward(const bf16* x, const float* fold, const bf16* w, bf16* y, Epilogue 
       Epilogue own = epilogue;
       if (own.residual) own.residual += n * size;
       const bool last = n + 1 == s.images;
-      const Upcoming next{{last ? nullptr : image + s.height * row}, s.stride * row};
+      const Prefetch next{{last ? nullptr : image + s.height * row}, s.stride * row};
       run({padded.get(), packed.get(), y + n * size, s.out_height(), s.out_width(), s.out,
            s.x_row(), s.y_row()},
           own, next);
@@ -79,7 +80,7 @@ void pair_dy(const bf16* padded, uint32_t* pairs, const Shape& s) {
   }
 }
 
-// A part of the pixels, in pairs: some rows of some images.
+// Some of the pixels, in pairs: some rows of some images.
 struct Patch {
   const uint32_t *x, *dy;
   int64_t x_image, x_row, dy_image, dy_row;
@@ -125,9 +126,9 @@ void wgrad_patch(const Patch& patch, float* dw) {
   for (int64_t k = 0; k < patch.channels; k += kLanes)
     for (int64_t r = 0; r < taps; ++r)
       for (int64_t c = 0; c < depth; c += step) {
-        float* part = dw + ((k / kLanes * taps + r) * taps * depth + c) * kLanes;
+        float* sums = dw + ((k / kLanes * taps + r) * taps * depth + c) * kLanes;
         const uint32_t* source = patch.x + r * patch.x_row + c;
-        tile(patch, source, patch.dy + k, part);
+        tile(patch, source, patch.dy + k, sums);
       }
 }
 
@@ -152,7 +153,7 @@ void wgrad(const uint32_t* x, const uint32_t* dy, float* dw, int64_t group, cons
 }
 
 // Add up the threads' dw and store it as (K, taps, taps, C).
-void store_dw(const std::vector<Buffer<float>>& parts, bf16* dw, const Shape& s) {
+void store_dw(const std::vector<Buffer<float>>& partials, bf16* dw, const Shape& s) {
   const int64_t depth = depth_of(s.in), taps = s.taps * s.taps, size = depth * kLanes;
 #pragma omp parallel
   {
@@ -160,8 +161,8 @@ void store_dw(const std::vector<Buffer<float>>& parts, bf16* dw, const Shape& s)
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < s.out / kLanes * taps; ++i) {
       std::fill(sum.begin(), sum.end(), 0.0f);
-      for (const auto& part : parts)
-        for (int64_t j = 0; j < size; ++j) sum[j] += part[i * size + j];
+      for (const auto& partial : partials)
+        for (int64_t j = 0; j < size; ++j) sum[j] += partial[i * size + j];
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         const int64_t k = i / taps * kLanes + lane;
         bf16* to = dw + (k * taps + i % taps) * s.in;
@@ -175,11 +176,11 @@ void store_dw(const std::vector<Buffer<float>>& parts, bf16* dw, const Shape& s)
 struct Backward {
   const bf16 *g, *y, *x, *shortcut;
   bf16* dx;
-  bool has_fold;
+  bool has_producer;
   Shape s;
-  FormDy form_dy;
+  ComputeDy compute_dy;
   Prologue prologue;
-  Buffer<bf16> turned;
+  Buffer<bf16> flipped;
   Convolve run;
 
   // Store dx of image n, and leave x and dy in pairs for dw. padded and values are scratch.
@@ -189,14 +190,14 @@ struct Backward {
     const int64_t x_image = n * s.height * x_row, y_image = n * s.out_height() * y_row;
     fill_padded(padded, s.out_height(), s.out_width(), s.out, s.border(),
                 [&](int64_t p, bf16* row) {
-                  form_dy(g + y_image + p * y_row, y + y_image + p * y_row, values, row);
+                  compute_dy(g + y_image + p * y_row, y + y_image + p * y_row, values, row);
                 });
     pair_dy(padded, y_pairs, s);
     if (dx) {
       const Epilogue epilogue{nullptr, 0, shortcut ? shortcut + x_image : nullptr, false};
-      run({padded, turned.get(), dx + x_image, s.height, s.width, s.in, s.dy_row(), x_row},
-          epilogue, after(n));
-      if (has_fold) sums->add_masked_by_y(dx + x_image, x + x_image, dx + x_image);
+      run({padded, flipped.get(), dx + x_image, s.height, s.width, s.in, s.dy_row(), x_row},
+          epilogue, next_after(n));
+      if (has_producer) sums->add_masked_by_y(dx + x_image, x + x_image, dx + x_image);
     }
     fill_padded(padded, s.height, s.width, depth, s.border(),
                 [&](int64_t h, bf16* row) { prologue(x + x_image + h * x_row, values, row); });
@@ -204,7 +205,7 @@ struct Backward {
   }
 
  private:
-  Upcoming after(int64_t n) const {
+  Prefetch next_after(int64_t n) const {
     if (n + 1 == s.images) return {{}, 0};
     const int64_t size = s.out_pixels() * s.out, next = (n + 1) * size;
     const bool same = s.stride == 1 && s.in == s.out;
@@ -222,19 +223,19 @@ Convolve dense(int64_t, int64_t depth, int64_t width, int64_t channels) {
 
 using namespace fastres;
 
-extern "C" int64_t has_direct_conv() { return 1; }
+extern "C" int64_t has_fused_conv() { return 1; }
 
-extern "C" void conv_fprop(const bf16* x, const float* fold, const bf16* w, bf16* y,
+extern "C" void conv_fprop(const bf16* x, const float* in_scale_shift, const bf16* w, bf16* y,
                            const float* gamma, const float* beta, double eps, float* mean,
                            float* unbiased_var, float* rstd, float* scale_shift, int64_t images,
                            int64_t height, int64_t width, int64_t in, int64_t out, int64_t stride,
                            int64_t taps) {
   const Shape s{images, height, width, in, out, stride, taps};
   const Blocks blocks(s.out_pixels(), out);
-  std::vector<RunningStats> parts(omp_get_max_threads(), RunningStats(blocks));
-  forward(x, fold, w, y, {}, s,
-          [&](int64_t n) { parts[omp_get_thread_num()].add(y + n * blocks.size()); });
-  BatchNorm{gamma, beta, eps, mean, unbiased_var, rstd, scale_shift}.finalize(parts, out);
+  std::vector<RunningStats> per_thread(omp_get_max_threads(), RunningStats(blocks));
+  forward(x, in_scale_shift, w, y, {}, s,
+          [&](int64_t n) { per_thread[omp_get_thread_num()].add(y + n * blocks.size()); });
+  BatchNorm{gamma, beta, eps, mean, unbiased_var, rstd, scale_shift}.finalize(per_thread, out);
 }
 
 extern "C" void conv_folded(const bf16* x, const bf16* w, const float* scale_shift,
@@ -247,8 +248,8 @@ extern "C" void conv_folded(const bf16* x, const bf16* w, const float* scale_shi
 }
 
 extern "C" void conv_backward(const bf16* g, const bf16* y, const float* coefficients,
-                              const bf16* x, const float* fold, const float* mean, const bf16* w,
-                              const bf16* shortcut, bf16* dx, bf16* dw, double* sums,
+                              const bf16* x, const float* in_scale_shift, const float* mean,
+                              const bf16* w, const bf16* shortcut, bf16* dx, bf16* dw, double* sums,
                               int64_t images, int64_t height, int64_t width, int64_t in,
                               int64_t out, int64_t stride, int64_t taps) {
   const Shape s{images, height, width, in, out, stride, taps};
@@ -259,20 +260,20 @@ extern "C" void conv_backward(const bf16* g, const bf16* y, const float* coeffic
       x,
       shortcut,
       dx,
-      fold != nullptr,
+      in_scale_shift != nullptr,
       s,
-      FormDy(coefficients, s.y_row(), out),
-      Prologue(fold, width, in),
+      ComputeDy(coefficients, s.y_row(), out),
+      Prologue(in_scale_shift, width, in),
       dx ? pack<true>(w, taps, out, in) : nullptr,
       dx ? (stride == 1 ? dense : strided_dx)(taps, out, s.out_width(), in) : nullptr};
   // A thread's dw is loaded and stored once a group: images that fill half a second-level cache.
   const int64_t most = std::clamp<int64_t>((1 << 19) / (x_size * 4), 1, 8);
   std::vector<GradSums> grad_sums(omp_get_max_threads(),
-                                  GradSums(Blocks(s.pixels(), in), mean, fold));
-  std::vector<Buffer<float>> parts(omp_get_max_threads());
-  for (auto& part : parts) {
-    part = buffer<float>(s.dw_size());
-    std::fill(part.get(), part.get() + s.dw_size(), 0.0f);
+                                  GradSums(Blocks(s.pixels(), in), mean, in_scale_shift));
+  std::vector<Buffer<float>> partials(omp_get_max_threads());
+  for (auto& partial : partials) {
+    partial = buffer<float>(s.dw_size());
+    std::fill(partial.get(), partial.get() + s.dw_size(), 0.0f);
   }
 #pragma omp parallel
   {
@@ -281,22 +282,22 @@ extern "C" void conv_backward(const bf16* g, const bf16* y, const float* coeffic
     const auto values = buffer<float>(width * std::max(in, out));
     const auto x_pairs = buffer<uint32_t>(most * x_size);
     const auto y_pairs = buffer<uint32_t>(most * y_size);
-    // Images are dealt out before they are grouped: whole groups would leave threads waiting.
+    // Images go to threads one by one, not in groups: whole groups would leave threads waiting.
     const int64_t threads = omp_get_num_threads(), last = images * (thread + 1) / threads;
     for (int64_t first = images * thread / threads, size; first < last; first += size) {
       size = std::min(most, last - first);
       for (int64_t i = 0; i < size; ++i)
         backward.image(first + i, padded.get(), values.get(), x_pairs.get() + i * x_size,
                        y_pairs.get() + i * y_size, &grad_sums[thread]);
-      wgrad(x_pairs.get(), y_pairs.get(), parts[thread].get(), size, s);
+      wgrad(x_pairs.get(), y_pairs.get(), partials[thread].get(), size, s);
     }
   }
-  store_dw(parts, dw, s);
-  if (fold && dx) total(grad_sums, sums);
+  store_dw(partials, dw, s);
+  if (in_scale_shift && dx) total(grad_sums, sums);
 }
 
 #else
 
-extern "C" int64_t has_direct_conv() { return 0; }
+extern "C" int64_t has_fused_conv() { return 0; }
 
 #endif

@@ -1,5 +1,4 @@
-// The inner parts of the CPU convolutions: filters in tiles' order, padded images, one image's
-// convolution.
+// The inner loops of the CPU convolutions: packed filters, padded images, one image's convolution.
 //
 // A vector holds 16 sums, each growing by two products an instruction: here of 16 output channels
 // and a pair of input channels. Filters come packed in that order; x comes padded, made by a
@@ -83,7 +82,7 @@ struct Tile {
   // Pixels of out are `step` numbers apart, the first at `offset`.
   void store(bf16* out, int64_t offset, int64_t step, int64_t channel,
              const Epilogue& epilogue) const {
-    const float* fold = epilogue.scale_shift;
+    const float* scale_shift = epilogue.scale_shift;
     const bf16* residual = epilogue.residual;
     if (epilogue.is_empty()) {
       store_each(out, offset, step, [](__m512 z, int, int64_t) { return z; });
@@ -92,8 +91,9 @@ struct Tile {
     __m512 a[kVectors], b[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       const int64_t k = channel + v * kLanes;
-      a[v] = fold ? _mm512_loadu_ps(fold + k) : _mm512_set1_ps(1);
-      b[v] = fold ? _mm512_loadu_ps(fold + epilogue.channels + k) : _mm512_setzero_ps();
+      a[v] = scale_shift ? _mm512_loadu_ps(scale_shift + k) : _mm512_set1_ps(1);
+      b[v] =
+          scale_shift ? _mm512_loadu_ps(scale_shift + epilogue.channels + k) : _mm512_setzero_ps();
     }
     // max(floor, z) in this order: of a number and a NaN the instruction returns the second.
     const __m512 floor = _mm512_set1_ps(epilogue.with_relu ? 0 : -INFINITY);
@@ -123,13 +123,13 @@ struct Tile {
   }
 };
 
-// What the thread will read for its next image: asked for row by row while this one is computed, so
-// that it lies in the second-level cache by then.
-struct Upcoming {
+// What the thread will read for its next image: prefetched row by row while this one is computed,
+// so that it lies in the second-level cache by then.
+struct Prefetch {
   const bf16* data[3];
   int64_t row;
 
-  void ask(int64_t h) const {
+  void operator()(int64_t h) const {
     constexpr int64_t kLine = 64 / sizeof(bf16);
     for (const bf16* image : data)
       if (image)
@@ -150,11 +150,11 @@ struct Plane {
 // c are contiguous: one loop over kTaps * kC numbers. The last tile of a row overlaps the one
 // before where the width is no multiple.
 template <int kTaps, int kC, int kPixels, int kVectors, int kStride>
-void convolve(const Plane& plane, const Epilogue& epilogue, const Upcoming& upcoming) {
+void convolve(const Plane& plane, const Epilogue& epilogue, const Prefetch& prefetch) {
   constexpr int64_t kRow = kTaps * kC, kFilter = kTaps * kRow * kLanes;
   for (int64_t k = 0; k < plane.channels; k += kVectors * kLanes)
     for (int64_t h = 0; h < plane.height; ++h) {
-      if (k == 0) upcoming.ask(h);
+      if (k == 0) prefetch(h);
       for (int64_t next = 0; next < plane.width; next += kPixels) {
         const int64_t q = std::min(next, plane.width - kPixels);
         const bf16 *x = plane.padded + h * kStride * plane.row + q * kStride * kC,
@@ -168,7 +168,7 @@ void convolve(const Plane& plane, const Epilogue& epilogue, const Upcoming& upco
     }
 }
 
-using Convolve = void (*)(const Plane&, const Epilogue&, const Upcoming&);
+using Convolve = void (*)(const Plane&, const Epilogue&, const Prefetch&);
 
 // The convolution of kC channels whose tiles suit rows of `width` tile pixels.
 template <class Kind, int kC>
@@ -193,9 +193,9 @@ Convolve strided_dx(int64_t taps, int64_t depth, int64_t width, int64_t channels
 // The 3 channels of an image are stored as 4, so that they pair.
 inline int64_t depth_of(int64_t channels) { return channels == 3 ? 4 : channels; }
 
-// Filters as tiles read them: (out / 16, taps, taps, in / 2, 16, 2). kTurned: for dx, where output
-// and input channels change places and taps run backwards.
-template <bool kTurned>
+// Filters as tiles read them: (out / 16, taps, taps, in / 2, 16, 2). kFlipped: for dx, where output
+// and input channels change places and taps are flipped.
+template <bool kFlipped>
 Buffer<bf16> pack(const bf16* w, int64_t taps, int64_t in, int64_t out) {
   const int64_t depth = depth_of(in), size = taps * taps;
   auto packed = buffer<bf16>(out * size * depth);
@@ -205,25 +205,26 @@ Buffer<bf16> pack(const bf16* w, int64_t taps, int64_t in, int64_t out) {
       for (int64_t c = 0; c < depth; c += 2)
         for (int64_t k = k0; k < k0 + kLanes; ++k)
           for (int64_t i = c; i < c + 2; ++i)
-            *to++ = i >= in   ? 0
-                    : kTurned ? w[(i * size + size - 1 - tap) * out + k]
-                              : w[(k * size + tap) * in + i];
+            *to++ = i >= in    ? 0
+                    : kFlipped ? w[(i * size + size - 1 - tap) * out + k]
+                               : w[(k * size + tap) * in + i];
   return packed;
 }
 
-// What stands before a convolution of x: nothing, or relu(a * x + b), repeated along a row.
+// What a convolution does to x first: nothing, or relu(a * x + b), repeated along a row.
 class Prologue {
  public:
-  Prologue(const float* fold, int64_t width, int64_t channels)
-      : has_fold_(fold),
+  Prologue(const float* scale_shift, int64_t width, int64_t channels)
+      : has_scale_shift_(scale_shift),
         size_(width * channels),
         channels_(channels),
-        scale_(repeat(fold, channels, fold ? size_ : 0)),
-        shift_(repeat(fold ? fold + channels : nullptr, channels, fold ? size_ : 0)) {}
+        scale_(repeat(scale_shift, channels, scale_shift ? size_ : 0)),
+        shift_(repeat(scale_shift ? scale_shift + channels : nullptr, channels,
+                      scale_shift ? size_ : 0)) {}
 
   // values: room for a row in fp32.
   void operator()(const bf16* x, float* values, bf16* row) const {
-    if (has_fold_) {
+    if (has_scale_shift_) {
       const float *a = scale_.data(), *b = shift_.data();
 #pragma GCC ivdep
       for (int64_t j = 0; j < size_; ++j) values[j] = relu(a[j] * widen(x[j]) + b[j]);
@@ -239,7 +240,7 @@ class Prologue {
   }
 
  private:
-  bool has_fold_;
+  bool has_scale_shift_;
   int64_t size_, channels_;
   std::vector<float> scale_, shift_;
 };

@@ -9,8 +9,8 @@ namespace fastres {
 namespace {
 
 // One row of one phase of dx, for stride 2. A pixel meets only the taps r, s that have its parity,
-// so pixels are dealt into four phases, each a dense convolution. Of 3x3 filters they have 1, 2 or
-// 4 taps: turned tap 1 alone for even rows, taps 2 and 0 of rows p + 1 and p for odd ones. Of 1x1
+// so pixels belong to four phases, each a dense convolution. Of 3x3 filters they have 1, 2 or
+// 4 taps: flipped tap 1 alone for even rows, taps 2 and 0 of rows p + 1 and p for odd ones. Of 1x1
 // filters only even pixels have one. A phase is a type, so that its taps unroll and the sums stay
 // in registers between them.
 template <int kTaps, int kC, int kPixels, int kVectors, bool kOddRow, bool kOddColumn>
@@ -40,12 +40,12 @@ void convolve_phase(const Plane& plane, const Epilogue& epilogue, int64_t h, int
 
 // dx of a convolution with stride 2, one padded dy at a time.
 template <int kTaps, int kC, int kPixels, int kVectors>
-void convolve_phases(const Plane& plane, const Epilogue& epilogue, const Upcoming& upcoming) {
+void convolve_phases(const Plane& plane, const Epilogue& epilogue, const Prefetch& prefetch) {
   for (int64_t k = 0; k < plane.channels; k += kVectors * kLanes)
     for (int64_t h = 0; h < plane.height; h += 2) {
       if (k == 0) {
-        upcoming.ask(h);
-        upcoming.ask(h + 1);
+        prefetch(h);
+        prefetch(h + 1);
       }
       convolve_phase<kTaps, kC, kPixels, kVectors, false, false>(plane, epilogue, h, k);
       convolve_phase<kTaps, kC, kPixels, kVectors, false, true>(plane, epilogue, h, k);

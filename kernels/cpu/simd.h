@@ -56,9 +56,9 @@ inline void narrow(const float* values, bf16* out, int64_t size) {
 inline float relu(float z) { return z < 0 ? 0 : z; }
 inline float relu_grad(float out, float dout) { return out <= 0 ? 0 : dout; }
 
-// How an image is walked: `count` blocks of whole pixels, `width` numbers each. Per-channel numbers
-// are repeated over a block once, so that inner loops run over plain contiguous arrays whatever the
-// number of channels. Blocks divide the image, so nothing is left over.
+// How loops divide an image: `count` blocks of whole pixels, `width` numbers each. Per-channel
+// numbers are repeated over a block once, so that inner loops run over plain contiguous arrays
+// whatever the number of channels. Blocks divide the image, so nothing is left over.
 struct Blocks {
   int64_t channels, width, count;
 
@@ -121,8 +121,8 @@ class RunningStats {
     for (int64_t i = 0; i < rows; ++i)
 #pragma GCC ivdep
       for (int64_t j = 0; j < width; ++j) sum[j] += widen(y[i * width + j]);
-    const float part = 1.0f / rows;
-    for (int64_t j = 0; j < width; ++j) sum[j] *= part;
+    const float inverse = 1.0f / rows;
+    for (int64_t j = 0; j < width; ++j) sum[j] *= inverse;
     for (int64_t i = 0; i < rows; ++i)
 #pragma GCC ivdep
       for (int64_t j = 0; j < width; ++j) {
@@ -150,11 +150,11 @@ struct BatchNorm {
   double eps;
   float *mean, *unbiased_var, *rstd, *scale_shift;
 
-  // Fill the outputs from the statistics that threads have gathered.
-  void finalize(const std::vector<RunningStats>& parts, int64_t channels) const {
+  // Fill the outputs from the statistics of all threads.
+  void finalize(const std::vector<RunningStats>& per_thread, int64_t channels) const {
     for (int64_t c = 0; c < channels; ++c) {
       double count = 0, average = 0, m2 = 0;
-      for (const RunningStats& part : parts) part.merge_into(c, &count, &average, &m2);
+      for (const RunningStats& stats : per_thread) stats.merge_into(c, &count, &average, &m2);
       const double scale = 1 / std::sqrt(m2 / count + eps);
       mean[c] = static_cast<float>(average);
       unbiased_var[c] = static_cast<float>(m2 / (count - 1));
@@ -166,9 +166,9 @@ struct BatchNorm {
 };
 
 // dy = c0 * g + c1 * y + c2 along a row of `width` numbers.
-class FormDy {
+class ComputeDy {
  public:
-  FormDy(const float* coefficients, int64_t width, int64_t channels)
+  ComputeDy(const float* coefficients, int64_t width, int64_t channels)
       : width_(width),
         c0_(repeat(coefficients, channels, width)),
         c1_(repeat(coefficients + channels, channels, width)),
@@ -262,11 +262,11 @@ class GradSums {
 };
 
 // Add up the sums of all threads, in their order.
-inline void total(const std::vector<GradSums>& parts, double* sums) {
-  const size_t size = parts[0].sums().size();
+inline void total(const std::vector<GradSums>& per_thread, double* sums) {
+  const size_t size = per_thread[0].sums().size();
   std::fill(sums, sums + size, 0.0);
-  for (const GradSums& part : parts)
-    for (size_t i = 0; i < size; ++i) sums[i] += part.sums()[i];
+  for (const GradSums& own : per_thread)
+    for (size_t i = 0; i < size; ++i) sums[i] += own.sums()[i];
 }
 
 }  // namespace fastres

@@ -1,11 +1,11 @@
-"""Augmentation of image batches on the GPU: gather, crop, flip, cutout, normalise in one kernel.
+"""Augmentation of image batches on the GPU: select, crop, flip, cutout, normalise in one kernel.
 
     out[b, y, x] = (pixel - mean) / std
-    pixel = colour inside the box, else images[index[b], top + y, left + (x or its mirror image)]
+    pixel = colour inside the cutout, else images[index[b], top + y, left + (x or its mirror image)]
 
 The choices come as data, the rows of an augmentation plan: corners of the crop in the image padded
-with zeros, mirroring after the crop, and last a box in the colour of the mean; nothing here is
-random. Raw pixels are uint8 (N, H, W, C), the batch is written once in the training dtype.
+with zeros, mirroring after the crop, and last a rectangle in the colour of the mean; nothing here
+is random. Raw pixels are uint8 (N, H, W, C), the batch is written once in the training dtype.
 
 Passes: every pixel of the batch is read once as uint8 and written once. The padded, the cropped and
 the mirrored batch, and the float one before it is normalised, are never stored.
@@ -35,8 +35,8 @@ def _augment_normalize_kernel(
     index_ptr,  # (B,) int64 in: which image
     crop_ptr,  # (B, 2) int64 in: top and left corner in the padded image; None: no crop
     flip_ptr,  # (B,) uint8 in: not 0 mirrors; None: no image is mirrored
-    cutout_ptr,  # (B, 4) int64 in: top, left, bottom, right of the box; None: no box
-    colour_ptr,  # (C,) uint8 in: what the box is painted in
+    cutout_ptr,  # (B, 4) int64 in: top, left, bottom, right; None: no cutout
+    colour_ptr,  # (C,) uint8 in: what the cutout is painted in
     mean_ptr,  # (C,) fp32 in
     scale_ptr,  # (C,) fp32 in: 1 / std
     out_ptr,  # (B, H, W, C) out
@@ -73,8 +73,8 @@ def _augment_normalize_kernel(
         left = tl.load(cutout_ptr + 4 * b + 1)
         bottom = tl.load(cutout_ptr + 4 * b + 2)
         right = tl.load(cutout_ptr + 4 * b + 3)
-        in_box = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-        pixel = tl.where(in_box, tl.load(colour_ptr + c), pixel)
+        in_cutout = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+        pixel = tl.where(in_cutout, tl.load(colour_ptr + c), pixel)
 
     value = (pixel.to(tl.float32) - tl.load(mean_ptr + c)) * tl.load(scale_ptr + c)
     tl.store(out_ptr + b * (H * W * C) + offs, round_to(value, out_ptr.dtype.element_ty), mask=mask)
@@ -93,7 +93,7 @@ def augment_normalize(
     colour: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Gather, crop, mirror, paint and normalise a batch of images, in one launch.
+    """Select, crop, mirror, paint and normalise a batch of images, in one launch.
 
     Args:
         images: (num_images, H, W, C) uint8, any strides: the whole set.
@@ -105,9 +105,9 @@ def augment_normalize(
             0 to 2 * padding; None: no crop.
         padding: zero pixels on each side of the padded image.
         flip: (B,) bool, mirror left to right after the crop; None: no image is.
-        cutout: (B, 4) int64, top, left, bottom and right (exclusive) of the box, after the flip;
-            None: no box.
-        colour: (C,) uint8, what the boxes are painted in; needed with cutout.
+        cutout: (B, 4) int64, top, left, bottom and right (exclusive), after the flip; None: no
+            cutout.
+        colour: (C,) uint8, what the cutouts are painted in; needed with cutout.
         dtype: of the batch: bf16, fp16, fp32.
 
     Returns: (B, C, H, W) dense channels_last.

@@ -1,48 +1,51 @@
-"""The steps of a chain in Triton kernels, each convolution on the route of the launch table.
+"""The steps of a fused block in Triton kernels, each convolution on the route of the launch table.
 
 `triton`: batch norm, ReLU, shortcut and sums happen in the convolution's prologue and epilogue.
-`cudnn`: torch's convolution, with what it cannot fold made by the Triton batch-norm kernels around
-it: an activation or dy stored, a pass for statistics or sums. Both routes meet in the same tensors,
-so every convolution of a chain chooses for itself, and each of its three products too.
+`cudnn`: torch's convolution, with the Triton batch-norm kernels around it: an activation or dy is
+stored, statistics and sums take a pass. Both routes meet in the same tensors, so every convolution
+of a block chooses for itself, and each of its three products too.
 
 fp32 products round to TF32 where torch allows its own convolutions to.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fastres.kernels.block import BackwardStep, LayerState
+from fastres.kernels.block import Block
 from fastres.kernels.conv_shape import ConvOp, ConvShape
+from fastres.kernels.conv_types import ConvBN, ConvGrads, DeferredGrad, GradSums, LayerState
 from fastres.kernels.gpu.batchnorm_bwd import (
     bn_backward_apply,
     bn_backward_finalize,
     bn_backward_reduce,
 )
 from fastres.kernels.gpu.batchnorm_fwd import bn_apply, bn_finalize, bn_stats
-from fastres.kernels.gpu.checks import BNInput, FoldedGrad, TileSums
 from fastres.kernels.gpu.conv_dgrad import conv_dgrad
 from fastres.kernels.gpu.conv_fprop import conv_fprop, conv_fprop_folded
 from fastres.kernels.gpu.conv_wgrad import conv_wgrad
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
 from fastres.kernels.gpu.primitives import INTERPRETED
+from fastres.kernels.layout import to_dense_channels_last
 from fastres.kernels.reference import block as ref
-from fastres.kernels.reference.backend import to_nhwc
-from fastres.kernels.reference.block import ConvBN
 
 __all__ = [
     "apply",
+    "block_folded",
     "conv_backward",
     "conv_bn",
     "conv_folded",
-    "fold_grad",
+    "defer_dy",
     "reduce",
     "runs_on",
 ]
 
 
-def runs_on(device: torch.device) -> bool:
-    """Whether the kernels run on tensors of `device`: GPUs, and CPUs in Triton's interpreter."""
-    return device.type == "cuda" or (device.type == "cpu" and bool(INTERPRETED.value))
+def runs_on(x: Tensor) -> bool:
+    """Whether the kernels compute on x: on GPUs, and on CPUs in Triton's interpreter."""
+    has_device = x.is_cuda or (x.device.type == "cpu" and bool(INTERPRETED.value))
+    return has_device and x.dtype != torch.float64
 
 
 def _allow_tf32(x: Tensor) -> bool:
@@ -57,13 +60,13 @@ def _config(op: ConvOp, x: Tensor, layer: ConvBN) -> ConvConfig:
     return conv_config(op, shape, x.dtype, x.device, tf32=_allow_tf32(x))
 
 
-def conv_bn(x: Tensor, layer: ConvBN, fold: Tensor | None) -> LayerState:
-    """See `chain.Backend`."""
+def conv_bn(x: Tensor, layer: ConvBN, scale_shift: Tensor | None) -> LayerState:
+    """See `block.Backend`."""
     config = _config("fprop", x, layer)
     geometry = {"stride": layer.stride, "padding": layer.padding}
     if config.route == "cudnn":
-        activation = x if fold is None else bn_apply(x, fold)
-        y = to_nhwc(ref.conv_ref(activation, layer.w, **geometry))
+        activation = x if scale_shift is None else bn_apply(x, scale_shift)
+        y = to_dense_channels_last(ref.conv_ref(activation, layer.w, **geometry))
         stats = bn_stats(y)
     else:
         y, tile_stats = conv_fprop(
@@ -71,7 +74,7 @@ def conv_bn(x: Tensor, layer: ConvBN, fold: Tensor | None) -> LayerState:
             layer.w,
             stride=layer.stride,
             padding=layer.padding,
-            scale_shift=fold,
+            scale_shift=scale_shift,
             store_stats=True,
             allow_tf32=_allow_tf32(x),
             config=config,
@@ -82,17 +85,23 @@ def conv_bn(x: Tensor, layer: ConvBN, fold: Tensor | None) -> LayerState:
     return LayerState(y, bn.mean, bn.unbiased_var, bn.rstd, bn.scale_shift)
 
 
-def apply(state: LayerState, shortcut: Tensor | None, fold: Tensor | None, relu: bool) -> Tensor:
-    """See `chain.Backend`."""
+def apply(
+    state: LayerState, shortcut: Tensor | None, shortcut_scale_shift: Tensor | None, relu: bool
+) -> Tensor:
+    """See `block.Backend`."""
     return bn_apply(
-        state.y, state.scale_shift, residual=shortcut, residual_scale_shift=fold, relu=relu
+        state.y,
+        state.scale_shift,
+        residual=shortcut,
+        residual_scale_shift=shortcut_scale_shift,
+        relu=relu,
     )
 
 
 def reduce(
     dout: Tensor, state: LayerState, mask: Tensor | None, projected: LayerState | None
-) -> tuple[Tensor, TileSums]:
-    """See `chain.Backend`."""
+) -> tuple[Tensor, GradSums]:
+    """See `block.Backend`."""
     from_y = mask is not None and mask.dim() == 2
     return bn_backward_reduce(
         dout,
@@ -105,47 +114,51 @@ def reduce(
     )
 
 
-def fold_grad(
-    g: Tensor, sums: TileSums, state: LayerState, weight: Tensor, *, of_projection: bool
-) -> tuple[FoldedGrad, Tensor, Tensor]:
-    """See `chain.Backend`."""
+def defer_dy(
+    g: Tensor, sums: GradSums, state: LayerState, weight: Tensor, *, of_projection: bool
+) -> tuple[DeferredGrad, Tensor, Tensor]:
+    """See `block.Backend`."""
     sum_gy = sums.gy_shortcut if of_projection else sums.gy
     assert sum_gy is not None
     count = g.numel() // g.shape[1]
     grads = bn_backward_finalize(sums.g, sum_gy, state.mean, state.rstd, weight, count)
-    return FoldedGrad(g, state.y, grads.coefficients), grads.dgamma, grads.dbeta
+    return DeferredGrad(g, state.y, grads.coefficients), grads.dgamma, grads.dbeta
 
 
 def conv_backward(
-    dy: FoldedGrad,
+    dy: DeferredGrad,
     x: Tensor,
     layer: ConvBN,
     *,
-    before: LayerState | None,
+    producer: LayerState | None,
     shortcut: Tensor | None,
     need_dx: bool,
-) -> BackwardStep:
-    """See `chain.Backend`; dy is stored once where either product is cuDNN's."""
+) -> ConvGrads:
+    """See `block.Backend`; dy is stored once where either product is cuDNN's."""
     dgrad, wgrad = _config("dgrad", x, layer), _config("wgrad", x, layer)
-    gradient: Tensor | FoldedGrad = dy
+    gradient: Tensor | DeferredGrad = dy
     if wgrad.route == "cudnn" or (need_dx and dgrad.route == "cudnn"):
         gradient = bn_backward_apply(dy)
-    dw = _filter_gradient(gradient, x, layer, before, wgrad)
+    dw = _filter_gradient(gradient, x, layer, producer, wgrad)
     if not need_dx:
-        return BackwardStep(None, dw, None)
-    dx, sums = _input_gradient(gradient, x, layer, before, shortcut, dgrad)
-    return BackwardStep(dx, dw, sums)
+        return ConvGrads(None, dw, None)
+    dx, sums = _input_gradient(gradient, x, layer, producer, shortcut, dgrad)
+    return ConvGrads(dx, dw, sums)
 
 
 def _filter_gradient(
-    dy: Tensor | FoldedGrad, x: Tensor, layer: ConvBN, before: LayerState | None, config: ConvConfig
+    dy: Tensor | DeferredGrad,
+    x: Tensor,
+    layer: ConvBN,
+    producer: LayerState | None,
+    config: ConvConfig,
 ) -> Tensor:
-    fold = None if before is None else before.scale_shift
+    scale_shift = None if producer is None else producer.scale_shift
     filter_size = (layer.w.shape[2], layer.w.shape[3])
     if config.route == "cudnn":
         assert isinstance(dy, Tensor)
-        activation = x if fold is None else bn_apply(x, fold)
-        return to_nhwc(
+        activation = x if scale_shift is None else bn_apply(x, scale_shift)
+        return to_dense_channels_last(
             ref.conv_wgrad_ref(
                 activation, dy, filter_size, stride=layer.stride, padding=layer.padding
             )
@@ -156,31 +169,31 @@ def _filter_gradient(
         filter_size,
         stride=layer.stride,
         padding=layer.padding,
-        scale_shift=fold,
+        scale_shift=scale_shift,
         allow_tf32=_allow_tf32(x),
         config=config,
     )
 
 
 def _input_gradient(
-    dy: Tensor | FoldedGrad,
+    dy: Tensor | DeferredGrad,
     x: Tensor,
     layer: ConvBN,
-    before: LayerState | None,
+    producer: LayerState | None,
     shortcut: Tensor | None,
     config: ConvConfig,
-) -> tuple[Tensor, TileSums | None]:
+) -> tuple[Tensor, GradSums | None]:
     input_size = (x.shape[2], x.shape[3])
     if config.route == "cudnn":
         assert isinstance(dy, Tensor)
-        dx = to_nhwc(
+        dx = to_dense_channels_last(
             ref.conv_dgrad_ref(dy, layer.w, input_size, stride=layer.stride, padding=layer.padding)
         )
         if shortcut is not None:
             dx = dx.add_(shortcut)
-        if before is None:
+        if producer is None:
             return dx, None
-        return bn_backward_reduce(dx, before.y, before.mean, scale_shift=before.scale_shift)
+        return bn_backward_reduce(dx, producer.y, producer.mean, scale_shift=producer.scale_shift)
     return conv_dgrad(
         dy,
         layer.w,
@@ -188,7 +201,7 @@ def _input_gradient(
         stride=layer.stride,
         padding=layer.padding,
         shortcut=shortcut,
-        bn_input=None if before is None else BNInput(before.y, before.mean, before.scale_shift),
+        producer=producer,
         allow_tf32=_allow_tf32(x),
         config=config,
     )
@@ -200,7 +213,9 @@ def conv_folded(
     """`out = relu(a * conv(x) + b + residual)`: a layer of inference."""
     config = _config("fprop", x, layer)
     if config.route == "cudnn":
-        y = to_nhwc(ref.conv_ref(x, layer.w, stride=layer.stride, padding=layer.padding))
+        y = to_dense_channels_last(
+            ref.conv_ref(x, layer.w, stride=layer.stride, padding=layer.padding)
+        )
         return bn_apply(y, scale_shift, residual=residual, relu=relu)
     return conv_fprop_folded(
         x,
@@ -213,3 +228,8 @@ def conv_folded(
         allow_tf32=_allow_tf32(x),
         config=config,
     )
+
+
+def block_folded(x: Tensor, block: Block, scale_shifts: Sequence[Tensor]) -> Tensor | None:
+    """See `block.Backend`: there is none, each layer is a kernel."""
+    return None

@@ -5,12 +5,12 @@
                                 c2 = -c0 * dbeta / count - c1 * mean
 
 Letters: y (N, H, W, C) raw convolution output, out = relu(bn(y) + shortcut), count = N * H * W.
-g is also the gradient of the shortcut. With a projected shortcut its batch norm needs the same two
-sums against its own y_s, and gets them in the same pass.
+g is also the gradient of the shortcut. The batch norm of a projected shortcut needs the same
+two sums against its own y_s, and gets them in the same pass.
 
-Passes over an activation: the reduction reads dout, out and y (and y_s) and writes g; the apply
-reads g and y and writes dy, and is not launched where the convolutions form dy while loading. A
-convolution's dgrad reduces for the batch norm before it in its epilogue, for one or two reads.
+Tensor passes: the reduction reads dout, out and y (and y_s) and writes g; the apply
+reads g and y and writes dy, and is not launched where the convolutions compute dy while loading. A
+convolution's dgrad reduces for its producer's batch norm in its epilogue, for one or two reads.
 
 Numerics: all arithmetic in fp32 whatever the storage. Sums are centred, g * (y - mean), so a large
 offset costs no digits, and use g as rounded to its dtype, because that g is what later kernels
@@ -23,13 +23,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fastres.kernels.conv_types import DeferredGrad, GradSums
 from fastres.kernels.gpu.checks import (
-    FoldedGrad,
-    TileSums,
     check_activation,
-    check_folded_grad,
+    check_deferred_grad,
     check_vector,
-    empty_nhwc,
     index_dtype,
     nhwc_strides,
 )
@@ -37,12 +35,13 @@ from fastres.kernels.gpu.launch import Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import RowConfig, row_config
 from fastres.kernels.gpu.primitives import (
     affine,
-    form_dy,
+    compute_dy,
     relu_grad,
     round_to,
     row_offsets,
     store_tile_sum,
 )
+from fastres.kernels.layout import empty_channels_last
 
 __all__ = ["BNGrads", "bn_backward_apply", "bn_backward_finalize", "bn_backward_reduce"]
 
@@ -62,7 +61,7 @@ class BNGrads(NamedTuple):
 def _bn_backward_reduce_kernel(
     dout_ptr,  # (N, H, W, C) in
     out_ptr,  # (N, H, W, C) in: the mask is out > 0; None: recomputed, or no ReLU
-    ab_ptr,  # (2, C) fp32 in: the mask is a * y + b > 0; None: read, or no ReLU
+    scale_shift_ptr,  # (2, C) fp32 in: the mask is a * y + b > 0; None: read, or no ReLU
     y_ptr,  # (N, H, W, C) in
     mean_ptr,  # (C,) fp32 in
     y_shortcut_ptr,  # (N, H, W, C) in: raw projection; None: no projected shortcut
@@ -97,8 +96,8 @@ def _bn_backward_reduce_kernel(
     if out_ptr is not None:
         offs_out = row_offsets(rows, H, W, OUT_STRIDES)[:, None] + offs_c[None, :]
         g = relu_grad(tl.load(out_ptr + offs_out, mask=mask, other=0.0).to(tl.float32), g)
-    if ab_ptr is not None:
-        g = relu_grad(affine(y, ab_ptr, offs_c, C, mask_c), g)
+    if scale_shift_ptr is not None:
+        g = relu_grad(affine(y, scale_shift_ptr, offs_c, C, mask_c), g)
     if g_ptr is not None:
         offs_g = row_offsets(rows, H, W, G_STRIDES)[:, None] + offs_c[None, :]
         tl.store(g_ptr + offs_g, round_to(g, g_ptr.dtype.element_ty), mask=mask)
@@ -125,7 +124,7 @@ def bn_backward_reduce(
     y_shortcut: torch.Tensor | None = None,
     mean_shortcut: torch.Tensor | None = None,
     config: RowConfig | None = None,
-) -> tuple[torch.Tensor, TileSums]:
+) -> tuple[torch.Tensor, GradSums]:
     """`g = dout * (out > 0)` and, by tiles, the sums of g, g * (y - mean), g * (y_s - mean_s).
 
     Args:
@@ -136,10 +135,10 @@ def bn_backward_reduce(
         scale_shift: (2, C) fp32: the mask is a * y + b > 0. Without out and this, no ReLU.
         y_shortcut: (N, C, H, W) as y: raw output of a projected shortcut.
         mean_shortcut: (C,) fp32, mean of y_shortcut.
-        config: tile; by default the rule of configs.py.
+        config: tile; by default the rule of launch_config.py.
 
     Returns: g: (N, C, H, W) dense channels_last, dtype of dout, and without a ReLU dout itself;
-        `TileSums`.
+        `GradSums`.
 
     Raises: ValueError: when a tensor's shape, dtype, device or layout is not as above, when both
         masks are given, or one of the shortcut's two tensors alone.
@@ -152,7 +151,7 @@ def bn_backward_reduce(
     config = config or row_config(num_rows, c)
     num_tiles = triton.cdiv(num_rows, config.block_rows)
     has_relu = out is not None or scale_shift is not None
-    g = empty_nhwc(dout, n, c, h, w) if has_relu else None
+    g = empty_channels_last(dout, n, c, h, w) if has_relu else None
     sum_g, sum_gy = (dout.new_empty((c, num_tiles), dtype=torch.float32) for _ in range(2))
     sum_gy_shortcut = None if y_shortcut is None else torch.empty_like(sum_g)
     launch(
@@ -161,7 +160,7 @@ def bn_backward_reduce(
         {
             "dout_ptr": dout,
             "out_ptr": out,
-            "ab_ptr": scale_shift,
+            "scale_shift_ptr": scale_shift,
             "y_ptr": y,
             "mean_ptr": mean,
             "y_shortcut_ptr": y_shortcut,
@@ -191,7 +190,7 @@ def bn_backward_reduce(
             flops=(6 + 3 * (y_shortcut is not None)) * y.numel(),
         ),
     )
-    return (dout if g is None else g), TileSums(sum_g, sum_gy, sum_gy_shortcut)
+    return (dout if g is None else g), GradSums(sum_g, sum_gy, sum_gy_shortcut)
 
 
 def _check_reduce(
@@ -270,8 +269,8 @@ def bn_backward_finalize(
     """Add the tiles' sums: dgamma, dbeta, and c0, c1, c2 of dy = c0 * g + c1 * y + c2.
 
     Args:
-        sum_g: (C, num_tiles) fp32, of `TileSums`.
-        sum_gy: (C, num_tiles) fp32, of `TileSums`: gy, or gy_shortcut for the projection.
+        sum_g: (C, num_tiles) fp32, of `GradSums`.
+        sum_gy: (C, num_tiles) fp32, of `GradSums`: gy, or gy_shortcut for the projection.
         mean: (C,) fp32, of the batch norm's input.
         rstd: (C,) fp32, of the same.
         weight: (C,) fp32.
@@ -347,29 +346,29 @@ def _bn_backward_apply_kernel(
     offs_y = row_offsets(rows, H, W, Y_STRIDES)[:, None] + offs_c[None, :]
     g = tl.load(g_ptr + offs_g, mask=mask, other=0.0)
     y = tl.load(y_ptr + offs_y, mask=mask, other=0.0)
-    dy = form_dy(g, y, coefficients_ptr, offs_c, C, mask, mask_c)
+    dy = compute_dy(g, y, coefficients_ptr, offs_c, C, mask, mask_c)
     offs_dy = row_offsets(rows, H, W, DY_STRIDES)[:, None] + offs_c[None, :]
     tl.store(dy_ptr + offs_dy, round_to(dy, dy_ptr.dtype.element_ty), mask=mask)
 
 
-def bn_backward_apply(dy: FoldedGrad, *, config: RowConfig | None = None) -> torch.Tensor:
-    """`dy = c0 * g + c1 * y + c2`, stored: for a convolution that cannot form it while loading.
+def bn_backward_apply(dy: DeferredGrad, *, config: RowConfig | None = None) -> torch.Tensor:
+    """`dy = c0 * g + c1 * y + c2`, stored: for a convolution that cannot compute it while loading.
 
     Args:
-        dy: the gradient in parts.
-        config: tile; by default the rule of configs.py.
+        dy: the deferred gradient.
+        config: tile; by default the rule of launch_config.py.
 
     Returns: dy: (N, C, H, W) dense channels_last, dtype of dy.g.
 
-    Raises: ValueError: when a part differs in shape, dtype or layout.
+    Raises: ValueError: when a tensor differs in shape, dtype or layout.
 
     Numerics: fp32, one rounding. Deterministic.
     """
-    check_folded_grad(dy)
+    check_deferred_grad(dy)
     n, c, h, w = dy.g.shape
     num_rows = n * h * w
     config = config or row_config(num_rows, c)
-    stored = empty_nhwc(dy.g, n, c, h, w)
+    stored = empty_channels_last(dy.g, n, c, h, w)
     launch(
         _bn_backward_apply_kernel,
         (triton.cdiv(num_rows, config.block_rows), triton.cdiv(c, config.block_c)),

@@ -1,13 +1,13 @@
-"""Batch norm forward in training, after a convolution: statistics, fold, apply (+ shortcut, ReLU).
+"""Batch norm forward in training, after a convolution: statistics, then apply (+ shortcut, ReLU).
 
     mean, var = over the N * H * W pixels of y;  a = gamma * rstd;  b = beta - mean * a
     out = relu(a * y + b + shortcut),  shortcut = none, residual, or a_s * y_s + b_s
 
 Letters: y (N, H, W, C) raw convolution output, z = a * y + b, out the activation.
 
-Passes over an activation: apply reads y (and a shortcut) and writes out; the statistics usually
+Tensor passes: apply reads y (and a shortcut) and writes out; the statistics usually
 come from the convolution's epilogue for nothing, else `bn_stats` reads y once. They arrive as
-(mean, M2) of tiles, and a tiny kernel of one program a channel merges them and folds a and b.
+(mean, M2) of tiles, and a tiny kernel of one program a channel merges them into a and b.
 
 Numerics: all arithmetic in fp32 whatever the storage. Variance is merged from (count, mean, M2) of
 the tiles, never E[y^2] - E[y]^2, so a large offset costs it no digits. Deterministic.
@@ -24,7 +24,6 @@ from fastres.kernels.gpu.checks import (
     TileStats,
     check_activation,
     check_vector,
-    empty_nhwc,
     index_dtype,
     nhwc_strides,
 )
@@ -37,6 +36,7 @@ from fastres.kernels.gpu.primitives import (
     row_offsets,
     store_tile_stats,
 )
+from fastres.kernels.layout import empty_channels_last
 
 __all__ = ["BNForward", "bn_apply", "bn_finalize", "bn_stats"]
 
@@ -90,7 +90,7 @@ def bn_stats(y: torch.Tensor, *, config: RowConfig | None = None) -> TileStats:
 
     Args:
         y: (N, C, H, W) channels_last, gaps allowed; bf16, fp16, fp32.
-        config: tile; by default the rule of configs.py.
+        config: tile; by default the rule of launch_config.py.
 
     Returns: `TileStats`.
 
@@ -135,7 +135,7 @@ def _bn_finalize_kernel(
     var_ptr,
     unbiased_var_ptr,
     rstd_ptr,
-    ab_ptr,  # (2, C) fp32 out
+    scale_shift_ptr,  # (2, C) fp32 out
     num_tiles,
     tile_rows,
     count,
@@ -175,14 +175,14 @@ def _bn_finalize_kernel(
     tl.store(var_ptr + channel, var)
     tl.store(unbiased_var_ptr + channel, total / (count - 1))
     tl.store(rstd_ptr + channel, rstd)
-    tl.store(ab_ptr + channel, a)
-    tl.store(ab_ptr + C + channel, tl.load(beta_ptr + channel) - mean * a)
+    tl.store(scale_shift_ptr + channel, a)
+    tl.store(scale_shift_ptr + C + channel, tl.load(beta_ptr + channel) - mean * a)
 
 
 def bn_finalize(
     stats: TileStats, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-5
 ) -> BNForward:
-    """Merge the statistics of all tiles and fold them: a = weight * rstd, b = bias - mean * a.
+    """Merge the statistics of all tiles: scale a = weight * rstd, shift b = bias - mean * a.
 
     Args:
         stats: from `conv_fprop` or `bn_stats`.
@@ -215,7 +215,7 @@ def bn_finalize(
             "var_ptr": var,
             "unbiased_var_ptr": unbiased_var,
             "rstd_ptr": rstd,
-            "ab_ptr": scale_shift,
+            "scale_shift_ptr": scale_shift,
             "num_tiles": num_tiles,
             "tile_rows": stats.tile_rows,
             "count": stats.num_rows,
@@ -237,9 +237,9 @@ def bn_finalize(
 @triton.jit
 def _bn_apply_kernel(
     y_ptr,  # (N, H, W, C) in
-    ab_ptr,  # (2, C) fp32 in
+    scale_shift_ptr,  # (2, C) fp32 in
     shortcut_ptr,  # (N, H, W, C) in: residual, or its raw projection; None: no shortcut
-    shortcut_ab_ptr,  # (2, C) fp32 in: batch norm of the projection; None: residual as it is
+    shortcut_scale_shift_ptr,  # (2, C) fp32 in: the projection's batch norm; None: residual as is
     out_ptr,  # (N, H, W, C) out
     num_rows,
     H: tl.constexpr,
@@ -258,12 +258,12 @@ def _bn_apply_kernel(
     mask_c = offs_c < C
     mask = (rows < num_rows)[:, None] & mask_c[None, :]
     offs_y = row_offsets(rows, H, W, Y_STRIDES)[:, None] + offs_c[None, :]
-    z = affine(tl.load(y_ptr + offs_y, mask=mask, other=0.0), ab_ptr, offs_c, C, mask_c)
+    z = affine(tl.load(y_ptr + offs_y, mask=mask, other=0.0), scale_shift_ptr, offs_c, C, mask_c)
     if shortcut_ptr is not None:
         offs = row_offsets(rows, H, W, SHORTCUT_STRIDES)[:, None] + offs_c[None, :]
         shortcut = tl.load(shortcut_ptr + offs, mask=mask, other=0.0)
-        if shortcut_ab_ptr is not None:
-            z += affine(shortcut, shortcut_ab_ptr, offs_c, C, mask_c)
+        if shortcut_scale_shift_ptr is not None:
+            z += affine(shortcut, shortcut_scale_shift_ptr, offs_c, C, mask_c)
         else:
             z += shortcut.to(tl.float32)
     if RELU:
@@ -290,7 +290,7 @@ def bn_apply(
             residual_scale_shift the raw output of its projection.
         residual_scale_shift: (2, C) fp32, a_s above b_s: the projection's batch norm.
         relu: whether the ReLU is applied.
-        config: tile; by default the rule of configs.py.
+        config: tile; by default the rule of launch_config.py.
 
     Returns: out: (N, C, H, W) dense channels_last, dtype of y.
 
@@ -309,16 +309,16 @@ def bn_apply(
         check_vector("residual_scale_shift", residual_scale_shift, (2, c))
     num_rows = n * h * w
     config = config or row_config(num_rows, c)
-    out = empty_nhwc(y, n, c, h, w)
+    out = empty_channels_last(y, n, c, h, w)
     flops = 3 + (residual is not None) + 2 * (residual_scale_shift is not None)
     launch(
         _bn_apply_kernel,
         (triton.cdiv(num_rows, config.block_rows), triton.cdiv(c, config.block_c)),
         {
             "y_ptr": y,
-            "ab_ptr": scale_shift,
+            "scale_shift_ptr": scale_shift,
             "shortcut_ptr": residual,
-            "shortcut_ab_ptr": residual_scale_shift,
+            "shortcut_scale_shift_ptr": residual_scale_shift,
             "out_ptr": out,
             "num_rows": num_rows,
             "H": h,

@@ -1,4 +1,4 @@
-"""What kernels hand to each other, and the checks their launchers share. Host code only.
+"""What the launchers of the kernels share: checks of their tensors, strides. Host code only.
 
 Per-channel numbers travel as small fp32 tensors: `scale_shift` (2, C) holds a above b of
 z = a * y + b; `coefficients` (3, C) holds c0, c1, c2 of dy = c0 * g + c1 * y + c2. Reductions over
@@ -11,17 +11,15 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
+from fastres.kernels.conv_types import DeferredGrad, LayerState
+
 __all__ = [
-    "BNInput",
-    "FoldedGrad",
     "TileStats",
-    "TileSums",
     "check_activation",
-    "check_bn_input",
+    "check_deferred_grad",
     "check_filter",
-    "check_folded_grad",
+    "check_producer",
     "check_vector",
-    "empty_nhwc",
     "index_dtype",
     "nhwc_strides",
 ]
@@ -41,49 +39,6 @@ class TileStats(NamedTuple):
     partials: torch.Tensor
     tile_rows: int
     num_rows: int
-
-
-class TileSums(NamedTuple):
-    """Sums that the backward of batch norm needs, by tiles; each (C, num_tiles) fp32.
-
-    g: sum of g, the gradient of the batch norm's output.
-    gy: sum of g * (y - mean).
-    gy_shortcut: the same against the shortcut's y and mean, where there is a projected shortcut.
-    """
-
-    g: torch.Tensor
-    gy: torch.Tensor
-    gy_shortcut: torch.Tensor | None = None
-
-
-class FoldedGrad(NamedTuple):
-    """A gradient dy = c0 * g + c1 * y + c2 that is formed while loading and never stored.
-
-    g: (N, K, P, Q) channels_last gradient of the batch norm's output.
-    y: (N, K, P, Q) channels_last input of the batch norm.
-    coefficients: (3, K) fp32, from `bn_backward_finalize`.
-    """
-
-    g: torch.Tensor
-    y: torch.Tensor
-    coefficients: torch.Tensor
-
-
-class BNInput(NamedTuple):
-    """How the input x of a convolution was made: x = relu(a * y + b), or a stored block output.
-
-    Exactly one of scale_shift and out is given; it decides the mask of the ReLU.
-
-    y: (N, C, H, W) channels_last input of the batch norm that made x.
-    mean: (C,) fp32 mean of y.
-    scale_shift: (2, C) fp32; the mask is a * y + b > 0.
-    out: (N, C, H, W) channels_last; the mask is out > 0.
-    """
-
-    y: torch.Tensor
-    mean: torch.Tensor
-    scale_shift: torch.Tensor | None = None
-    out: torch.Tensor | None = None
 
 
 def nhwc_strides(tensor: torch.Tensor | None) -> tuple[int, int, int]:
@@ -111,13 +66,6 @@ def index_dtype(*tensors: torch.Tensor | None) -> tl.dtype:
         if last + tail >= 2**31:
             return tl.int64
     return tl.int32
-
-
-def empty_nhwc(like: torch.Tensor, n: int, c: int, h: int, w: int) -> torch.Tensor:
-    """An uninitialised dense channels_last tensor with the dtype and device of `like`."""
-    return torch.empty(
-        (n, c, h, w), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
 
 
 def check_activation(
@@ -170,52 +118,36 @@ def check_vector(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> Non
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 
-class GradParts(NamedTuple):
-    """A gradient as a kernel takes it: read (g alone), or formed from all three."""
+class GradOperands(NamedTuple):
+    """A gradient as a kernel takes it: stored (g alone), or computed from all three."""
 
     g: torch.Tensor
     y: torch.Tensor | None
     coefficients: torch.Tensor | None
 
 
-def check_folded_grad(dy: torch.Tensor | FoldedGrad) -> GradParts:
-    """Check a gradient given in either form and return its parts.
+def check_deferred_grad(dy: torch.Tensor | DeferredGrad) -> GradOperands:
+    """Check a gradient, stored or deferred, and return what a kernel reads.
 
-    Raises: ValueError: when a part differs in shape, dtype or layout.
+    Raises: ValueError: when a tensor differs in shape, dtype or layout.
     """
     if isinstance(dy, torch.Tensor):
         check_activation("dy", dy)
-        return GradParts(dy, None, None)
+        return GradOperands(dy, None, None)
     check_activation("dy.g", dy.g)
     check_activation("dy.y", dy.y, tuple(dy.g.shape), dy.g.dtype)
     check_vector("dy.coefficients", dy.coefficients, (3, dy.g.shape[1]))
-    return GradParts(*dy)
+    return GradOperands(*dy)
 
 
-class BNInputParts(NamedTuple):
-    """`BNInput`, or four times None."""
+def check_producer(
+    producer: LayerState | None, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    """Check the layer that made the input of a convolution, where there is one.
 
-    y: torch.Tensor | None = None
-    mean: torch.Tensor | None = None
-    scale_shift: torch.Tensor | None = None
-    out: torch.Tensor | None = None
-
-
-def check_bn_input(
-    bn_input: BNInput | None, shape: tuple[int, int, int, int], dtype: torch.dtype
-) -> BNInputParts:
-    """Check how the input of a convolution was made and return the parts.
-
-    Raises: ValueError: when a part differs in shape, dtype or layout, or the mask is given twice.
+    Raises: ValueError: when y, mean or scale_shift differs in shape, dtype or layout.
     """
-    if bn_input is None:
-        return BNInputParts()
-    if (bn_input.scale_shift is None) == (bn_input.out is None):
-        raise ValueError("bn_input must have exactly one of scale_shift and out")
-    check_activation("bn_input.y", bn_input.y, shape, dtype)
-    check_vector("bn_input.mean", bn_input.mean, (shape[1],))
-    if bn_input.scale_shift is not None:
-        check_vector("bn_input.scale_shift", bn_input.scale_shift, (2, shape[1]))
-    if bn_input.out is not None:
-        check_activation("bn_input.out", bn_input.out, shape, dtype)
-    return BNInputParts(*bn_input)
+    if producer is not None:
+        check_activation("producer.y", producer.y, shape, dtype)
+        check_vector("producer.mean", producer.mean, (shape[1],))
+        check_vector("producer.scale_shift", producer.scale_shift, (2, shape[1]))

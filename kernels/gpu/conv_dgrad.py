@@ -1,18 +1,18 @@
 """Input gradient of a convolution: dx[nhw, c] = sum over rsk of dy'[nhw, rsk] * w[k, r, s, c].
 
-    prologue   dy' = dy, or c0 * g + c1 * y + c2 (batch-norm backward) formed while loading
-    epilogue   dx = sum (+ shortcut gradient); or, where x = relu(bn(y_prev)), the gradient of that
-               batch norm, g = dx * (x > 0), with its sums of g and g * (y_prev - mean)
+    prologue   dy' = dy, or c0 * g + c1 * y + c2 (batch-norm backward) computed while loading
+    epilogue   dx = sum (+ shortcut gradient); or, where a producer made x = relu(a * y_p + b), the
+               gradient of its batch norm, g = dx * (x > 0), with the sums of g and g * (y_p - mean)
 
 Letters: dy (N, P, Q, K), w (K, R, S, C), dx (N, H, W, C); p = (h + padding - r) / stride.
 
-Stride u: a pixel (h, w) meets only the taps r = h + padding, s = w + padding modulo u. Pixels are
-therefore dealt into u * u phases (second grid axis), each a dense convolution with its own few
+Stride u: a pixel (h, w) meets only the taps r = h + padding, s = w + padding modulo u. Pixels
+therefore belong to u * u phases (second grid axis), each a dense convolution with its own few
 taps: no arithmetic is wasted on the taps that a stride skips. A phase without taps stores zeros.
 
-Bytes: dy (or g and y) and w read once, dx written once; the epilogue reads the shortcut gradient,
-y_prev and, unless the mask is recomputed from y_prev, x. The masked gradient g replaces dx: no pass
-is spent on the ReLU or on the reductions of the next batch norm.
+Bytes: dy (or g and y) and w read once, dx written once; the epilogue reads the shortcut gradient
+and the producer's y, from which it recomputes the mask. The masked gradient g replaces dx: no pass
+is spent on the ReLU or on the reductions of the producer's batch norm.
 
 Numerics: dy is rounded to its dtype before the product, as an unfused batch norm would store it;
 sums in fp32; the reductions use g as rounded, because that g is what is read back. Deterministic.
@@ -24,44 +24,41 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.conv_shape import ConvShape
+from fastres.kernels.conv_types import DeferredGrad, GradSums, LayerState
 from fastres.kernels.gpu.checks import (
-    BNInput,
-    FoldedGrad,
-    TileSums,
     check_activation,
-    check_bn_input,
+    check_deferred_grad,
     check_filter,
-    check_folded_grad,
-    empty_nhwc,
+    check_producer,
     index_dtype,
     nhwc_strides,
 )
-from fastres.kernels.gpu.conv_tma import dgrad_in_boxes
+from fastres.kernels.gpu.conv_tma import dgrad_tma_variant
 from fastres.kernels.gpu.epilogue import store_gradient_tile
-from fastres.kernels.gpu.launch import Form, Traffic, launch, num_bytes
+from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
 from fastres.kernels.gpu.primitives import (
+    compute_dy,
     dot_fp32,
-    form_dy,
     pixel_offsets,
     round_to,
 )
+from fastres.kernels.layout import empty_channels_last
 
 __all__ = ["conv_dgrad"]
 
 
 @triton.jit
 def _conv_dgrad_kernel(
-    g_ptr,  # (N, P, Q, K) in: dy, or the gradient g that dy is formed from
+    g_ptr,  # (N, P, Q, K) in: dy, or the gradient g that dy is computed from
     y_ptr,  # (N, P, Q, K) in: with g and coefficients; None: dy is read
     coefficients_ptr,  # (3, K) fp32 in: c0, c1, c2; None: dy is read
     w_ptr,  # (K, R, S, C) in: dense, dtype of dy
-    dx_ptr,  # (N, H, W, C) out: dx, or g of the batch norm before x
+    dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
-    y_prev_ptr,  # (N, H, W, C) in: input of the batch norm before x; None: plain dx
-    mean_ptr,  # (C,) fp32 in: mean of y_prev
-    prev_ab_ptr,  # (2, C) fp32 in: the ReLU's mask is a * y_prev + b > 0
-    out_ptr,  # (N, H, W, C) in: x itself, the mask is x > 0; None: the mask is recomputed
+    producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: dx alone
+    producer_mean_ptr,  # (C,) fp32 in: mean of producer_y
+    producer_scale_shift_ptr,  # (2, C) fp32 in: the ReLU's mask is a * producer_y + b > 0
     sum_g_ptr,  # (C, num_tiles) fp32 out
     sum_gy_ptr,  # (C, num_tiles) fp32 out
     num_rows,  # pixels of one phase
@@ -79,15 +76,14 @@ def _conv_dgrad_kernel(
     Y_STRIDES: tl.constexpr,
     DX_STRIDES: tl.constexpr,
     SHORTCUT_STRIDES: tl.constexpr,
-    Y_PREV_STRIDES: tl.constexpr,
-    OUT_STRIDES: tl.constexpr,
+    PRODUCER_Y_STRIDES: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    FORM_DY: tl.constexpr = coefficients_ptr is not None
+    COMPUTE_DY: tl.constexpr = coefficients_ptr is not None
     TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     PHASE_H: tl.constexpr = (H + STRIDE - 1) // STRIDE
     PHASE_W: tl.constexpr = (W + STRIDE - 1) // STRIDE
@@ -134,11 +130,11 @@ def _conv_dgrad_kernel(
             other=0.0,
         )  # [BLOCK_K, BLOCK_N]
         # Prologue: batch-norm backward; taps outside dy stay 0, although c2 is not.
-        if FORM_DY:
+        if COMPUTE_DY:
             taps_y = offs_k - tap_r * Y_STRIDES[1] - tap_s * Y_STRIDES[2]
             y = tl.load(y_ptr + rows_y[:, None] + taps_y[None, :], mask=mask_dy, other=0.0)
-            formed = form_dy(dy, y, coefficients_ptr, offs_k, K, mask_dy, mask_rsk)
-            dy = round_to(formed, dy.dtype)
+            computed = compute_dy(dy, y, coefficients_ptr, offs_k, K, mask_dy, mask_rsk)
+            dy = round_to(computed, dy.dtype)
         acc = dot_fp32(dy, filters, acc, PRECISION)
 
     # Epilogue.
@@ -152,10 +148,9 @@ def _conv_dgrad_kernel(
         num_tiles_m * STRIDE * STRIDE,
         dx_ptr,
         shortcut_ptr,
-        y_prev_ptr,
-        mean_ptr,
-        prev_ab_ptr,
-        out_ptr,
+        producer_y_ptr,
+        producer_mean_ptr,
+        producer_scale_shift_ptr,
         sum_g_ptr,
         sum_gy_ptr,
         H,
@@ -163,92 +158,95 @@ def _conv_dgrad_kernel(
         C,
         DX_STRIDES,
         SHORTCUT_STRIDES,
-        Y_PREV_STRIDES,
-        OUT_STRIDES,
+        PRODUCER_Y_STRIDES,
     )
 
 
 def conv_dgrad(
-    dy: torch.Tensor | FoldedGrad,
+    dy: torch.Tensor | DeferredGrad,
     w: torch.Tensor,
     input_size: tuple[int, int],
     *,
     stride: int = 1,
     padding: int = 0,
     shortcut: torch.Tensor | None = None,
-    bn_input: BNInput | None = None,
+    producer: LayerState | None = None,
     allow_tf32: bool = False,
     config: ConvConfig | None = None,
-) -> tuple[torch.Tensor, TileSums | None]:
-    """`dx = conv_transpose(dy, w) + shortcut`; with bn_input `g = dx * (x > 0)` and its sums.
+) -> tuple[torch.Tensor, GradSums | None]:
+    """`dx = conv_transpose(dy, w) + shortcut`; with a producer `g = dx * (x > 0)` and its sums.
 
     Args:
-        dy: (N, K, P, Q) channels_last gradient, gaps allowed; or a `FoldedGrad` that forms it.
+        dy: (N, K, P, Q) channels_last gradient, gaps allowed; or a `DeferredGrad`, computed
+            while loading.
         w: (K, C, R, S) dense channels_last, dtype of dy.
         input_size: (H, W) of the convolution's input, which a stride leaves open.
         stride: the forward convolution's.
         padding: the forward convolution's.
         shortcut: (N, C, H, W) channels_last, gaps allowed, dtype of dy: added before the mask.
-        bn_input: how x was made; given, the result is the gradient of that batch norm's output.
+        producer: the layer whose relu(a * y + b) is x, its y (N, C, H, W), mean and scale_shift;
+            given, the result is the gradient of its batch norm's output.
         allow_tf32: let fp32 products be rounded to TF32.
         config: tiles; by default those of the launch table.
 
-    Returns: dx (or g): (N, C, H, W) dense channels_last, dtype of dy; the `TileSums` of g, or None.
+    Returns: dx (or g): (N, C, H, W) dense channels_last, dtype of dy; the `GradSums` of g, or None.
 
     Raises: ValueError: when a tensor's shape, dtype, device or layout is not as above.
 
-    Numerics: dy formed in fp32 and rounded once; sums in fp32; dx rounded once. Deterministic.
+    Numerics: dy computed in fp32 and rounded once; sums in fp32; dx rounded once. Deterministic.
     """
-    g, y, coefficients = check_folded_grad(dy)
+    g, y, coefficients = check_deferred_grad(dy)
     shape = _dgrad_shape(g, w, input_size, stride, padding)
     size = (shape.N, shape.C, shape.H, shape.W)
     if shortcut is not None:
         check_activation("shortcut", shortcut, size, g.dtype)
-    prev = check_bn_input(bn_input, size, g.dtype)
+    check_producer(producer, size, g.dtype)
+    y_p = mean_p = scale_shift_p = None
+    if producer is not None:
+        y_p, mean_p, scale_shift_p = producer.y, producer.mean, producer.scale_shift
 
     config = config or conv_config("dgrad", shape, g.dtype, g.device, tf32=allow_tf32)
-    form = dgrad_in_boxes(config, shape, g, y, w) or _gathered(config, shape, g, y, w)
+    variant = dgrad_tma_variant(config, shape, g, y, w)
+    variant = variant or _pointer_variant(config, shape, g, y, w)
     num_rows = shape.N * triton.cdiv(shape.H, stride) * triton.cdiv(shape.W, stride)
     tiles_m = triton.cdiv(num_rows, config.block_m)
-    dx = empty_nhwc(g, *size)
+    dx = empty_channels_last(g, *size)
     sum_g = sum_gy = None
-    if bn_input is not None:
+    if producer is not None:
         sum_g = g.new_empty((shape.C, stride**2 * tiles_m), dtype=torch.float32)
         sum_gy = torch.empty_like(sum_g)
     args = {
-        **form.args,
+        **variant.args,
         "coefficients_ptr": coefficients,
         "dx_ptr": dx,
         "shortcut_ptr": shortcut,
-        "y_prev_ptr": prev.y,
-        "mean_ptr": prev.mean,
-        "prev_ab_ptr": prev.scale_shift,
-        "out_ptr": prev.out,
+        "producer_y_ptr": y_p,
+        "producer_mean_ptr": mean_p,
+        "producer_scale_shift_ptr": scale_shift_p,
         "sum_g_ptr": sum_g,
         "sum_gy_ptr": sum_gy,
         "num_rows": num_rows,
         **shape.constexprs(),
         "DX_STRIDES": nhwc_strides(dx),
         "SHORTCUT_STRIDES": nhwc_strides(shortcut),
-        "Y_PREV_STRIDES": nhwc_strides(prev.y),
-        "OUT_STRIDES": nhwc_strides(prev.out),
+        "PRODUCER_Y_STRIDES": nhwc_strides(y_p),
         "PRECISION": "tf32" if allow_tf32 else "ieee",
-        "INDEX": index_dtype(g, y, dx, shortcut, prev.y, prev.out, sum_g),
+        "INDEX": index_dtype(g, y, dx, shortcut, y_p, sum_g),
         **config.constexprs(),
     }
     launch(
-        form.kernel,
-        form.grid,
+        variant.kernel,
+        variant.grid,
         args,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         traffic=Traffic(
-            reads=num_bytes(g, y, coefficients, w, shortcut, *prev),
+            reads=num_bytes(g, y, coefficients, w, shortcut, y_p, mean_p, scale_shift_p),
             writes=num_bytes(dx, sum_g, sum_gy),
             flops=shape.flops,
         ),
     )
-    return dx, None if sum_g is None or sum_gy is None else TileSums(sum_g, sum_gy)
+    return dx, None if sum_g is None or sum_gy is None else GradSums(sum_g, sum_gy)
 
 
 def _dgrad_shape(
@@ -268,13 +266,13 @@ def _dgrad_shape(
     return shape
 
 
-def _gathered(
+def _pointer_variant(
     config: ConvConfig, shape: ConvShape, g: torch.Tensor, y: torch.Tensor | None, w: torch.Tensor
-) -> Form:
-    """The launch that gathers its pixels: one program a tile of each phase."""
+) -> KernelVariant:
+    """The launch that loads pixels by pointers: one program a tile of each phase."""
     u = shape.stride
     num_rows = shape.N * triton.cdiv(shape.H, u) * triton.cdiv(shape.W, u)
     tiles = triton.cdiv(num_rows, config.block_m) * triton.cdiv(shape.C, config.block_n)
     args = {"g_ptr": g, "y_ptr": y, "w_ptr": w}
     strides = {"G_STRIDES": nhwc_strides(g), "Y_STRIDES": nhwc_strides(y)}
-    return Form(_conv_dgrad_kernel, (tiles, u * u), args | strides)
+    return KernelVariant(_conv_dgrad_kernel, (tiles, u * u), args | strides)

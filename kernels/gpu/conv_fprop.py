@@ -1,14 +1,14 @@
 """Convolution forward as an implicit GEMM: y[npq, k] = sum over rsc of x'[npq, rsc] * w[k, rsc].
 
-    prologue   x' = x, or relu(a * x + b) of a raw convolution output x, formed while loading
+    prologue   x' = x, or relu(a * x + b) of a raw convolution output x, computed while loading
     epilogue   y stored; or y and its batch-norm statistics; or relu(a * y + b + residual) stored
 
 Letters: x (N, H, W, C), w (K, R, S, C), y (N, P, Q, K). The taps and channels r, s, c are one
 flattened reduction axis: any C works, and a 3-channel stem is one reduction over 27 elements, not
-nine over 3 each padded to 16. The im2col matrix is gathered tile by tile, never stored.
+nine over 3 each padded to 16. The im2col matrix is loaded tile by tile, never stored.
 
 Bytes: x, w read once from memory (the nine taps of a 3x3 filter overlap in the caches), y written
-once; statistics add 8 bytes a channel and tile. A folded activation is never stored at all.
+once; statistics add 8 bytes a channel and tile. An activation of the prologue is never stored.
 
 Numerics: products in the input's dtype, sums in fp32. Statistics are those of y as rounded to the
 output's dtype, because that y is what the batch norm will read back: its output then has mean
@@ -26,35 +26,35 @@ from fastres.kernels.gpu.checks import (
     check_activation,
     check_filter,
     check_vector,
-    empty_nhwc,
     index_dtype,
     nhwc_strides,
 )
-from fastres.kernels.gpu.conv_tma import fprop_in_boxes
+from fastres.kernels.gpu.conv_tma import fprop_tma_variant
 from fastres.kernels.gpu.epilogue import store_output_tile
-from fastres.kernels.gpu.launch import Form, Traffic, launch, num_bytes
+from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
 from fastres.kernels.gpu.primitives import (
     affine,
     dot_fp32,
-    load_window,
+    im2col_offsets,
+    load_im2col,
     relu,
     round_to,
-    window_corners,
 )
+from fastres.kernels.layout import empty_channels_last
 
 __all__ = ["conv_fprop", "conv_fprop_folded"]
 
 
 @triton.jit
 def _conv_fprop_kernel(
-    x_ptr,  # (N, H, W, C) in: activation, or raw output of the previous convolution
-    in_ab_ptr,  # (2, C) fp32 in: prologue relu(a * x + b); None: x as it is
+    x_ptr,  # (N, H, W, C) in: activation, or raw output of its producer
+    in_scale_shift_ptr,  # (2, C) fp32 in: prologue relu(a * x + b); None: x as it is
     w_ptr,  # (K, R, S, C) in: dense, dtype of x
     y_ptr,  # (N, P, Q, K) out: dtype of x
     stats_ptr,  # (2, K, num_tiles) fp32 out: mean and M2 of every tile; None: not wanted
-    out_ab_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
-    residual_ptr,  # (N, P, Q, K) in: added after out_ab; None: nothing added
+    out_scale_shift_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
+    residual_ptr,  # (N, P, Q, K) in: added after the scale and shift; None: nothing added
     num_npq,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -76,7 +76,7 @@ def _conv_fprop_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    SCALE_SHIFT_INPUT: tl.constexpr = in_ab_ptr is not None
+    SCALE_SHIFT_INPUT: tl.constexpr = in_scale_shift_ptr is not None
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
 
     # Neighbouring programs share their pixels, the larger operand, and differ in filters.
@@ -86,13 +86,13 @@ def _conv_fprop_kernel(
     offs_k = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_npq = offs_npq < num_npq
     mask_k = offs_k < K
-    corners, h0, w0 = window_corners(offs_npq, P, Q, STRIDE, PADDING, X_STRIDES)
+    offs_x, h0, w0 = im2col_offsets(offs_npq, P, Q, STRIDE, PADDING, X_STRIDES)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for rsc in range(0, R * S * C, BLOCK_K):
         offs_rsc = rsc + tl.arange(0, BLOCK_K)
-        x, mask_x = load_window(
-            x_ptr, corners, h0, w0, mask_npq, offs_rsc, H, W, C, R, S, PADDING, X_STRIDES
+        x, mask_x = load_im2col(
+            x_ptr, offs_x, h0, w0, mask_npq, offs_rsc, H, W, C, R, S, PADDING, X_STRIDES
         )  # [BLOCK_M, BLOCK_K]
         w = tl.load(
             w_ptr + offs_k[None, :] * (R * S * C) + offs_rsc[:, None],
@@ -101,7 +101,7 @@ def _conv_fprop_kernel(
         )  # [BLOCK_K, BLOCK_N]
         # Prologue: the affine comes before the padding, so padding is masked once more.
         if SCALE_SHIFT_INPUT:
-            z = relu(affine(x, in_ab_ptr, offs_rsc % C, C, offs_rsc < R * S * C))
+            z = relu(affine(x, in_scale_shift_ptr, offs_rsc % C, C, offs_rsc < R * S * C))
             x = round_to(tl.where(mask_x, z, 0.0), x.dtype)
         acc = dot_fp32(x, w, acc, PRECISION)
 
@@ -113,7 +113,7 @@ def _conv_fprop_kernel(
         offs_k,
         y_ptr,
         stats_ptr,
-        out_ab_ptr,
+        out_scale_shift_ptr,
         residual_ptr,
         K,
         P,
@@ -136,7 +136,7 @@ def conv_fprop(
     allow_tf32: bool = False,
     config: ConvConfig | None = None,
 ) -> tuple[torch.Tensor, TileStats | None]:
-    """Y = conv(x, w), or conv(relu(a * x + b), w); one launch, the activation is never stored.
+    """`y = conv(x, w)`, or `conv(relu(a * x + b), w)`: one launch, the activation is never stored.
 
     Args:
         x: (N, C, H, W) channels_last, gaps between pixels allowed; bf16, fp16, fp32.
@@ -179,12 +179,12 @@ def conv_fprop_folded(
     allow_tf32: bool = False,
     config: ConvConfig | None = None,
 ) -> torch.Tensor:
-    """Out = relu(a * conv(x, w) + b + residual): a whole layer of inference in one launch.
+    """`out = relu(a * conv(x, w) + b + residual)`: a whole layer of inference in one launch.
 
     Args:
         x: (N, C, H, W) channels_last, gaps between pixels allowed; bf16, fp16, fp32.
         w: (K, C, R, S) dense channels_last, dtype of x.
-        scale_shift: (2, K) fp32, the batch norm folded from its running statistics, a above b.
+        scale_shift: (2, K) fp32, the batch norm by its running statistics, a above b.
         stride: the same in both directions.
         padding: the same on all sides.
         residual: (N, K, P, Q) channels_last, gaps allowed, dtype of x; None adds nothing.
@@ -196,7 +196,7 @@ def conv_fprop_folded(
 
     Raises: ValueError: when a tensor's shape, dtype, device or layout is not as above.
 
-    Numerics: everything after the products in fp32, one rounding at the end. Deterministic.
+    Numerics: all that follows the products in fp32, one rounding at the end. Deterministic.
     """
     out, _ = _launch_fprop(
         x,
@@ -237,7 +237,7 @@ def _launch_fprop(
     allow_tf32: bool = False,
     config: ConvConfig | None = None,
 ) -> tuple[torch.Tensor, TileStats | None]:
-    """Check, allocate and launch, for both forms of the forward convolution."""
+    """Check, allocate and launch, for training and inference."""
     shape = _fprop_shape(x, w, stride, padding)
     if in_scale_shift is not None:
         check_vector("scale_shift", in_scale_shift, (2, shape.C))
@@ -247,17 +247,17 @@ def _launch_fprop(
         check_activation("residual", residual, (shape.N, shape.K, shape.P, shape.Q), x.dtype)
 
     config = config or conv_config("fprop", shape, x.dtype, x.device, tf32=allow_tf32)
-    form = fprop_in_boxes(config, shape, x, w) or _gathered(config, shape, x, w)
+    variant = fprop_tma_variant(config, shape, x, w) or _pointer_variant(config, shape, x, w)
     num_npq = shape.gemm("fprop").m
     tiles_m = triton.cdiv(num_npq, config.block_m)
-    y = empty_nhwc(x, shape.N, shape.K, shape.P, shape.Q)
+    y = empty_channels_last(x, shape.N, shape.K, shape.P, shape.Q)
     stats = x.new_empty((2, shape.K, tiles_m), dtype=torch.float32) if store_stats else None
     args = {
-        **form.args,
-        "in_ab_ptr": in_scale_shift,
+        **variant.args,
+        "in_scale_shift_ptr": in_scale_shift,
         "y_ptr": y,
         "stats_ptr": stats,
-        "out_ab_ptr": out_scale_shift,
+        "out_scale_shift_ptr": out_scale_shift,
         "residual_ptr": residual,
         "num_npq": num_npq,
         **shape.constexprs(),
@@ -269,8 +269,8 @@ def _launch_fprop(
         **config.constexprs(),
     }
     launch(
-        form.kernel,
-        form.grid,
+        variant.kernel,
+        variant.grid,
         args,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -283,9 +283,11 @@ def _launch_fprop(
     return y, None if stats is None else TileStats(stats, config.block_m, num_npq)
 
 
-def _gathered(config: ConvConfig, shape: ConvShape, x: torch.Tensor, w: torch.Tensor) -> Form:
-    """The launch that gathers its pixels: one program a tile."""
+def _pointer_variant(
+    config: ConvConfig, shape: ConvShape, x: torch.Tensor, w: torch.Tensor
+) -> KernelVariant:
+    """The launch that loads pixels by pointers: one program a tile."""
     gemm = shape.gemm("fprop")
     num_tiles = triton.cdiv(gemm.m, config.block_m) * triton.cdiv(gemm.n, config.block_n)
     args = {"x_ptr": x, "w_ptr": w, "X_STRIDES": nhwc_strides(x)}
-    return Form(_conv_fprop_kernel, (num_tiles,), args)
+    return KernelVariant(_conv_fprop_kernel, (num_tiles,), args)

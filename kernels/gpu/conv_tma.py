@@ -1,28 +1,29 @@
-"""Convolutions that load pixels in boxes: what conv_fprop.py and conv_dgrad.py do, at stride 1.
+"""Convolutions that load pixels by TMA: what conv_fprop.py and conv_dgrad.py do, at stride 1.
 
     fprop   y[npq, k]  = sum over rsc of x'[n, p + r - padding, q + s - padding, c] * w[k, rsc]
     dgrad   dx[nhw, c] = sum over rsk of dy'[n, h + padding - r, w + padding - s, k] * w[k, rsc]
 
-A tile of consecutive pixels is a box: a part of an image row, whole rows, or whole images. A tap
-(r, s) shifts the box, and the copy engine of Hopper and later GPUs (TMA) fetches it through a
-tensor descriptor at one instruction of one thread: no addresses, no border comparisons, and zeros
-for all that lies outside the tensor. Where no operand is formed, the products read it from shared
-memory and no thread ever holds it. Prologues and epilogues are those of the gather form; tiles hold
-the same pixels in the same order, so statistics have the same tiles too.
+A tile of consecutive pixels is a rectangle: a section of an image row, whole rows, or whole images.
+A tap (r, s) shifts it, and the Tensor Memory Accelerator (TMA) of Hopper and later GPUs fetches it
+through a tensor descriptor at one instruction of one thread: no addresses, no border comparisons,
+and zeros for all that lies outside the tensor. Where an operand needs no prologue, the products
+read it from shared memory and no thread ever holds it. Prologues and epilogues are those of the
+pointer variant; tiles hold the same pixels in the same order, so statistics have the same tiles.
 
-The grid may be persistent (`ConvConfig.programs`): each program walks over tiles, and the loops
-over tiles and taps are flattened into one, so a tile's first boxes load during the epilogue before.
+The grid may be persistent (`ConvConfig.grid_size`): each program computes several tiles, and the
+loops over tiles and taps are flattened into one, so a tile's first loads run during the epilogue of
+the last.
 
-Limits: stride 1; pixels and filter rows of a multiple of 16 bytes; tiles that are whole boxes
-(`ConvConfig.pixel_box`); a GPU with the engine. All else is gathered, with the same tiles.
+Limits: stride 1; pixels and filter rows of a multiple of 16 bytes; tiles that are TMA tiles
+(`ConvConfig.tma_tile`); a GPU with TMA. All else is loaded by pointers, with the same tiles.
 
-A 3x3 filter still fetches every pixel nine times, from the L2 cache. One box with a halo cannot
-serve the nine taps: Triton has no slice of a tile or of shared memory. Three boxes of depth 3 * C
-over overlapping windows (3 * C channels, C apart) are no way out: a window across the border of an
-image would meet the neighbouring row instead of zeros, and CUDA documents every stride of a tensor
-map as spanning the dimension inside it.
+A 3x3 filter still fetches every pixel nine times, from the L2 cache. One TMA tile with a halo
+cannot serve the nine taps: Triton has no slice of a tile or of shared memory. Three TMA tiles of
+depth 3 * C over overlapping windows (3 * C channels, C apart) are no way out: a window across the
+border of an image would meet the neighbouring row instead of zeros, and CUDA documents every stride
+of a tensor map as spanning the dimension inside it.
 
-Numerics: those of the gather form; only the order of the sum differs. Deterministic.
+Numerics: those of the pointer variant; only the order of the sum differs. Deterministic.
 Source: own derivation; the CUDA driver API's tensor maps for what a descriptor can hold.
 """
 
@@ -36,11 +37,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastres.kernels.conv_shape import ConvOp, ConvShape
 from fastres.kernels.gpu.checks import nhwc_strides
 from fastres.kernels.gpu.epilogue import store_gradient_tile, store_output_tile
-from fastres.kernels.gpu.launch import Form
-from fastres.kernels.gpu.launch_config import ConvConfig, PixelBox
-from fastres.kernels.gpu.primitives import affine, dot_fp32, form_dy, relu, round_to
+from fastres.kernels.gpu.launch import KernelVariant
+from fastres.kernels.gpu.launch_config import ConvConfig, TmaTile
+from fastres.kernels.gpu.primitives import affine, compute_dy, dot_fp32, relu, round_to
 
-__all__ = ["dgrad_in_boxes", "fprop_in_boxes"]
+__all__ = ["dgrad_tma_variant", "fprop_tma_variant"]
 
 # Bytes to which a descriptor's address and strides are aligned.
 ALIGNMENT = 16
@@ -55,14 +56,14 @@ def _are_inside(pixels, SHIFT_H, SHIFT_W, ROWS: tl.constexpr, COLUMNS: tl.conste
 
 
 @triton.jit
-def _conv_fprop_box_kernel(
-    x_desc,  # (N, H, W, C) in: boxes of BLOCK_M pixels x BLOCK_K channels
-    in_ab_ptr,  # (2, C) fp32 in: prologue relu(a * x + b); None: x as it is
-    w_desc,  # (K, R * S, C) in: boxes of BLOCK_N x 1 x BLOCK_K
+def _conv_fprop_tma_kernel(
+    x_desc,  # (N, H, W, C) in: tiles of BLOCK_M pixels x BLOCK_K channels
+    in_scale_shift_ptr,  # (2, C) fp32 in: prologue relu(a * x + b); None: x as it is
+    w_desc,  # (K, R * S, C) in: tiles of BLOCK_N x 1 x BLOCK_K
     y_ptr,  # (N, P, Q, K) out: dtype of x
     stats_ptr,  # (2, K, num_tiles_m) fp32 out: mean and M2 of every tile; None: not wanted
-    out_ab_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
-    residual_ptr,  # (N, P, Q, K) in: added after out_ab; None: nothing added
+    out_scale_shift_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
+    residual_ptr,  # (N, P, Q, K) in: added after the scale and shift; None: nothing added
     num_npq,
     num_tiles,
     H: tl.constexpr,
@@ -85,7 +86,7 @@ def _conv_fprop_box_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    SCALE_SHIFT_INPUT: tl.constexpr = in_ab_ptr is not None
+    SCALE_SHIFT_INPUT: tl.constexpr = in_scale_shift_ptr is not None
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCKS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
 
@@ -106,7 +107,7 @@ def _conv_fprop_box_kernel(
             # Prologue: the zeros around the image are those of x, and relu(b) is not 0.
             if SCALE_SHIFT_INPUT:
                 offs_c = c + tl.arange(0, BLOCK_K)
-                z = relu(affine(x, in_ab_ptr, offs_c, C, offs_c < C))
+                z = relu(affine(x, in_scale_shift_ptr, offs_c, C, offs_c < C))
                 if PADDING > 0:
                     pixels = first + tl.arange(0, BLOCK_M)
                     inside = _are_inside(pixels, tap // S - PADDING, tap % S - PADDING, P, Q, H, W)
@@ -122,7 +123,7 @@ def _conv_fprop_box_kernel(
             first_k + tl.arange(0, BLOCK_N),
             y_ptr,
             stats_ptr,
-            out_ab_ptr,
+            out_scale_shift_ptr,
             residual_ptr,
             K,
             P,
@@ -135,17 +136,16 @@ def _conv_fprop_box_kernel(
 
 
 @triton.jit
-def _conv_dgrad_box_kernel(
-    g_desc,  # (N, P, Q, K) in: boxes of BLOCK_M pixels x BLOCK_K channels of dy, or of g
+def _conv_dgrad_tma_kernel(
+    g_desc,  # (N, P, Q, K) in: tiles of BLOCK_M pixels x BLOCK_K channels of dy or g
     y_desc,  # (N, P, Q, K) in: the same of y; None: dy is read
     coefficients_ptr,  # (3, K) fp32 in: c0, c1, c2; None: dy is read
-    w_desc,  # (K, R * S, C) in: boxes of BLOCK_K x 1 x BLOCK_N
-    dx_ptr,  # (N, H, W, C) out: dx, or g of the batch norm before x
+    w_desc,  # (K, R * S, C) in: tiles of BLOCK_K x 1 x BLOCK_N
+    dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
-    y_prev_ptr,  # (N, H, W, C) in: input of the batch norm before x; None: plain dx
-    mean_ptr,  # (C,) fp32 in: mean of y_prev
-    prev_ab_ptr,  # (2, C) fp32 in: the ReLU's mask is a * y_prev + b > 0
-    out_ptr,  # (N, H, W, C) in: x itself, the mask is x > 0; None: the mask is recomputed
+    producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: dx alone
+    producer_mean_ptr,  # (C,) fp32 in: mean of producer_y
+    producer_scale_shift_ptr,  # (2, C) fp32 in: the ReLU's mask is a * producer_y + b > 0
     sum_g_ptr,  # (C, num_tiles_m) fp32 out
     sum_gy_ptr,  # (C, num_tiles_m) fp32 out
     num_rows,
@@ -162,8 +162,7 @@ def _conv_dgrad_box_kernel(
     PADDING: tl.constexpr,
     DX_STRIDES: tl.constexpr,
     SHORTCUT_STRIDES: tl.constexpr,
-    Y_PREV_STRIDES: tl.constexpr,
-    OUT_STRIDES: tl.constexpr,
+    PRODUCER_Y_STRIDES: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
     PERSISTENT: tl.constexpr,
@@ -171,7 +170,7 @@ def _conv_dgrad_box_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    FORM_DY: tl.constexpr = coefficients_ptr is not None
+    COMPUTE_DY: tl.constexpr = coefficients_ptr is not None
     TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
 
@@ -192,12 +191,12 @@ def _conv_dgrad_box_kernel(
             dy = g_desc.load(place).reshape(BLOCK_M, BLOCK_K)
             filters = w_desc.load([k, tap, first_c]).reshape(BLOCK_K, BLOCK_N)
             # Prologue: batch-norm backward; taps outside dy stay 0, although c2 is not.
-            if FORM_DY:
+            if COMPUTE_DY:
                 y = y_desc.load(place).reshape(BLOCK_M, BLOCK_K)
                 offs_k = k + tl.arange(0, BLOCK_K)
                 inside = _are_inside(rows, PADDING - tap // S, PADDING - tap % S, H, W, P, Q)
-                formed = form_dy(dy, y, coefficients_ptr, offs_k, K, inside, offs_k < K)
-                dy = round_to(formed, dy.dtype)
+                computed = compute_dy(dy, y, coefficients_ptr, offs_k, K, inside, offs_k < K)
+                dy = round_to(computed, dy.dtype)
             acc = dot_fp32(dy, filters, acc, PRECISION)
 
         # Epilogue.
@@ -210,10 +209,9 @@ def _conv_dgrad_box_kernel(
             tl.cdiv(num_rows, BLOCK_M),
             dx_ptr,
             shortcut_ptr,
-            y_prev_ptr,
-            mean_ptr,
-            prev_ab_ptr,
-            out_ptr,
+            producer_y_ptr,
+            producer_mean_ptr,
+            producer_scale_shift_ptr,
             sum_g_ptr,
             sum_gy_ptr,
             H,
@@ -221,45 +219,43 @@ def _conv_dgrad_box_kernel(
             C,
             DX_STRIDES,
             SHORTCUT_STRIDES,
-            Y_PREV_STRIDES,
-            OUT_STRIDES,
+            PRODUCER_Y_STRIDES,
         )
 
 
-def fprop_in_boxes(
+def fprop_tma_variant(
     config: ConvConfig, shape: ConvShape, x: torch.Tensor, w: torch.Tensor
-) -> Form | None:
-    """How conv(x, w) is launched with boxes; None where config or operands want a gather."""
-    box = _box_of(config, "fprop", shape, x, w)
-    if box is None:
+) -> KernelVariant | None:
+    """How conv(x, w) is launched with TMA loads; None where config or operands want pointers."""
+    tile = _tma_tile(config, "fprop", shape, x, w)
+    if tile is None:
         return None
-    grid, args = _walk(config, "fprop", shape)
-    args["x_desc"] = _pixel_boxes(x, box, config.block_k)
-    args["w_desc"] = _filter_boxes(w, config.block_n, config.block_k)
-    return Form(_conv_fprop_box_kernel, grid, args)
+    grid, args = _schedule(config, "fprop", shape)
+    args["x_desc"] = _describe_pixels(x, tile, config.block_k)
+    args["w_desc"] = _describe_filters(w, config.block_n, config.block_k)
+    return KernelVariant(_conv_fprop_tma_kernel, grid, args)
 
 
-def dgrad_in_boxes(
+def dgrad_tma_variant(
     config: ConvConfig, shape: ConvShape, g: torch.Tensor, y: torch.Tensor | None, w: torch.Tensor
-) -> Form | None:
-    """How the input gradient is launched with boxes of g and y; None where it is gathered."""
-    box = _box_of(config, "dgrad", shape, g, w, *([] if y is None else [y]))
-    if box is None:
+) -> KernelVariant | None:
+    """How the input gradient is launched with TMA loads; None where it wants pointers."""
+    tile = _tma_tile(config, "dgrad", shape, g, w, *([] if y is None else [y]))
+    if tile is None:
         return None
-    grid, args = _walk(config, "dgrad", shape)
-    args["g_desc"] = _pixel_boxes(g, box, config.block_k)
-    args["y_desc"] = None if y is None else _pixel_boxes(y, box, config.block_k)
-    args["w_desc"] = _filter_boxes(w, config.block_k, config.block_n)
-    return Form(_conv_dgrad_box_kernel, grid, args)
+    grid, args = _schedule(config, "dgrad", shape)
+    args["g_desc"] = _describe_pixels(g, tile, config.block_k)
+    args["y_desc"] = None if y is None else _describe_pixels(y, tile, config.block_k)
+    args["w_desc"] = _describe_filters(w, config.block_k, config.block_n)
+    return KernelVariant(_conv_dgrad_tma_kernel, grid, args)
 
 
-def _box_of(
+def _tma_tile(
     config: ConvConfig, op: ConvOp, shape: ConvShape, *operands: torch.Tensor
-) -> PixelBox | None:
-    """The box of pixels of a tile, if the configuration, the operands and the GPU allow one."""
-    box = config.pixel_box(op, shape)
-    allowed = all(_can_be_described(t) for t in operands) and _has_copy_engine(operands[0].device)
-    return box if allowed else None
+) -> TmaTile | None:
+    """The TMA tile, if the configuration, the operands and the GPU allow one."""
+    allowed = all(_can_be_described(t) for t in operands) and _has_tma(operands[0].device)
+    return config.tma_tile(op, shape) if allowed else None
 
 
 def _can_be_described(tensor: torch.Tensor) -> bool:
@@ -268,28 +264,28 @@ def _can_be_described(tensor: torch.Tensor) -> bool:
     return all(place % ALIGNMENT == 0 for place in places)
 
 
-def _has_copy_engine(device: torch.device) -> bool:
+def _has_tma(device: torch.device) -> bool:
     """Hopper and later have it; the interpreter and the meta device do as if."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _walk(
+def _schedule(
     config: ConvConfig, op: ConvOp, shape: ConvShape
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """The grid, and the arguments by which its programs walk over the tiles."""
+    """The grid, and the arguments that divide the tiles among its programs."""
     gemm = shape.gemm(op)
     num_tiles = triton.cdiv(gemm.m, config.block_m) * triton.cdiv(gemm.n, config.block_n)
-    programs = min(config.programs or num_tiles, num_tiles)
-    return (programs,), {"num_tiles": num_tiles, "PERSISTENT": programs < num_tiles}
+    grid_size = min(config.grid_size or num_tiles, num_tiles)
+    return (grid_size,), {"num_tiles": num_tiles, "PERSISTENT": grid_size < num_tiles}
 
 
-def _pixel_boxes(tensor: torch.Tensor, box: PixelBox, block_c: int) -> TensorDescriptor:
-    """An (N, C, H, W) channels_last tensor as boxes of pixels x `block_c` channels."""
+def _describe_pixels(tensor: torch.Tensor, tile: TmaTile, block_c: int) -> TensorDescriptor:
+    """An (N, C, H, W) channels_last tensor in tiles of pixels x `block_c` channels."""
     n, c, h, w = tensor.shape
-    return TensorDescriptor(tensor, [n, h, w, c], [*nhwc_strides(tensor), 1], [*box, block_c])
+    return TensorDescriptor(tensor, [n, h, w, c], [*nhwc_strides(tensor), 1], [*tile, block_c])
 
 
-def _filter_boxes(w: torch.Tensor, block_k: int, block_c: int) -> TensorDescriptor:
-    """Filters (K, R * S, C) as boxes of `block_k` filters x one tap x `block_c` channels."""
+def _describe_filters(w: torch.Tensor, block_k: int, block_c: int) -> TensorDescriptor:
+    """Filters (K, R * S, C) in tiles of `block_k` filters x one tap x `block_c` channels."""
     k, c, r, s = w.shape
     return TensorDescriptor(w, [k, r * s, c], [r * s * c, c, 1], [block_k, 1, block_c])

@@ -1,21 +1,21 @@
 """Filter gradient of a convolution: dw[k, rsc] = sum over npq of dy'[npq, k] * x'[npq, rsc].
 
-    prologue   x' = x, or relu(a * x + b) re-formed from the raw convolution output x;
-               dy' = dy, or c0 * g + c1 * y + c2 (batch-norm backward), both formed while loading
-    epilogue   one part of the sum stored in fp32; a second kernel adds the parts in fixed order
+    prologue   x' = x, or relu(a * x + b) recomputed from the raw convolution output x;
+               dy' = dy, or c0 * g + c1 * y + c2 (batch-norm backward), both computed while loading
+    epilogue   a split-K partial stored in fp32; a second kernel adds the partials in fixed order
 
 Letters: x (N, H, W, C), dy (N, P, Q, K), dw (K, R, S, C).
 
 The product is tiny (16 x 144 to 512 x 4608) and its reduction is huge (every pixel of the batch),
-so the pixels are split into split_k parts, each a program's own: the GPU fills, and no float atomic
-is needed. The tile is rsc x k, not k x rsc: Hopper's tensor-core instructions want 64 rows, and
+so the pixels are split among split_k programs (split-K): the GPU fills, and no float atomic is
+needed. The tile is rsc x k, not k x rsc: Hopper's tensor-core instructions want 64 rows, and
 R * S * C has them in every 3x3 layer where K may be 16.
 
-Bytes: x and dy (or g and y) read once, dw written once, and 8 bytes a filter element and part when
-there is more than one part.
+Bytes: x and dy (or g and y) read once, dw written once, and 8 bytes a filter element and partial
+when there is more than one partial.
 
 Numerics: both operands are rounded to their dtype before the product; sums in fp32; dw rounded
-once. Deterministic: parts are added in the same order for the same configuration.
+once. Deterministic: partials are added in the same order for the same configuration.
 Source: own derivation; the scheme of cuDNN's conv-bn-wgrad graphs.
 """
 
@@ -24,10 +24,10 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.conv_shape import ConvShape
+from fastres.kernels.conv_types import DeferredGrad
 from fastres.kernels.gpu.checks import (
-    FoldedGrad,
     check_activation,
-    check_folded_grad,
+    check_deferred_grad,
     check_vector,
     index_dtype,
     nhwc_strides,
@@ -36,32 +36,32 @@ from fastres.kernels.gpu.launch import Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
 from fastres.kernels.gpu.primitives import (
     affine,
+    compute_dy,
     dot_fp32,
-    form_dy,
-    load_window,
+    im2col_offsets,
+    load_im2col,
     relu,
     round_to,
     row_offsets,
-    window_corners,
 )
 
 __all__ = ["conv_wgrad"]
 
-# Tile of the second pass: parts x filter elements.
-BLOCK_PARTS = 32
+# Tile of the second kernel: partials x filter elements.
+BLOCK_SPLITS = 32
 BLOCK_ELEMENTS = 128
 
 
 @triton.jit
 def _conv_wgrad_kernel(
-    x_ptr,  # (N, H, W, C) in: activation, or raw output of the previous convolution
-    in_ab_ptr,  # (2, C) fp32 in: prologue relu(a * x + b); None: x as it is
-    g_ptr,  # (N, P, Q, K) in: dy, or the gradient g that dy is formed from
+    x_ptr,  # (N, H, W, C) in: activation, or raw output of its producer
+    in_scale_shift_ptr,  # (2, C) fp32 in: prologue relu(a * x + b); None: x as it is
+    g_ptr,  # (N, P, Q, K) in: dy, or the gradient g that dy is computed from
     y_ptr,  # (N, P, Q, K) in: with g and coefficients; None: dy is read
     coefficients_ptr,  # (3, K) fp32 in: c0, c1, c2; None: dy is read
-    parts_ptr,  # (split_k, K, R, S, C) out: fp32, or dw itself where split_k is 1
+    partials_ptr,  # (split_k, K, R, S, C) out: fp32, or dw itself where split_k is 1
     num_npq,
-    rows_per_part,  # multiple of BLOCK_K
+    rows_per_split,  # multiple of BLOCK_K
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -81,148 +81,147 @@ def _conv_wgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    SCALE_SHIFT_INPUT: tl.constexpr = in_ab_ptr is not None
-    FORM_DY: tl.constexpr = coefficients_ptr is not None
+    SCALE_SHIFT_INPUT: tl.constexpr = in_scale_shift_ptr is not None
+    COMPUTE_DY: tl.constexpr = coefficients_ptr is not None
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
 
     pid = tl.program_id(0)
-    part = tl.program_id(1).to(INDEX)
+    split = tl.program_id(1).to(INDEX)
     offs_rsc = pid // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_rsc = offs_rsc < R * S * C
     mask_k = offs_k < K
-    first_row = part * rows_per_part
-    last_row = tl.minimum(first_row + rows_per_part, num_npq)
+    first_row = split * rows_per_split
+    last_row = tl.minimum(first_row + rows_per_split, num_npq)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for row in range(first_row, last_row, BLOCK_K):
         offs_npq = row + tl.arange(0, BLOCK_K)
         mask_npq = offs_npq < num_npq
-        corners, h0, w0 = window_corners(offs_npq, P, Q, STRIDE, PADDING, X_STRIDES)
-        x, mask_x = load_window(
-            x_ptr, corners, h0, w0, mask_npq, offs_rsc, H, W, C, R, S, PADDING, X_STRIDES
+        offs_x, h0, w0 = im2col_offsets(offs_npq, P, Q, STRIDE, PADDING, X_STRIDES)
+        x, mask_x = load_im2col(
+            x_ptr, offs_x, h0, w0, mask_npq, offs_rsc, H, W, C, R, S, PADDING, X_STRIDES
         )  # [BLOCK_K, BLOCK_M]
         mask_dy = mask_npq[:, None] & mask_k[None, :]
         offs_g = row_offsets(offs_npq, P, Q, G_STRIDES)[:, None] + offs_k[None, :]
         dy = tl.load(g_ptr + offs_g, mask=mask_dy, other=0.0)  # [BLOCK_K, BLOCK_N]
         # Prologues: padding of x and rows beyond the last pixel stay 0, although b and c2 are not.
         if SCALE_SHIFT_INPUT:
-            z = relu(affine(x, in_ab_ptr, offs_rsc % C, C, mask_rsc))
+            z = relu(affine(x, in_scale_shift_ptr, offs_rsc % C, C, mask_rsc))
             x = round_to(tl.where(mask_x, z, 0.0), x.dtype)
-        if FORM_DY:
+        if COMPUTE_DY:
             offs_y = row_offsets(offs_npq, P, Q, Y_STRIDES)[:, None] + offs_k[None, :]
             y = tl.load(y_ptr + offs_y, mask=mask_dy, other=0.0)
-            formed = form_dy(dy, y, coefficients_ptr, offs_k, K, mask_dy, mask_k)
-            dy = round_to(formed, dy.dtype)
+            computed = compute_dy(dy, y, coefficients_ptr, offs_k, K, mask_dy, mask_k)
+            dy = round_to(computed, dy.dtype)
         acc = dot_fp32(tl.trans(x), dy, acc, PRECISION)
 
     # Epilogue.
-    offs = part * (K * R * S * C) + offs_k[None, :] * (R * S * C) + offs_rsc[:, None]
-    value = round_to(acc, parts_ptr.dtype.element_ty)
-    tl.store(parts_ptr + offs, value, mask=mask_rsc[:, None] & mask_k[None, :])
+    offs = split * (K * R * S * C) + offs_k[None, :] * (R * S * C) + offs_rsc[:, None]
+    value = round_to(acc, partials_ptr.dtype.element_ty)
+    tl.store(partials_ptr + offs, value, mask=mask_rsc[:, None] & mask_k[None, :])
 
 
 @triton.jit
-def _sum_parts_kernel(
-    parts_ptr,  # (num_parts, num_elements) fp32 in
+def _sum_partials_kernel(
+    partials_ptr,  # (num_splits, num_elements) fp32 in
     dw_ptr,  # (num_elements,) out
-    num_parts,
+    num_splits,
     num_elements,
     INDEX: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
     BLOCK_ELEMENTS: tl.constexpr,
 ):
     elements = tl.program_id(0) * BLOCK_ELEMENTS + tl.arange(0, BLOCK_ELEMENTS)
     mask = elements < num_elements
     total = tl.zeros((BLOCK_ELEMENTS,), dtype=tl.float32)
-    for part in range(0, num_parts, BLOCK_PARTS):
-        parts = part + tl.arange(0, BLOCK_PARTS)
+    for first in range(0, num_splits, BLOCK_SPLITS):
+        splits = first + tl.arange(0, BLOCK_SPLITS)
         values = tl.load(
-            parts_ptr + parts.to(INDEX)[:, None] * num_elements + elements[None, :],
-            mask=(parts < num_parts)[:, None] & mask[None, :],
+            partials_ptr + splits.to(INDEX)[:, None] * num_elements + elements[None, :],
+            mask=(splits < num_splits)[:, None] & mask[None, :],
             other=0.0,
-        )  # [BLOCK_PARTS, BLOCK_ELEMENTS]
+        )  # [BLOCK_SPLITS, BLOCK_ELEMENTS]
         total += tl.sum(values, axis=0)
     tl.store(dw_ptr + elements, round_to(total, dw_ptr.dtype.element_ty), mask=mask)
 
 
 def conv_wgrad(
     x: torch.Tensor,
-    dy: torch.Tensor | FoldedGrad,
+    dy: torch.Tensor | DeferredGrad,
     filter_size: tuple[int, int],
     *,
     stride: int = 1,
     padding: int = 0,
     scale_shift: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
     allow_tf32: bool = False,
     config: ConvConfig | None = None,
 ) -> torch.Tensor:
-    """`dw = sum over pixels of dy * window(x)`, with x and dy re-formed while loading.
+    """`dw = sum over pixels of dy * window(x)`, with x and dy recomputed while loading.
 
     Args:
         x: (N, C, H, W) channels_last, gaps allowed; with scale_shift a raw convolution output.
-        dy: (N, K, P, Q) channels_last gradient, gaps allowed; or a `FoldedGrad` that forms it.
+        dy: (N, K, P, Q) channels_last gradient, gaps allowed; or a `DeferredGrad`, computed
+            while loading.
         filter_size: (R, S).
         stride: the forward convolution's.
         padding: the forward convolution's.
         scale_shift: (2, C) fp32, a above b: the forward convolution read relu(a * x + b).
-        out_dtype: dtype of dw, by default that of x; float32 keeps what the sums hold.
         allow_tf32: let fp32 products be rounded to TF32.
         config: tiles and split; by default those of the launch table.
 
-    Returns: dw: (K, C, R, S) dense channels_last.
+    Returns: dw: (K, C, R, S) dense channels_last, dtype of x.
 
     Raises: ValueError: when a tensor's shape, dtype, device or layout is not as above.
 
-    Numerics: operands formed in fp32 and rounded once; sums in fp32; dw rounded once.
+    Numerics: operands computed in fp32 and rounded once; sums in fp32; dw rounded once.
         Deterministic.
     """
-    g, y, coefficients = check_folded_grad(dy)
+    g, y, coefficients = check_deferred_grad(dy)
     shape = _wgrad_shape(x, g, filter_size, stride, padding)
     if scale_shift is not None:
         check_vector("scale_shift", scale_shift, (2, shape.C))
 
     config = config or conv_config("wgrad", shape, x.dtype, x.device, tf32=allow_tf32)
     num_npq = shape.gemm("wgrad").k
-    # Whole blocks a part, and no part without pixels.
-    rows_per_part = triton.cdiv(num_npq, config.split_k * config.block_k) * config.block_k
-    num_parts = triton.cdiv(num_npq, rows_per_part)
+    # Whole blocks a split, and no split without pixels.
+    rows_per_split = triton.cdiv(num_npq, config.split_k * config.block_k) * config.block_k
+    num_splits = triton.cdiv(num_npq, rows_per_split)
     krsc = (shape.K, shape.R, shape.S, shape.C)
-    dw = x.new_empty(krsc, dtype=out_dtype or x.dtype)
-    parts = dw if num_parts == 1 else x.new_empty((num_parts, *krsc), dtype=torch.float32)
+    dw = x.new_empty(krsc)
+    partials = dw if num_splits == 1 else x.new_empty((num_splits, *krsc), dtype=torch.float32)
     args = {
         "x_ptr": x,
-        "in_ab_ptr": scale_shift,
+        "in_scale_shift_ptr": scale_shift,
         "g_ptr": g,
         "y_ptr": y,
         "coefficients_ptr": coefficients,
-        "parts_ptr": parts,
+        "partials_ptr": partials,
         "num_npq": num_npq,
-        "rows_per_part": rows_per_part,
+        "rows_per_split": rows_per_split,
         **shape.constexprs(),
         "X_STRIDES": nhwc_strides(x),
         "G_STRIDES": nhwc_strides(g),
         "Y_STRIDES": nhwc_strides(y),
         "PRECISION": "tf32" if allow_tf32 else "ieee",
-        "INDEX": index_dtype(x, g, y, parts),
+        "INDEX": index_dtype(x, g, y, partials),
         **config.constexprs(),
     }
     tiles = triton.cdiv(shape.RSC, config.block_m) * triton.cdiv(shape.K, config.block_n)
     launch(
         _conv_wgrad_kernel,
-        (tiles, num_parts),
+        (tiles, num_splits),
         args,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         traffic=Traffic(
             reads=num_bytes(x, scale_shift, g, y, coefficients),
-            writes=num_bytes(parts),
+            writes=num_bytes(partials),
             flops=shape.flops,
         ),
     )
-    if num_parts > 1:
-        _launch_sum_parts(parts, dw)
+    if num_splits > 1:
+        _launch_sum_partials(partials, dw)
     return dw.permute(0, 3, 1, 2)
 
 
@@ -237,21 +236,21 @@ def _wgrad_shape(
     return shape
 
 
-def _launch_sum_parts(parts: torch.Tensor, dw: torch.Tensor) -> None:
-    """Store in dw the sum of parts over its first axis, in fixed order."""
+def _launch_sum_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:
+    """Store in dw the sum of the partials over their first axis, in fixed order."""
     launch(
-        _sum_parts_kernel,
+        _sum_partials_kernel,
         (triton.cdiv(dw.numel(), BLOCK_ELEMENTS),),
         {
-            "parts_ptr": parts,
+            "partials_ptr": partials,
             "dw_ptr": dw,
-            "num_parts": parts.shape[0],
+            "num_splits": partials.shape[0],
             "num_elements": dw.numel(),
-            "INDEX": index_dtype(parts),
-            "BLOCK_PARTS": BLOCK_PARTS,
+            "INDEX": index_dtype(partials),
+            "BLOCK_SPLITS": BLOCK_SPLITS,
             "BLOCK_ELEMENTS": BLOCK_ELEMENTS,
         },
         num_warps=4,
         num_stages=2,
-        traffic=Traffic(reads=num_bytes(parts), writes=num_bytes(dw), flops=parts.numel()),
+        traffic=Traffic(reads=num_bytes(partials), writes=num_bytes(dw), flops=partials.numel()),
     )

@@ -1,7 +1,7 @@
 """What becomes of a finished tile of sums: the epilogues of the convolutions, as jit helpers.
 
-A convolution has two kernels, which gather their pixels or load them in boxes (conv_box.py); both
-end here. Pointers that are None switch their part off. The kernels document every pointer.
+A convolution has two kernels, which load pixels by pointers or by TMA (conv_tma.py); both end here.
+A pointer that is None switches its step off. The kernels document every pointer.
 """
 
 import triton
@@ -28,7 +28,7 @@ def store_output_tile(
     offs_k,  # [BLOCK_N] output channels
     y_ptr,
     stats_ptr,
-    out_ab_ptr,
+    out_scale_shift_ptr,
     residual_ptr,
     K: tl.constexpr,
     P: tl.constexpr,
@@ -44,8 +44,8 @@ def store_output_tile(
     mask_npq = offs_npq < num_npq
     mask_k = offs_k < K
     mask = mask_npq[:, None] & mask_k[None, :]
-    if out_ab_ptr is not None:
-        acc = affine(acc, out_ab_ptr, offs_k, K, mask_k)
+    if out_scale_shift_ptr is not None:
+        acc = affine(acc, out_scale_shift_ptr, offs_k, K, mask_k)
     if residual_ptr is not None:
         offs = row_offsets(offs_npq, P, Q, RESIDUAL_STRIDES)[:, None] + offs_k[None, :]
         acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -72,10 +72,9 @@ def store_gradient_tile(
     num_tiles,
     dx_ptr,
     shortcut_ptr,
-    y_prev_ptr,
-    mean_ptr,
-    prev_ab_ptr,
-    out_ptr,
+    producer_y_ptr,
+    producer_mean_ptr,
+    producer_scale_shift_ptr,
     sum_g_ptr,
     sum_gy_ptr,
     H: tl.constexpr,
@@ -83,30 +82,25 @@ def store_gradient_tile(
     C: tl.constexpr,
     DX_STRIDES: tl.constexpr,
     SHORTCUT_STRIDES: tl.constexpr,
-    Y_PREV_STRIDES: tl.constexpr,
-    OUT_STRIDES: tl.constexpr,
+    PRODUCER_Y_STRIDES: tl.constexpr,
 ):
-    """Input gradient: dx (+ shortcut); or g, masked by the ReLU before, and its two sums."""
+    """Input gradient: dx (+ shortcut); or g, masked by the producer's ReLU, and its two sums."""
     mask_c = offs_c < C
     mask = mask_nhw[:, None] & mask_c[None, :]
     if shortcut_ptr is not None:
         offs = row_offsets(offs_nhw, H, W, SHORTCUT_STRIDES)[:, None] + offs_c[None, :]
         acc += tl.load(shortcut_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if y_prev_ptr is not None:
-        offs = row_offsets(offs_nhw, H, W, Y_PREV_STRIDES)[:, None] + offs_c[None, :]
-        y_prev = tl.load(y_prev_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        if out_ptr is not None:
-            offs = row_offsets(offs_nhw, H, W, OUT_STRIDES)[:, None] + offs_c[None, :]
-            out = tl.load(out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        else:
-            out = affine(y_prev, prev_ab_ptr, offs_c, C, mask_c)
+    if producer_y_ptr is not None:
+        offs = row_offsets(offs_nhw, H, W, PRODUCER_Y_STRIDES)[:, None] + offs_c[None, :]
+        producer_y = tl.load(producer_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        out = affine(producer_y, producer_scale_shift_ptr, offs_c, C, mask_c)
         acc = relu_grad(out, acc)
     dx = round_to(acc, dx_ptr.dtype.element_ty)
     offs_dx = row_offsets(offs_nhw, H, W, DX_STRIDES)[:, None] + offs_c[None, :]
     tl.store(dx_ptr + offs_dx, dx, mask=mask)
-    if y_prev_ptr is not None:
+    if producer_y_ptr is not None:
         g = dx.to(tl.float32)
-        mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
+        mean = tl.load(producer_mean_ptr + offs_c, mask=mask_c, other=0.0)
         store_tile_sum(sum_g_ptr, g, mask, offs_c, mask_c, tile, num_tiles)
-        centred = y_prev - mean[None, :]
+        centred = producer_y - mean[None, :]
         store_tile_sum(sum_gy_ptr, g * centred, mask, offs_c, mask_c, tile, num_tiles)

@@ -12,7 +12,6 @@ code of every kernel it starts, can be examined at full size on a machine withou
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,8 +19,10 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastres.kernels.override import Override
+
 __all__ = [
-    "Form",
+    "KernelVariant",
     "Launch",
     "Traffic",
     "launch",
@@ -29,7 +30,7 @@ __all__ = [
     "recording",
 ]
 
-_recorder: ContextVar[list["Launch"] | None] = ContextVar("fastres_launch_recorder", default=None)
+_recorder: Override[list["Launch"]] = Override()
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: everything needed to count it, compile it or run it again.
+    """One kernel launch: all it takes to count it, compile it or run it again.
 
     A record holds its tensors; record on the meta device unless the values matter.
     """
@@ -88,7 +89,7 @@ def _tensors(args: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {name: base for name, base in bases.items() if isinstance(base, torch.Tensor)}
 
 
-class Form(NamedTuple):
+class KernelVariant(NamedTuple):
     """One of the kernels that an operation has: its grid and the arguments that are its alone."""
 
     kernel: Any
@@ -100,11 +101,8 @@ class Form(NamedTuple):
 def recording() -> Iterator[list[Launch]]:
     """Collect the launches made inside the `with` block, in order; real tensors still run."""
     launches: list[Launch] = []
-    token = _recorder.set(launches)
-    try:
+    with _recorder.set(launches):
         yield launches
-    finally:
-        _recorder.reset(token)
 
 
 def num_bytes(*tensors: torch.Tensor | None) -> int:
@@ -131,7 +129,7 @@ def launch(
         raise ValueError(
             f"{kernel.__name__}: all tensors must be on one device, got {sorted(map(str, devices))}"
         )
-    launches = _recorder.get()
+    launches = _recorder.value
     if launches is not None:
         launches.append(Launch(kernel, grid, args, num_warps, num_stages, traffic))
     (device,) = devices
@@ -140,7 +138,7 @@ def launch(
     if device.type == "cpu" and isinstance(kernel, triton.JITFunction):
         raise ValueError(
             f"{kernel.__name__}: Triton kernels run on CPU tensors only when TRITON_INTERPRET=1 "
-            "is set before triton is imported; use fastres.kernels.reference.block otherwise"
+            "is set before triton is imported; use fastres.kernels.reference otherwise"
         )
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):

@@ -3,9 +3,9 @@
 The table `launch_table.json` beside this file holds what was measured, by GPU name as torch
 spells it, then by "op/dtype/batch/layer":
 
-    {"schema": 1, "gpus": {"NVIDIA H200": {"fprop/bfloat16/n512/h32w32c16k16r3s3u1p1":
+    {"schema": 2, "gpus": {"NVIDIA H200": {"fprop/bfloat16/n512/h32w32c16k16r3s3u1p1":
         {"route": "triton", "block_m": 128, "block_n": 16, "block_k": 32,
-         "num_warps": 4, "num_stages": 4, "split_k": 1, "loads": "gather", "programs": 0}}}}
+         "num_warps": 4, "num_stages": 4, "split_k": 1, "loads": "pointer", "grid_size": 0}}}}
 
 A layer measured at other batch sizes only is served by the nearest of them. A GPU or layer that the
 table does not know gets `heuristic_config`, whose reasons stand beside its numbers.
@@ -15,9 +15,8 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -25,45 +24,46 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from fastres.kernels.conv_shape import ConvOp, ConvShape
+from fastres.kernels.override import Override
 
 __all__ = [
     "ConvConfig",
     "Loads",
-    "PixelBox",
     "Route",
     "RowConfig",
+    "TmaTile",
     "assume_entries",
-    "box_config",
     "conv_config",
+    "force_route",
     "gpu_name",
     "heuristic_config",
     "load_table",
     "row_config",
     "table_key",
+    "tma_config",
 ]
 
 # FASTRES_LAUNCH_TABLE names another table than the committed one: what a machine tuned for itself.
 TABLE_PATH = Path(
     os.environ.get("FASTRES_LAUNCH_TABLE") or Path(__file__).with_name("launch_table.json")
 )
-TABLE_SCHEMA = 1
+TABLE_SCHEMA = 2
 
-# Elements of a box in each of its dimensions, at most.
-MAX_BOX = 256
+# Elements of a TMA tile in each of its dimensions, at most.
+MAX_TMA_DIM = 256
 
-# Multiprocessors of an H100 or H200: the programs that fill a GPU once.
+# Multiprocessors of an H100 or H200: a grid of as many programs fills the GPU once.
 NUM_SMS = 132
 
 Route = Literal["triton", "cudnn"]
-Loads = Literal["gather", "box"]
+Loads = Literal["pointer", "tma"]
 
-_assumed: ContextVar[Mapping[str, "ConvConfig"] | None] = ContextVar(
-    "fastres_assumed_entries", default=None
-)
+_assumed: Override[Mapping[str, "ConvConfig"]] = Override()
+_forced_route: Override[Route] = Override()
 
 
-class PixelBox(NamedTuple):
-    """Consecutive pixels that are a box: images x rows x columns, powers of two."""
+class TmaTile(NamedTuple):
+    """Consecutive pixels that TMA loads at once: images x rows x columns, powers of two."""
 
     n: int
     h: int
@@ -74,9 +74,9 @@ class PixelBox(NamedTuple):
 class ConvConfig:
     """Tiles and route of one convolution kernel.
 
-    split_k: parts of a wgrad reduction. loads: how fprop and dgrad load pixels: "gather" from any
-    address, or "box" through tensor descriptors, where `pixel_box` finds one. programs: of a
-    persistent grid that walks over the tiles of boxes; 0 starts one a tile.
+    split_k: partial sums of a wgrad reduction. loads: how fprop and dgrad load pixels: "pointer"
+    from any address, or "tma" through tensor descriptors, where there is a `tma_tile`. grid_size:
+    programs of a persistent schedule with TMA loads; 0 starts one program a tile.
     """
 
     block_m: int
@@ -86,8 +86,8 @@ class ConvConfig:
     num_stages: int
     split_k: int = 1
     route: Route = "triton"
-    loads: Loads = "gather"
-    programs: int = 0
+    loads: Loads = "pointer"
+    grid_size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k", "num_warps"):
@@ -102,39 +102,39 @@ class ConvConfig:
             raise ValueError(f"route must be one of {get_args(Route)}, got {self.route!r}")
         if self.loads not in get_args(Loads):
             raise ValueError(f"loads must be one of {get_args(Loads)}, got {self.loads!r}")
-        if self.programs < 0 or (self.programs and self.loads != "box"):
+        if self.grid_size < 0 or (self.grid_size and self.loads != "tma"):
             raise ValueError(
-                f"programs must be 0, or above with box loads, got {self.programs} ({self.loads})"
+                f"grid_size must be 0, or above with TMA loads, got {self.grid_size} ({self.loads})"
             )
 
     @property
-    def words(self) -> str:
-        """For people: tile, warps, stages, parts of a reduction, boxes, programs of a walk."""
+    def label(self) -> str:
+        """For people: tile, warps, stages, split-K, TMA loads, size of a persistent grid."""
         text = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
         text += f" k{self.split_k}"
-        if self.loads == "box":
-            text += f" box p{self.programs}" if self.programs else " box"
+        if self.loads == "tma":
+            text += f" tma p{self.grid_size}" if self.grid_size else " tma"
         return text
 
     def constexprs(self) -> dict[str, int]:
         """The tile as the kernels' compile-time arguments."""
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
-    def pixel_box(self, op: ConvOp, shape: ConvShape) -> PixelBox | None:
-        """The box of pixels that a tile is: a part of a row, whole rows or whole images.
+    def tma_tile(self, op: ConvOp, shape: ConvShape) -> TmaTile | None:
+        """The rectangle that a tile's pixels are: a section of a row, whole rows or whole images.
 
-        None with gathered loads, for wgrad, for strides, and where tiles of block_m pixels are no
-        boxes, such as rows of 7 pixels.
+        None with pointer loads, for wgrad, for strides, and where block_m pixels are no rectangle,
+        such as with rows of 7 pixels.
         """
-        if self.loads != "box" or op == "wgrad" or shape.stride != 1:
+        if self.loads != "tma" or op == "wgrad" or shape.stride != 1:
             return None
         height, width = (shape.P, shape.Q) if op == "fprop" else (shape.H, shape.W)
         w = min(width, self.block_m)
         h = min(height, self.block_m // w)
         n = self.block_m // (w * h)
         is_whole = n * h * w == self.block_m and width % w == 0 and height % h == 0
-        fits = max(n, h, w, self.block_n, self.block_k) <= MAX_BOX
-        return PixelBox(n, h, w) if is_whole and fits else None
+        fits = max(n, h, w, self.block_n, self.block_k) <= MAX_TMA_DIM
+        return TmaTile(n, h, w) if is_whole and fits else None
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,10 @@ def load_table(path: Path = TABLE_PATH) -> dict[str, dict[str, ConvConfig]]:
         return {}
     raw: dict[str, Any] = json.loads(path.read_text())
     if raw.get("schema") != TABLE_SCHEMA:
-        raise ValueError(f"{path.name}: schema must be {TABLE_SCHEMA}, got {raw.get('schema')!r}")
+        raise ValueError(
+            f"{path.name}: schema must be {TABLE_SCHEMA}, got {raw.get('schema')!r}: "
+            "tune this GPU again with python -m fastres.kernels.tools.tune"
+        )
     try:
         return {
             gpu: {key: ConvConfig(**entry) for key, entry in entries.items()}
@@ -177,24 +180,35 @@ def table_key(op: ConvOp, shape: ConvShape, dtype: torch.dtype, *, tf32: bool = 
     return f"{op}/{precision}/n{shape.N}/{shape.layer_key}"
 
 
-@contextmanager
-def assume_entries(entries: Mapping[str, ConvConfig]) -> Iterator[None]:
+def assume_entries(entries: Mapping[str, ConvConfig]) -> AbstractContextManager[None]:
     """Let `conv_config` know these entries alone inside the `with` block, whatever the GPU.
 
     So launches can be recorded as another GPU would make them, and candidates be timed.
     """
-    token = _assumed.set(entries)
-    try:
-        yield
-    finally:
-        _assumed.reset(token)
+    return _assumed.set(entries)
+
+
+def force_route(route: Route) -> AbstractContextManager[None]:
+    """Have every convolution inside the `with` block on one route, tiles as `conv_config` gives.
+
+    Backward passes choose their route when they run, so they belong inside the block too.
+    """
+    return _forced_route.set(route)
 
 
 def conv_config(
     op: ConvOp, shape: ConvShape, dtype: torch.dtype, device: torch.device, *, tf32: bool = False
 ) -> ConvConfig:
     """The measured configuration of the nearest batch size on this GPU, else the heuristic one."""
-    entries = _assumed.get()
+    config = _known_config(op, shape, dtype, device, tf32=tf32)
+    route = _forced_route.value
+    return config if route is None else replace(config, route=route)
+
+
+def _known_config(
+    op: ConvOp, shape: ConvShape, dtype: torch.dtype, device: torch.device, *, tf32: bool
+) -> ConvConfig:
+    entries = _assumed.value
     if entries is None:
         entries = load_table().get(gpu_name(device), {})
     prefix, _, suffix = table_key(op, shape, dtype, tf32=tf32).partition(f"/n{shape.N}/")
@@ -230,27 +244,27 @@ def heuristic_config(
     block_m = 128
     if _ceil_div(gemm.m, block_m) * _ceil_div(gemm.n, block_n) < 2 * NUM_SMS:
         block_m = 64
-    # Sums and the operand that a prologue forms live in registers: 8 warps share large tiles.
+    # Sums and the operand that a prologue computes live in registers: 8 warps share large tiles.
     is_large = block_m == 128 and block_n >= 64
     num_warps = 8 if is_large or deep else 4
-    # A dgrad that forms dy stages two tiles of pixels; small GPUs have 99 KiB of shared memory.
+    # A dgrad that computes dy stages two tiles of pixels; small GPUs have 99 KiB of shared memory.
     if op == "dgrad" and is_large:
         num_stages = 2
     return ConvConfig(block_m, block_n, block_k, num_warps, num_stages)
 
 
-def box_config(
+def tma_config(
     op: ConvOp, shape: ConvShape, dtype: torch.dtype, *, tf32: bool = False
 ) -> ConvConfig | None:
-    """The heuristic tiles in boxes, for GPUs of the Hopper generation and later.
+    """The heuristic tiles with TMA loads, for GPUs of the Hopper generation and later.
 
-    None where the shape has no boxes or its pixels and filters are no multiples of 16 bytes. Nobody
-    has timed boxes on a GPU, so the heuristics gather; the tuner tries both.
+    None where the shape has no TMA tile or its pixels and filters are no multiples of 16 bytes.
+    Nobody has timed TMA loads on a GPU, so the heuristics load by pointers; the tuner tries both.
     """
     config = heuristic_config(op, shape, dtype, tf32=tf32)
-    # A box holds channels of one tap, where a gathered block may hold several taps of few channels.
+    # A TMA tile holds channels of one tap; a pointer load takes several taps of few channels.
     channels = shape.C if op == "fprop" else shape.K
-    config = replace(config, loads="box", block_k=_tile(channels, config.block_k))
+    config = replace(config, loads="tma", block_k=_tile(channels, config.block_k))
     if op == "dgrad" and config.block_n == 128:
         # The epilogue's operands beside the sums of a larger tile do not fit the registers.
         config = replace(config, block_m=64, num_warps=4, num_stages=2)
@@ -261,17 +275,17 @@ def box_config(
         # Where several programs share a multiprocessor, eight warps have a few registers too few.
         config = replace(config, num_warps=4)
     is_aligned = all(c * dtype.itemsize % 16 == 0 for c in (channels, shape.C))
-    return config if is_aligned and config.pixel_box(op, shape) else None
+    return config if is_aligned and config.tma_tile(op, shape) else None
 
 
 def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:
-    """Tiles of RSC x K; the pixels are split until the GPU is full and no part is under 256.
+    """Tiles of RSC x K; the pixels are split until the GPU is full and no split is under 256.
 
-    Every part is written and read again in fp32, so one program a multiprocessor is enough.
+    Every partial is written and read again in fp32, so one program a multiprocessor is enough.
     """
     gemm = shape.gemm("wgrad")
     if on_tensor_cores:
-        # Both operands are formed in registers, so blocks are shallow; but 16 channels of dy give
+        # Both operands are computed in registers, so blocks are shallow; but 16 channels of dy give
         # each thread 16 bytes to load only in a block twice as deep.
         block_m, block_n = 64, _tile(gemm.m, 128)
         block_k, num_stages = (64, 2) if block_n == 16 else (32, 3)

@@ -5,7 +5,7 @@
 
 Letters: x (N, H, W, C), w (classes, C), pooled (N, C), logits (N, classes).
 
-Passes over an activation: forward reads x once, backward writes dx once and reads no activation at
+Tensor passes: forward reads x once, backward writes dx once and reads no activation at
 all, because pooled is what dw needs. One launch each way: a program of the forward pools some
 images and classifies them; one of the backward makes either dx of some images or a tile of dw.
 
@@ -24,10 +24,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fastres.kernels.gpu.checks import check_activation, empty_nhwc, index_dtype, nhwc_strides
+from fastres.kernels.gpu.checks import check_activation, index_dtype, nhwc_strides
 from fastres.kernels.gpu.launch import Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import NUM_SMS
 from fastres.kernels.gpu.primitives import round_to, row_offsets
+from fastres.kernels.layout import empty_channels_last
 
 __all__ = ["HeadGrads", "pool_linear_bwd", "pool_linear_fwd"]
 
@@ -316,7 +317,7 @@ def _pool_linear_bwd_kernel(
     DW_BLOCK_K: tl.constexpr,
     DW_BLOCK_C: tl.constexpr,
 ):
-    # The tiles of dw start first: each walks through the whole batch.
+    # The tiles of dw start first: each sums over the whole batch.
     program = tl.program_id(0)
     if program < num_dw_tiles:
         _store_dw(
@@ -354,7 +355,7 @@ def pool_linear_bwd(
             f"dlogits must be contiguous ({n}, {num_classes}), got {list(dlogits.shape)} "
             f"with strides {dlogits.stride()}"
         )
-    dx = empty_nhwc(dlogits, n, c, *size)
+    dx = empty_channels_last(dlogits, n, c, *size)
     dw, dbias = torch.empty_like(weight), weight.new_empty(num_classes)
     tiles = _image_tiles(n, size[0] * size[1], num_classes, c)
     dw_block_b, dw_block_k = _weight_tiles(n, num_classes)

@@ -1,4 +1,4 @@
-"""Jit helpers that the kernels share: rounding, products, gathers, per-tile statistics.
+"""Jit helpers that the kernels share: rounding, products, im2col loads, per-tile statistics.
 
 Triton inlines them, so they cost nothing; they make prologue, main loop and epilogue of a kernel
 readable at one look.
@@ -14,9 +14,10 @@ import triton.language as tl
 __all__ = [
     "INTERPRETED",
     "affine",
+    "compute_dy",
     "dot_fp32",
-    "form_dy",
-    "load_window",
+    "im2col_offsets",
+    "load_im2col",
     "pixel_offsets",
     "relu",
     "relu_grad",
@@ -24,7 +25,6 @@ __all__ = [
     "row_offsets",
     "store_tile_stats",
     "store_tile_sum",
-    "window_corners",
 ]
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -32,13 +32,13 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def relu(z):
-    """max(z, 0) that lets NaN through, as torch.relu does."""
+    """`max(z, 0)` that lets NaN through, as torch.relu does."""
     return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def relu_grad(out, dout):
-    """Dout where out > 0, else 0; a NaN in out passes dout, as in torch."""
+    """`dout` where out > 0, else 0; a NaN in out passes dout, as in torch."""
     return tl.where(out <= 0.0, 0.0, dout)
 
 
@@ -55,7 +55,7 @@ def round_to(value, dtype: tl.constexpr):
 
 @triton.jit
 def dot_fp32(lhs, rhs, acc, PRECISION: tl.constexpr):
-    """Acc + lhs @ rhs, accumulated in fp32; PRECISION ("ieee" or "tf32") matters for fp32 only."""
+    """`acc + lhs @ rhs` in fp32; PRECISION ("ieee" or "tf32") matters for fp32 operands only."""
     if INTERPRETED:
         lhs = lhs.to(tl.float32)
         rhs = rhs.to(tl.float32)
@@ -79,7 +79,7 @@ def row_offsets(offs_nhw, H: tl.constexpr, W: tl.constexpr, STRIDES: tl.constexp
 
 
 @triton.jit
-def window_corners(
+def im2col_offsets(
     offs_npq,
     P: tl.constexpr,
     Q: tl.constexpr,
@@ -94,9 +94,9 @@ def window_corners(
 
 
 @triton.jit
-def load_window(
+def load_im2col(
     x_ptr,
-    corners,  # [rows] from window_corners, as are h0 and w0
+    offs_x,  # [rows] from im2col_offsets, as are h0 and w0
     h0,
     w0,
     mask_rows,
@@ -119,23 +119,23 @@ def load_window(
         w = w0[:, None] + s[None, :]
         mask = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     taps = r * X_STRIDES[1] + s * X_STRIDES[2] + c
-    return tl.load(x_ptr + corners[:, None] + taps[None, :], mask=mask, other=0.0), mask
+    return tl.load(x_ptr + offs_x[:, None] + taps[None, :], mask=mask, other=0.0), mask
 
 
 @triton.jit
-def affine(x, ab_ptr, channels, C: tl.constexpr, mask_c):
-    """A * x + b in fp32 for a tile [rows, channels]; ab is (2, C): a above b."""
-    a = tl.load(ab_ptr + channels, mask=mask_c, other=0.0)
-    b = tl.load(ab_ptr + C + channels, mask=mask_c, other=0.0)
+def affine(x, scale_shift_ptr, channels, C: tl.constexpr, mask_c):
+    """`a * x + b` in fp32 for a tile [rows, channels]; scale_shift is (2, C): a above b."""
+    a = tl.load(scale_shift_ptr + channels, mask=mask_c, other=0.0)
+    b = tl.load(scale_shift_ptr + C + channels, mask=mask_c, other=0.0)
     return x.to(tl.float32) * a[None, :] + b[None, :]
 
 
 @triton.jit
-def form_dy(g, y, c_ptr, channels, K: tl.constexpr, mask, mask_k):
-    """Dy = c0 * g + c1 * y + c2 in fp32, 0 outside `mask`; coefficients (3, K): c0, c1, c2."""
-    c0 = tl.load(c_ptr + channels, mask=mask_k, other=0.0)
-    c1 = tl.load(c_ptr + K + channels, mask=mask_k, other=0.0)
-    c2 = tl.load(c_ptr + 2 * K + channels, mask=mask_k, other=0.0)
+def compute_dy(g, y, coefficients_ptr, channels, K: tl.constexpr, mask, mask_k):
+    """`dy = c0 * g + c1 * y + c2` in fp32, 0 outside `mask`; coefficients (3, K): c0, c1, c2."""
+    c0 = tl.load(coefficients_ptr + channels, mask=mask_k, other=0.0)
+    c1 = tl.load(coefficients_ptr + K + channels, mask=mask_k, other=0.0)
+    c2 = tl.load(coefficients_ptr + 2 * K + channels, mask=mask_k, other=0.0)
     dy = c0[None, :] * g.to(tl.float32) + (c1[None, :] * y.to(tl.float32) + c2[None, :])
     return tl.where(mask, dy, 0.0)
 

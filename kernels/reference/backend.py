@@ -1,54 +1,34 @@
-"""The steps of a chain in plain torch: for CPUs without the interpreter, and for float64.
+"""The steps of a fused block in plain torch: for CPUs without other kernels, and for float64.
 
-The functions are those of `chain.Backend` and add to the reference only layout: results are dense
+The functions are those of `block.Backend` and add to the reference only layout: results are dense
 channels_last as the kernels' are, whatever torch's convolution chose.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastres.kernels.block import BackwardStep, LayerState
+from fastres.kernels.block import Block
+from fastres.kernels.conv_types import ConvBN, ConvGrads, DeferredGrad, GradSums, LayerState
+from fastres.kernels.layout import to_dense_channels_last
 from fastres.kernels.reference import block as ref
-from fastres.kernels.reference.block import ConvBN
 
 __all__ = [
-    "FoldedGrad",
-    "Sums",
     "apply",
+    "block_folded",
     "conv_backward",
     "conv_bn",
     "conv_folded",
-    "fold_grad",
+    "defer_dy",
     "reduce",
-    "to_nhwc",
+    "runs_on",
 ]
 
 
-class Sums(NamedTuple):
-    """Sums over the pixels, (K,) each: of g, of g * (y - mean), and of the same for y_shortcut."""
-
-    g: Tensor
-    gy: Tensor
-    gy_shortcut: Tensor | None = None
-
-
-class FoldedGrad(NamedTuple):
-    """Gradient dy = c0 * g + c1 * y + c2, with coefficients (3, K)."""
-
-    g: Tensor
-    y: Tensor
-    coefficients: Tensor
-
-
-def to_nhwc(t: Tensor) -> Tensor:
-    """Return t in the strides that `torch.empty` gives a dense channels_last tensor."""
-    _, c, h, w = t.shape
-    if t.stride() == (h * w * c, 1, w * c, c):
-        return t
-    dense = torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=torch.channels_last)
-    return dense.copy_(t)
+def runs_on(x: Tensor) -> bool:
+    """Whether plain torch computes on x: always."""
+    return True
 
 
 def _conv_operands(*tensors: Tensor, layer: ConvBN) -> tuple[Tensor, ...]:
@@ -62,79 +42,85 @@ def _conv_operands(*tensors: Tensor, layer: ConvBN) -> tuple[Tensor, ...]:
     return tuple(t.clone(memory_format=torch.contiguous_format) for t in tensors)
 
 
-def conv_bn(x: Tensor, layer: ConvBN, fold: Tensor | None) -> LayerState:
-    """See `chain.Backend`."""
-    source = x if fold is None else ref.bn_apply_ref(x, fold)
+def conv_bn(x: Tensor, layer: ConvBN, scale_shift: Tensor | None) -> LayerState:
+    """See `block.Backend`."""
+    source = x if scale_shift is None else ref.bn_apply_ref(x, scale_shift)
     source, w = _conv_operands(source, layer.w, layer=layer)
-    y = to_nhwc(ref.conv_ref(source, w, stride=layer.stride, padding=layer.padding))
+    y = to_dense_channels_last(ref.conv_ref(source, w, stride=layer.stride, padding=layer.padding))
     stats = ref.bn_stats_ref(y, eps=layer.eps)
     count = y.numel() // y.shape[1]
     scale_shift = ref.bn_fold_ref(stats.mean, stats.rstd, layer.weight, layer.bias)
     return LayerState(y, stats.mean, stats.var * (count / (count - 1)), stats.rstd, scale_shift)
 
 
-def apply(state: LayerState, shortcut: Tensor | None, fold: Tensor | None, relu: bool) -> Tensor:
-    """See `chain.Backend`."""
-    return to_nhwc(
+def apply(
+    state: LayerState, shortcut: Tensor | None, shortcut_scale_shift: Tensor | None, relu: bool
+) -> Tensor:
+    """See `block.Backend`."""
+    return to_dense_channels_last(
         ref.bn_apply_ref(
-            state.y, state.scale_shift, residual=shortcut, residual_scale_shift=fold, relu=relu
+            state.y,
+            state.scale_shift,
+            residual=shortcut,
+            residual_scale_shift=shortcut_scale_shift,
+            relu=relu,
         )
     )
 
 
 def reduce(
     dout: Tensor, state: LayerState, mask: Tensor | None, projected: LayerState | None
-) -> tuple[Tensor, Sums]:
-    """See `chain.Backend`."""
+) -> tuple[Tensor, GradSums]:
+    """See `block.Backend`."""
     g = dout
     if mask is not None:
         out = ref.bn_apply_ref(state.y, mask) if mask.dim() == 2 else mask
-        g = to_nhwc(ref.relu_grad_ref(out, dout))
+        g = to_dense_channels_last(ref.relu_grad_ref(out, dout))
     sum_g, sum_gy = ref.bn_backward_sums_ref(g, state.y, state.mean)
     if projected is None:
-        return g, Sums(sum_g, sum_gy)
+        return g, GradSums(sum_g, sum_gy)
     _, sum_gy_shortcut = ref.bn_backward_sums_ref(g, projected.y, projected.mean)
-    return g, Sums(sum_g, sum_gy, sum_gy_shortcut)
+    return g, GradSums(sum_g, sum_gy, sum_gy_shortcut)
 
 
-def fold_grad(
-    g: Tensor, sums: Sums, state: LayerState, weight: Tensor, *, of_projection: bool
-) -> tuple[FoldedGrad, Tensor, Tensor]:
-    """See `chain.Backend`."""
+def defer_dy(
+    g: Tensor, sums: GradSums, state: LayerState, weight: Tensor, *, of_projection: bool
+) -> tuple[DeferredGrad, Tensor, Tensor]:
+    """See `block.Backend`."""
     sum_gy = sums.gy_shortcut if of_projection else sums.gy
     assert sum_gy is not None
     count = g.numel() // g.shape[1]
     dgamma, dbeta, coefficients = ref.bn_backward_coefficients_ref(
         sums.g, sum_gy, state.mean, state.rstd, weight, count
     )
-    return FoldedGrad(g, state.y, coefficients), dgamma, dbeta.clone()
+    return DeferredGrad(g, state.y, coefficients), dgamma, dbeta.clone()
 
 
 def conv_backward(
-    dy: FoldedGrad,
+    dy: DeferredGrad,
     x: Tensor,
     layer: ConvBN,
     *,
-    before: LayerState | None,
+    producer: LayerState | None,
     shortcut: Tensor | None,
     need_dx: bool,
-) -> BackwardStep:
-    """See `chain.Backend`."""
+) -> ConvGrads:
+    """See `block.Backend`."""
     geometry = {"stride": layer.stride, "padding": layer.padding}
-    activation = x if before is None else ref.bn_apply_ref(x, before.scale_shift)
-    formed = ref.bn_backward_apply_ref(*dy)
-    source, formed, w = _conv_operands(activation, formed, layer.w, layer=layer)
+    activation = x if producer is None else ref.bn_apply_ref(x, producer.scale_shift)
+    computed = ref.bn_backward_apply_ref(*dy)
+    source, computed, w = _conv_operands(activation, computed, layer.w, layer=layer)
     filter_size = (w.shape[2], w.shape[3])
-    dw = to_nhwc(ref.conv_wgrad_ref(source, formed, filter_size, **geometry))
+    dw = to_dense_channels_last(ref.conv_wgrad_ref(source, computed, filter_size, **geometry))
     if not need_dx:
-        return BackwardStep(None, dw, None)
-    dx = ref.conv_dgrad_ref(formed, w, (x.shape[2], x.shape[3]), **geometry)
+        return ConvGrads(None, dw, None)
+    dx = ref.conv_dgrad_ref(computed, w, (x.shape[2], x.shape[3]), **geometry)
     if shortcut is not None:
         dx = dx + shortcut
-    if before is None:
-        return BackwardStep(to_nhwc(dx), dw, None)
+    if producer is None:
+        return ConvGrads(to_dense_channels_last(dx), dw, None)
     g = ref.relu_grad_ref(activation, dx)
-    return BackwardStep(g, dw, Sums(*ref.bn_backward_sums_ref(g, before.y, before.mean)))
+    return ConvGrads(g, dw, GradSums(*ref.bn_backward_sums_ref(g, producer.y, producer.mean)))
 
 
 def conv_folded(
@@ -143,4 +129,9 @@ def conv_folded(
     """`out = relu(a * conv(x) + b + residual)`: a layer of inference."""
     x, w = _conv_operands(x, layer.w, layer=layer)
     y = ref.conv_ref(x, w, stride=layer.stride, padding=layer.padding)
-    return to_nhwc(ref.bn_apply_ref(y, scale_shift, residual=residual, relu=relu))
+    return to_dense_channels_last(ref.bn_apply_ref(y, scale_shift, residual=residual, relu=relu))
+
+
+def block_folded(x: Tensor, block: Block, scale_shifts: Sequence[Tensor]) -> Tensor | None:
+    """See `block.Backend`: there is none."""
+    return None

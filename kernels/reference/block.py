@@ -1,15 +1,15 @@
-"""The mathematics of every fused op in plain torch: CPU implementation, and referee in fp64.
+"""The mathematics of a fused block's steps in plain torch: implementation on any device, and truth.
 
 Tensors are (N, C, H, W) in torch's words and channels_last in memory; letters as in the kernels:
 x -conv-> y -batch norm-> z -(+ shortcut)-ReLU-> out, and g, dy, dx, dw for the gradients.
 
 Every function takes any float dtype. Storage is rounded where the kernels round (y, out, g, dy, dx,
-dw); everything per channel is computed and kept in `stat_dtype`: fp32 for bf16, fp16 and fp32, fp64
-for fp64. Run in fp64 these functions are the truth that tests measure both routes against; their
+dw); per-channel numbers are computed and kept in `stat_dtype`: fp32 for bf16, fp16 and fp32, fp64
+for fp64. Run in fp64 these functions are the truth that tests measure the kernels against; their
 forwards are differentiable by torch, their backwards are derived by hand and tested against that.
+backend.py puts them together as `block.Backend` wants them.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,33 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from fastres.kernels.conv_types import stat_dtype
+
 __all__ = [
     "BNStats",
-    "BlockGrads",
-    "BlockSaved",
-    "ConvBN",
-    "ConvBNForward",
-    "ConvBNGrads",
     "bn_apply_ref",
     "bn_backward_apply_ref",
     "bn_backward_coefficients_ref",
     "bn_backward_sums_ref",
     "bn_fold_ref",
     "bn_stats_ref",
-    "conv_bn_add_relu_backward_ref",
-    "conv_bn_add_relu_ref",
-    "conv_bn_relu_backward_ref",
-    "conv_bn_relu_ref",
     "conv_dgrad_ref",
     "conv_folded_ref",
     "conv_ref",
     "conv_wgrad_ref",
     "merge_stats_ref",
     "relu_grad_ref",
-    "residual_block_backward_ref",
-    "residual_block_folded_ref",
-    "residual_block_ref",
-    "stat_dtype",
 ]
 
 
@@ -53,61 +42,6 @@ class BNStats(NamedTuple):
     mean: Tensor
     var: Tensor
     rstd: Tensor
-
-
-class ConvBN(NamedTuple):
-    """A convolution and its batch norm: w (K, C, R, S), weight and bias (K,)."""
-
-    w: Tensor
-    weight: Tensor
-    bias: Tensor
-    stride: int = 1
-    padding: int = 0
-    eps: float = 1e-5
-
-
-class ConvBNForward(NamedTuple):
-    """Result of one layer: the activation, the raw convolution output, its statistics."""
-
-    out: Tensor
-    y: Tensor
-    stats: BNStats
-
-
-class ConvBNGrads(NamedTuple):
-    """Gradients of one layer's parameters: dw (K, C, R, S), dgamma and dbeta (K,)."""
-
-    dw: Tensor
-    dgamma: Tensor
-    dbeta: Tensor
-
-
-class BlockSaved(NamedTuple):
-    """What a residual block keeps for its backward: no activation between its convolutions.
-
-    x: the block's input. out: its output. y, stats: raw output and statistics of every layer of the
-    main path. y_shortcut, stats_shortcut: the same of the projection, or None.
-    """
-
-    x: Tensor
-    out: Tensor
-    y: list[Tensor]
-    stats: list[BNStats]
-    y_shortcut: Tensor | None = None
-    stats_shortcut: BNStats | None = None
-
-
-class BlockGrads(NamedTuple):
-    """Gradients of a residual block: its input, every layer of the main path, the projection."""
-
-    dx: Tensor
-    layers: list[ConvBNGrads]
-    projection: ConvBNGrads | None = None
-
-
-def stat_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics, parameters and sums beside activations of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _per_channel(vector: Tensor) -> Tensor:
@@ -203,7 +137,7 @@ def bn_backward_sums_ref(g: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, Te
 def bn_backward_coefficients_ref(
     sum_g: Tensor, sum_gy: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dgamma and dbeta (C,), and the coefficients (3, C) of dy = c0 * g + c1 * y + c2.
+    """`dgamma` and `dbeta` (C,), and the coefficients (3, C) of dy = c0 * g + c1 * y + c2.
 
     The textbook's dy = gamma * rstd * (g - mean(g) - y^ * mean(g * y^)), where y^ is the normalised
     (y - mean) * rstd, is linear in g and y; c0, c1 and c2 collect its terms.
@@ -221,113 +155,6 @@ def bn_backward_apply_ref(g: Tensor, y: Tensor, coefficients: Tensor) -> Tensor:
     return (c0 * g.to(c0.dtype) + (c1 * y.to(c1.dtype) + c2)).to(g.dtype)
 
 
-def conv_bn_relu_ref(x: Tensor, layer: ConvBN) -> ConvBNForward:
-    """`out = relu(bn(conv(x)))` with the statistics of this batch."""
-    return _layer_forward(x, layer, relu=True)
-
-
-def conv_bn_add_relu_ref(x: Tensor, layer: ConvBN, residual: Tensor) -> ConvBNForward:
-    """`out = relu(bn(conv(x)) + residual)` with the statistics of this batch."""
-    return _layer_forward(x, layer, residual=residual, relu=True)
-
-
-def _layer_forward(
-    x: Tensor, layer: ConvBN, *, residual: Tensor | None = None, relu: bool
-) -> ConvBNForward:
-    y = conv_ref(x, layer.w, stride=layer.stride, padding=layer.padding)
-    stats = bn_stats_ref(y, eps=layer.eps)
-    scale_shift = bn_fold_ref(stats.mean, stats.rstd, layer.weight, layer.bias)
-    return ConvBNForward(bn_apply_ref(y, scale_shift, residual=residual, relu=relu), y, stats)
-
-
-def conv_bn_relu_backward_ref(
-    dout: Tensor, x: Tensor, layer: ConvBN, saved: ConvBNForward
-) -> tuple[Tensor, ConvBNGrads]:
-    """Gradients of `conv_bn_relu_ref`: dx, and those of the parameters."""
-    return _layer_backward(relu_grad_ref(saved.out, dout), x, layer, saved.y, saved.stats)
-
-
-def conv_bn_add_relu_backward_ref(
-    dout: Tensor, x: Tensor, layer: ConvBN, saved: ConvBNForward
-) -> tuple[Tensor, Tensor, ConvBNGrads]:
-    """Gradients of `conv_bn_add_relu_ref`: dx, that of the residual, those of the parameters."""
-    g = relu_grad_ref(saved.out, dout)
-    dx, grads = _layer_backward(g, x, layer, saved.y, saved.stats)
-    return dx, g, grads
-
-
-def _layer_backward(
-    g: Tensor, x: Tensor, layer: ConvBN, y: Tensor, stats: BNStats
-) -> tuple[Tensor, ConvBNGrads]:
-    """From the gradient of the batch norm's output to those of the layer's input and parameters."""
-    sum_g, sum_gy = bn_backward_sums_ref(g, y, stats.mean)
-    dgamma, dbeta, coefficients = bn_backward_coefficients_ref(
-        sum_g, sum_gy, stats.mean, stats.rstd, layer.weight, y.numel() // y.shape[1]
-    )
-    dy = bn_backward_apply_ref(g, y, coefficients)
-    geometry = {"stride": layer.stride, "padding": layer.padding}
-    _, _, h, w = x.shape
-    _, _, r, s = layer.w.shape
-    dx = conv_dgrad_ref(dy, layer.w, (h, w), **geometry)
-    return dx, ConvBNGrads(conv_wgrad_ref(x, dy, (r, s), **geometry), dgamma, dbeta)
-
-
-def residual_block_ref(
-    x: Tensor, layers: Sequence[ConvBN], projection: ConvBN | None = None
-) -> tuple[Tensor, BlockSaved]:
-    """`relu(bn(conv(.. relu(bn(conv(x))))) + shortcut)`: two layers basic, three bottleneck.
-
-    The shortcut is x, or bn(conv(x)) of the projection. Returns the output and what backward needs.
-    """
-    y: list[Tensor] = []
-    stats: list[BNStats] = []
-    activation = x
-    for i, layer in enumerate(layers):
-        y.append(conv_ref(activation, layer.w, stride=layer.stride, padding=layer.padding))
-        stats.append(bn_stats_ref(y[i], eps=layer.eps))
-        if i + 1 < len(layers):
-            activation = bn_apply_ref(y[i], _folded(layer, stats[i]))
-    shortcut, y_shortcut, stats_shortcut, shortcut_fold = x, None, None, None
-    if projection is not None:
-        y_shortcut = conv_ref(x, projection.w, stride=projection.stride, padding=projection.padding)
-        stats_shortcut = bn_stats_ref(y_shortcut, eps=projection.eps)
-        shortcut, shortcut_fold = y_shortcut, _folded(projection, stats_shortcut)
-    out = bn_apply_ref(
-        y[-1],
-        _folded(layers[-1], stats[-1]),
-        residual=shortcut,
-        residual_scale_shift=shortcut_fold,
-    )
-    return out, BlockSaved(x, out, y, stats, y_shortcut, stats_shortcut)
-
-
-def _folded(layer: ConvBN, stats: BNStats) -> Tensor:
-    return bn_fold_ref(stats.mean, stats.rstd, layer.weight, layer.bias)
-
-
-def residual_block_backward_ref(
-    dout: Tensor, saved: BlockSaved, layers: Sequence[ConvBN], projection: ConvBN | None = None
-) -> BlockGrads:
-    """Gradients of `residual_block_ref`; activations between layers are formed anew from y."""
-    shortcut_g = g = relu_grad_ref(saved.out, dout)
-    grads: list[ConvBNGrads] = []
-    for i in reversed(range(len(layers))):
-        x = saved.x
-        if i > 0:
-            x = bn_apply_ref(saved.y[i - 1], _folded(layers[i - 1], saved.stats[i - 1]))
-        dx, layer_grads = _layer_backward(g, x, layers[i], saved.y[i], saved.stats[i])
-        grads.insert(0, layer_grads)
-        g = relu_grad_ref(x, dx) if i > 0 else dx
-    if projection is None:
-        return BlockGrads(g + shortcut_g, grads)
-    if saved.y_shortcut is None or saved.stats_shortcut is None:
-        raise ValueError("saved holds no projection, but a projection is given")
-    dx_shortcut, projection_grads = _layer_backward(
-        shortcut_g, saved.x, projection, saved.y_shortcut, saved.stats_shortcut
-    )
-    return BlockGrads(g + dx_shortcut, grads, projection_grads)
-
-
 def conv_folded_ref(
     x: Tensor,
     w: Tensor,
@@ -341,36 +168,3 @@ def conv_folded_ref(
     """`out = relu(a * conv(x, w) + b + residual)`: a layer of inference."""
     y = conv_ref(x, w, stride=stride, padding=padding)
     return bn_apply_ref(y, scale_shift, residual=residual, relu=relu)
-
-
-def residual_block_folded_ref(
-    x: Tensor,
-    layers: Sequence[ConvBN],
-    scale_shifts: Sequence[Tensor],
-    projection: ConvBN | None = None,
-    projection_scale_shift: Tensor | None = None,
-) -> Tensor:
-    """A residual block in inference: each layer's batch norm folded to (2, K), a above b."""
-    shortcut = x
-    if projection is not None:
-        if projection_scale_shift is None:
-            raise ValueError("projection_scale_shift must be given with a projection")
-        shortcut = conv_folded_ref(
-            x,
-            projection.w,
-            projection_scale_shift,
-            stride=projection.stride,
-            padding=projection.padding,
-            relu=False,
-        )
-    out = x
-    for i, (layer, scale_shift) in enumerate(zip(layers, scale_shifts, strict=True)):
-        out = conv_folded_ref(
-            out,
-            layer.w,
-            scale_shift,
-            stride=layer.stride,
-            padding=layer.padding,
-            residual=shortcut if i + 1 == len(layers) else None,
-        )
-    return out

@@ -1,13 +1,13 @@
-"""The mathematics of the head and the loss in plain torch: CPU implementation, referee in fp64.
+"""The mathematics of head and loss in plain torch: implementation on any device, truth in fp64.
 
-Conventions as in reference.py: any float dtype, storage rounded where the kernels round, everything
-else in `stat_dtype`, backwards derived by hand.
+Conventions as in block.py: any float dtype, storage rounded where the kernels round, all else
+in `stat_dtype`, backwards derived by hand.
 """
 
 import torch
 from torch import Tensor
 
-from fastres.kernels.reference.block import stat_dtype
+from fastres.kernels.conv_types import stat_dtype
 
 __all__ = [
     "pool_linear_backward_ref",

@@ -1,24 +1,25 @@
 """Print the codegen report: `python -m fastres.kernels.tools.codegen --arch sm_80 sm_90`.
 
 Compiles every kernel in every configuration that the launch table or the heuristics give for the
-layers of the chosen networks, in training and in inference, gathering and in boxes, for GPUs that
-this machine need not have. See report_card.py for what a card says.
+layers of the chosen networks, in training and in inference, by pointer loads and by TMA, for GPUs
+that this machine need not have. See codegen_report.py for what an entry says.
 """
 
 import argparse
 import csv
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-if TYPE_CHECKING:
-    from fastres.kernels.tools.codegen_report import Card
+from fastres.host import usable_cores
 
-__all__ = ["card_record", "main"]
+if TYPE_CHECKING:
+    from fastres.kernels.tools.codegen_report import CodegenEntry
+
+__all__ = ["entry_record", "main"]
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 NETWORKS = ("resnet20", "resnet18")
@@ -49,12 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--batch", type=int, default=512, help="images; default 512")
     add("--jobs", type=int, help="processes that compile; default: the usable cores")
-    add("--json", type=Path, metavar="FILE", help="also write all cards as JSON")
-    add("--csv", type=Path, metavar="FILE", help="also write all cards as CSV")
+    add("--json", type=Path, metavar="FILE", help="also write all entries as JSON")
+    add("--csv", type=Path, metavar="FILE", help="also write all entries as CSV")
     return parser
 
 
-def _fault(options: argparse.Namespace) -> str | None:
+def _obstacle(options: argparse.Namespace) -> str | None:
     """Why nothing can be compiled here, or None."""
     for name in ("batch", "jobs"):
         value = getattr(options, name)
@@ -73,9 +74,9 @@ def _fault(options: argparse.Namespace) -> str | None:
     return None if all(tools) else "Triton's assembler for NVIDIA GPUs is missing"
 
 
-def card_record(card: "Card") -> dict[str, Any]:
-    """A card as flat, plain values: a row of the CSV file."""
-    plan, code = card.plan, card.code
+def entry_record(entry: "CodegenEntry") -> dict[str, Any]:
+    """An entry as flat, plain values: a row of the CSV file."""
+    plan, code = entry.plan, entry.code
     names = ("arch", "model", "phase", "layer", "kernel", "variant", "precision")
     return {
         **{name: getattr(plan, name) for name in names},
@@ -86,66 +87,60 @@ def card_record(card: "Card") -> dict[str, Any]:
         "spills": code.spills,
         "shared_bytes": code.shared_bytes,
         "tensor_core_instructions": code.tensor_core_instructions,
-        "tensor_cores": card.tensor_cores,
-        "box_loads": code.box_loads,
+        "tensor_cores": entry.tensor_cores,
+        "tma_loads": code.tma_loads,
         "wide_loads": code.wide_loads,
         "narrow_loads": code.narrow_loads,
         "wide_stores": code.wide_stores,
         "narrow_stores": code.narrow_stores,
-        "pixel_load_bits": card.pixel_load_bits,
+        "pixel_load_bits": entry.pixel_load_bits,
         "load_bits": ", ".join(f"{name} {bits}" for name, bits in code.load_bits.items()),
         "declared_bytes": plan.bytes,
         "declared_flops": plan.flops,
-        "roofline_us_estimate": round(card.roofline_us, 3),
-        "bound": card.bound,
-        "faults": "; ".join(card.faults),
+        "roofline_us_estimate": round(entry.roofline_us, 3),
+        "bound": entry.bound,
+        "violations": "; ".join(entry.violations),
     }
 
 
-def _compile(options: argparse.Namespace) -> "list[Card]":
+def _compile(options: argparse.Namespace) -> "list[CodegenEntry]":
     """Plan and compile with a bar on stderr, silent when that is not a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from fastres.kernels.tools.codegen_report import compile_cards, count_builds, planned_cards
+    from fastres.kernels.tools.codegen_report import compile_entries, count_builds, plan_entries
 
     plans = [
         plan
         for arch in options.arch
         for precision in options.dtype
         for model in options.model
-        for plan in planned_cards(arch, model, precision, options.batch, options.phase)
+        for plan in plan_entries(arch, model, precision, options.batch, options.phase)
     ]
-    jobs = options.jobs or _usable_cores()
+    jobs = options.jobs or usable_cores()
     console = Console(stderr=True)
     hidden = not sys.stderr.isatty()
     with Progress(console=console, disable=hidden, transient=True) as progress:
         task = progress.add_task("compiling kernels", total=count_builds(plans))
-        return compile_cards(plans, jobs, lambda: progress.advance(task))
+        return compile_entries(plans, jobs, lambda: progress.advance(task))
 
 
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _print_cards(cards: "Sequence[Card]", arch: str) -> None:
-    """Print the cards of one architecture as a table, the ceilings below it."""
+def _print_entries(entries: "Sequence[CodegenEntry]", arch: str) -> None:
+    """Print the entries of one architecture as a table, the peak rates below it."""
     from rich.console import Console
     from rich.table import Table
 
-    from fastres.kernels.tools.codegen_report import CEILINGS
+    from fastres.kernels.tools.codegen_report import PEAK_RATES
 
-    ceiling = CEILINGS[arch]
-    table = Table(title=f"{arch}: {len(cards)} different launches", show_lines=False)
-    for name in ("kernel", "form", "network, layer", "tile"):
+    rates = PEAK_RATES[arch]
+    table = Table(title=f"{arch}: {len(entries)} different launches", show_lines=False)
+    for name in ("kernel", "variant", "network, layer", "tile"):
         table.add_column(name, overflow="fold")
     numbers = ("times", "regs", "spills", "shared", "tensor cores", "narrowest loads, bits")
-    for name in (*numbers, "MB", "MFLOP", f"{ceiling.gpu} roofline, us (ESTIMATE)"):
+    for name in (*numbers, "MB", "MFLOP", f"{rates.gpu} roofline, us (ESTIMATE)"):
         table.add_column(name, justify="right", overflow="fold")
-    for card in cards:
-        plan, code = card.plan, card.code
+    for entry in entries:
+        plan, code = entry.plan, entry.code
         table.add_row(
             plan.kernel.removesuffix("_kernel"),
             plan.variant,
@@ -155,23 +150,23 @@ def _print_cards(cards: "Sequence[Card]", arch: str) -> None:
             str(code.registers),
             str(code.spills),
             f"{code.shared_bytes / 1024:.1f} KiB",
-            card.tensor_cores,
+            entry.tensor_cores,
             " ".join(f"{n.removesuffix('_ptr')}:{bits}" for n, bits in code.load_bits.items()),
             f"{plan.bytes / 1e6:.3g}",
             f"{plan.flops / 1e6:.3g}",
-            f"{card.roofline_us:.2f} {card.bound}",
-            style="red" if card.faults else None,
+            f"{entry.roofline_us:.2f} {entry.bound}",
+            style="red" if entry.violations else None,
         )
     console = Console()
     # A file or a pipe has no width of its own; a table squeezed into 80 columns is unreadable.
     (console if console.is_terminal else Console(width=220)).print(table)
-    peaks = ", ".join(f"{dtype} {flops / 1e12:g}" for dtype, flops in ceiling.peak.items())
-    print(f"The roofline is an ESTIMATE for {ceiling.gpu}: {ceiling.bandwidth / 1e12:g} TB/s; "
-          f"TFLOP/s: {peaks} ({ceiling.source}). No GPU time was measured.")  # fmt: skip
+    peaks = ", ".join(f"{dtype} {flops / 1e12:g}" for dtype, flops in rates.peak.items())
+    print(f"The roofline is an ESTIMATE for {rates.gpu}: {rates.bandwidth / 1e12:g} TB/s; "
+          f"TFLOP/s: {peaks} ({rates.source}). No GPU time was measured.")  # fmt: skip
 
 
-def _write(cards: "Sequence[Card]", options: argparse.Namespace) -> None:
-    records = [card_record(card) for card in cards]
+def _write(entries: "Sequence[CodegenEntry]", options: argparse.Namespace) -> None:
+    records = [entry_record(entry) for entry in entries]
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
     if options.csv:
@@ -182,27 +177,27 @@ def _write(cards: "Sequence[Card]", options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile, print, write; 1 where a card has a fault, 2 where nothing can be compiled."""
+    """Compile, print, write; 1 where an entry has a violation, 2 where nothing can be compiled."""
     options = _parser().parse_args(argv)
-    reason = _fault(options)
+    reason = _obstacle(options)
     if reason is not None:
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    cards = _compile(options)
+    entries = _compile(options)
     for arch in options.arch:
-        _print_cards([card for card in cards if card.plan.arch == arch], arch)
+        _print_entries([entry for entry in entries if entry.plan.arch == arch], arch)
     try:
-        _write(cards, options)
+        _write(entries, options)
     except OSError as error:
-        print(f"error: cannot write the cards: {error}", file=sys.stderr)
+        print(f"error: cannot write the report: {error}", file=sys.stderr)
         return 2
-    faulty = [card for card in cards if card.faults]
-    for card in faulty:
-        plan = card.plan
+    bad = [entry for entry in entries if entry.violations]
+    for entry in bad:
+        plan = entry.plan
         where = f"{plan.arch} {plan.precision} {plan.model} {plan.layer} {plan.kernel}"
-        print(f"fault: {where} ({plan.variant}) {plan.tile}: {'; '.join(card.faults)}")
-    print(f"{len(cards)} cards, {len(faulty)} with a fault")
-    return 1 if faulty else 0
+        print(f"violation: {where} ({plan.variant}) {plan.tile}: {'; '.join(entry.violations)}")
+    print(f"{len(entries)} entries, {len(bad)} with a violation")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

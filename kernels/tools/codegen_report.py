@@ -1,12 +1,12 @@
-"""The report card of the kernels: what every launch of a real network compiles to, on any GPU.
+"""The codegen report: what every launch of a real network compiles to, on any GPU.
 
-`planned_cards` records the launches of training and inference, `compile_cards` compiles each
-different one once, in several processes. A card says how a kernel was built (tile, registers,
+`plan_entries` records the launches of training and inference, `compile_entries` compiles each
+different one once, in several processes. An entry says how a kernel was built (tile, registers,
 spills, shared memory, tensor-core instructions, width of its loads) and what its launch declares to
-move and to compute; `Card.faults` is what a good kernel must not show.
+move and to compute; `CodegenEntry.violations` is what a good kernel must not show.
 
-The roofline time of a card is an ESTIMATE: declared bytes over the memory's bandwidth, or declared
-arithmetic over the peak, whichever is longer, with the figures of `CEILINGS`. Nothing is measured.
+The roofline time of an entry is an ESTIMATE: declared bytes over the memory's bandwidth, or
+declared arithmetic over the peak, whichever is longer, with `PEAK_RATES`. Nothing is measured.
 """
 
 import multiprocessing
@@ -16,36 +16,47 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from fastres.kernels.conv_shape import ConvOp, NamedConv
+from fastres.kernels.conv_shape import ConvOp
 from fastres.kernels.gpu.launch import Launch, Traffic
 from fastres.kernels.gpu.launch_config import (
     ConvConfig,
     assume_entries,
-    box_config,
     heuristic_config,
     load_table,
     table_key,
+    tma_config,
 )
-from fastres.kernels.tools.describe import expected_bits, tile_words, variant_words
+from fastres.kernels.tools.describe import expected_bits, tile_label, variant_label
 from fastres.kernels.tools.machine_code import Build, MachineCode, compile_build, specialize
-from fastres.kernels.tools.networks import (
-    MODELS,
-    PRECISIONS,
-    NamedChain,
-    Precision,
-    network_chains,
+from fastres.kernels.tools.network_launches import (
     record_augmentation,
     record_head,
     record_inference,
     record_training,
 )
+from fastres.kernels.tools.networks import (
+    PRECISIONS,
+    NamedBlock,
+    NamedConv,
+    Precision,
+    network_blocks,
+    network_convs,
+)
 
-__all__ = ["CEILINGS", "Card", "Ceiling", "Plan", "compile_cards", "count_builds", "planned_cards"]
+__all__ = [
+    "PEAK_RATES",
+    "CodegenEntry",
+    "PeakRates",
+    "Plan",
+    "compile_entries",
+    "count_builds",
+    "plan_entries",
+]
 
 HEURISTICS = "heuristics"
 
 
-class Ceiling(NamedTuple):
+class PeakRates(NamedTuple):
     """What a class of GPUs can do at most, for one architecture.
 
     gpu: the class. bandwidth: bytes/s. peak: FLOP/s by precision. shared_bytes: shared memory that
@@ -66,8 +77,8 @@ def _peak(bf16: float, fp32: float) -> dict[str, float]:
     return {"bf16": bf16, "fp16": bf16, "tf32": bf16 / 2, "fp32": fp32}
 
 
-CEILINGS = {
-    "sm_80": Ceiling(
+PEAK_RATES = {
+    "sm_80": PeakRates(
         "A100 80 GB SXM",
         2.039e12,
         _peak(312e12, 19.5e12),
@@ -75,7 +86,7 @@ CEILINGS = {
         ("A100", "A30"),
         "NVIDIA A100 datasheet, published",
     ),
-    "sm_90": Ceiling(
+    "sm_90": PeakRates(
         "H200",
         4.3e12,
         _peak(790e12, 67e12),
@@ -83,7 +94,7 @@ CEILINGS = {
         ("H100", "H200", "GH200"),
         "copy and bf16 product as measured on an H200; fp32 from NVIDIA's H200 datasheet",
     ),
-    "sm_100": Ceiling(
+    "sm_100": PeakRates(
         "B200",
         8e12,
         _peak(2250e12, 80e12),
@@ -120,7 +131,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Card:
+class CodegenEntry:
     """What one plan compiled to."""
 
     plan: Plan
@@ -129,16 +140,16 @@ class Card:
     @property
     def roofline_us(self) -> float:
         """ESTIMATE of the least time of one launch, in microseconds."""
-        ceiling = CEILINGS[self.plan.arch]
-        peak = ceiling.peak[self.plan.precision]
-        return 1e6 * max(self.plan.bytes / ceiling.bandwidth, self.plan.flops / peak)
+        rates = PEAK_RATES[self.plan.arch]
+        peak = rates.peak[self.plan.precision]
+        return 1e6 * max(self.plan.bytes / rates.bandwidth, self.plan.flops / peak)
 
     @property
     def bound(self) -> str:
         """What that estimate is bound by: memory or arithmetic."""
-        ceiling = CEILINGS[self.plan.arch]
-        seconds = self.plan.flops / ceiling.peak[self.plan.precision]
-        return "arithmetic" if seconds > self.plan.bytes / ceiling.bandwidth else "memory"
+        rates = PEAK_RATES[self.plan.arch]
+        seconds = self.plan.flops / rates.peak[self.plan.precision]
+        return "arithmetic" if seconds > self.plan.bytes / rates.bandwidth else "memory"
 
     @property
     def tensor_cores(self) -> str:
@@ -164,53 +175,60 @@ class Card:
         }
 
     @property
-    def faults(self) -> list[str]:
+    def violations(self) -> list[str]:
         """What a good kernel must not show, in words; empty for a good one."""
         code, plan = self.code, self.plan
-        faults = []
+        violations = []
         if code.spills:
-            faults.append(f"{code.spills} spills")
-        limit = CEILINGS[plan.arch].shared_bytes
+            violations.append(f"{code.spills} spills")
+        limit = PEAK_RATES[plan.arch].shared_bytes
         if code.shared_bytes > limit:
-            faults.append(f"{code.shared_bytes} bytes of shared memory, {plan.arch} has {limit}")
+            violations.append(
+                f"{code.shared_bytes} bytes of shared memory, {plan.arch} has {limit}"
+            )
         wanted = {"sm_80": code.hmma, "sm_90": code.hgmma, "sm_100": code.tcgen05}[plan.arch]
         if plan.kernel.startswith("conv") and plan.precision != "fp32" and not wanted:
-            faults.append(f"no tensor-core instruction of {plan.arch}")
-        if "_box_" in plan.kernel and not code.box_loads:
-            faults.append("no box is loaded")
-        faults += [f"{name} read {bits} bits wide" for name, bits in self.narrow_operands.items()]
-        return faults
+            violations.append(f"no tensor-core instruction of {plan.arch}")
+        if "_tma_" in plan.kernel and not code.tma_loads:
+            violations.append("no TMA load")
+        violations += [
+            f"{name} read {bits} bits wide" for name, bits in self.narrow_operands.items()
+        ]
+        return violations
 
 
-def _layer_name(chain: NamedChain, convs: Sequence[NamedConv], launch: Launch) -> str:
-    """The convolution that a launch computes, as shapes.py calls it; else the chain."""
+def _layer_name(block: NamedBlock, launch: Launch) -> str:
+    """The convolution that a launch computes, as networks.py calls it; else the block."""
     if not launch.name.startswith("conv"):
-        return chain.name
-    of_chain = [conv for conv in convs if conv.shape in chain.conv_shapes()]
-    return next(c.name for c in of_chain if c.shape.constexprs().items() <= launch.args.items())
+        return block.name
+    return next(
+        conv.name
+        for conv in block.convs()
+        if conv.shape.constexprs().items() <= launch.args.items()
+    )
 
 
-def planned_cards(
+def plan_entries(
     arch: str, model: str, precision: str, batch: int, phases: Sequence[str]
 ) -> list[Plan]:
     """Every different launch of a network's training step and inference pass.
 
     Args:
-        arch: a key of CEILINGS.
-        model: a key of MODELS.
+        arch: a key of PEAK_RATES.
+        model: a key of NETWORKS.
         precision: a key of PRECISIONS.
         batch: images.
         phases: "training", "inference" or both.
 
     Returns: plans, configured by the heuristics, by each GPU of this architecture that the launch
-        table knows, in boxes where the GPU loads them, and with some products on the route cudnn,
-        for the kernels around those.
+        table knows, with TMA loads where the GPU has them, and with some products on the route
+        cudnn, for the kernels around those.
     """
-    convs = MODELS[model](batch)
+    blocks, convs = network_blocks(model, batch), network_convs(model, batch)
     plans: dict[tuple[Build, Traffic], Plan] = {}
     for configured_by, entries in _tables(arch, convs, PRECISIONS[precision]).items():
         with assume_entries(entries):
-            recorded = _recorded(convs, precision, phases)
+            recorded = _recorded(blocks, precision, phases)
         counts: Counter[tuple[Build, Traffic]] = Counter()
         for phase, layer, launch, count in recorded:
             build = specialize(launch)
@@ -223,11 +241,11 @@ def planned_cards(
                     phase=phase,
                     layer=layer,
                     kernel=launch.name,
-                    variant=variant_words(launch),
+                    variant=variant_label(launch),
                     precision=precision,
                     arch=arch,
                     configured_by=configured_by,
-                    tile=tile_words(launch),
+                    tile=tile_label(launch),
                     launches=0,
                     bytes=launch.traffic.bytes,
                     flops=launch.traffic.flops,
@@ -249,22 +267,22 @@ def _tables(
     tables |= {
         gpu: entries
         for gpu, entries in load_table().items()
-        if any(word in gpu for word in CEILINGS[arch].tables)
+        if any(word in gpu for word in PEAK_RATES[arch].tables)
     }
     if arch != "sm_80":
-        tables["box loads"] = _in_boxes(convs, precision)
+        tables["TMA loads"] = _by_tma(convs, precision)
     routed: list[list[ConvOp]] = [["fprop", "dgrad", "wgrad"], ["dgrad"], ["wgrad"]]
     for ops in routed:
         tables[f"{', '.join(ops)} on cudnn"] = _on_cudnn(convs, precision, ops)
     return tables
 
 
-def _in_boxes(convs: Sequence[NamedConv], precision: Precision) -> dict[str, ConvConfig]:
-    """Entries that load pixels in boxes wherever a layer has them."""
+def _by_tma(convs: Sequence[NamedConv], precision: Precision) -> dict[str, ConvConfig]:
+    """Entries that load pixels by TMA wherever a layer can."""
     dtype, tf32 = precision.dtype, precision.tf32
     ops: list[ConvOp] = ["fprop", "dgrad"]
     entries = {
-        table_key(op, shape, dtype, tf32=tf32): box_config(op, shape, dtype, tf32=tf32)
+        table_key(op, shape, dtype, tf32=tf32): tma_config(op, shape, dtype, tf32=tf32)
         for op in ops
         for _, shape, _ in convs
     }
@@ -286,37 +304,38 @@ def _on_cudnn(
 
 
 def _recorded(
-    convs: list[NamedConv], precision: str, phases: Sequence[str]
+    blocks: Sequence[NamedBlock], precision: str, phases: Sequence[str]
 ) -> list[tuple[str, str, Launch, int]]:
     """Every launch of a network: phase, layer, launch, and how often it is made."""
     numbers = PRECISIONS[precision]
     record = {"training": record_training, "inference": record_inference}
     found = [
-        (phase, _layer_name(chain, convs, launch), launch, chain.count)
+        (phase, _layer_name(block, launch), launch, block.count)
         for phase in phases
-        for chain in network_chains(convs)
-        for launch in record[phase](chain, numbers)
+        for block in blocks
+        for launch in record[phase](block, numbers)
     ]
+    last = blocks[-1].layers[-1]
     for phase in phases:
         is_training = phase == "training"
-        around = {"head": record_head(convs, numbers, training=is_training)}
+        around = {"head": record_head(last, numbers, training=is_training)}
         if is_training:
-            around["augmentation"] = record_augmentation(convs[0].shape.N, numbers)
+            around["augmentation"] = record_augmentation(last.N, numbers)
         found += [(phase, name, launch, 1) for name in around for launch in around[name]]
     return found
 
 
-def compile_cards(
+def compile_entries(
     plans: Sequence[Plan], jobs: int, advance: Callable[[], None] = lambda: None
-) -> list[Card]:
+) -> list[CodegenEntry]:
     """Compile every different build among the plans once.
 
     Args:
-        plans: from `planned_cards`.
+        plans: from `plan_entries`.
         jobs: processes; 1 compiles in this one.
         advance: called after each compilation.
 
-    Returns: a card a plan, in order.
+    Returns: an entry a plan, in order.
     """
     builds = _builds(plans)
     codes: dict[tuple[Build, int], MachineCode] = {}
@@ -334,11 +353,11 @@ def compile_cards(
             for done in as_completed(running):
                 codes[running[done]] = done.result()
                 advance()
-    return [Card(plan, codes[plan.build, _capability(plan)]) for plan in plans]
+    return [CodegenEntry(plan, codes[plan.build, _capability(plan)]) for plan in plans]
 
 
 def count_builds(plans: Sequence[Plan]) -> int:
-    """How many compilations `compile_cards` does."""
+    """How many compilations `compile_entries` does."""
     return len(_builds(plans))
 
 

@@ -1,52 +1,51 @@
-"""A recorded launch in words, and how wide its loads can be: for the report card."""
+"""A recorded launch in words, and how wide its loads can be: for the codegen report."""
 
 import torch
 
 from fastres.kernels.gpu.launch import Launch
 
-__all__ = ["expected_bits", "tile_words", "variant_words"]
+__all__ = ["expected_bits", "tile_label", "variant_label"]
 
-# What tells the forms of a kernel apart: parameter, and what its presence means.
+# What tells the variants of a kernel apart: parameter, and what its presence means.
 _VARIANTS = {
     "conv_fprop_kernel": {
-        "in_ab_ptr": "bn+relu in",
+        "in_scale_shift_ptr": "bn+relu in",
         "stats_ptr": "statistics out",
-        "out_ab_ptr": "bn out",
+        "out_scale_shift_ptr": "bn out",
         "residual_ptr": "residual",
         "RELU": "relu out",
     },
     "conv_dgrad_kernel": {
-        "coefficients_ptr": "dy formed",
+        "coefficients_ptr": "deferred dy",
         "shortcut_ptr": "shortcut added",
-        "y_prev_ptr": "relu mask and sums",
-        "out_ptr": "mask read",
+        "producer_y_ptr": "relu mask and sums",
     },
-    "conv_wgrad_kernel": {"in_ab_ptr": "bn+relu in", "coefficients_ptr": "dy formed"},
+    "conv_wgrad_kernel": {"in_scale_shift_ptr": "bn+relu in", "coefficients_ptr": "deferred dy"},
     "bn_apply_kernel": {
         "shortcut_ptr": "shortcut",
-        "shortcut_ab_ptr": "projected",
+        "shortcut_scale_shift_ptr": "projected",
         "RELU": "relu",
     },
     "bn_backward_reduce_kernel": {
         "out_ptr": "mask read",
-        "ab_ptr": "mask formed",
+        "scale_shift_ptr": "mask recomputed",
         "y_shortcut_ptr": "projected shortcut",
     },
 }
 
 
-def variant_words(launch: Launch) -> str:
+def variant_label(launch: Launch) -> str:
     """The prologue and epilogue of a launch in words."""
     words = [
         word
-        for name, word in _VARIANTS.get(launch.name.replace("_box", ""), {}).items()
+        for name, word in _VARIANTS.get(launch.name.replace("_tma", ""), {}).items()
         if launch.args[name] is not None and launch.args[name] is not False
     ]
     return ", ".join(words) or "plain"
 
 
-def tile_words(launch: Launch) -> str:
-    """Tile, warps, stages; programs of a persistent grid; parts of a filter gradient's sum."""
+def tile_label(launch: Launch) -> str:
+    """Tile, warps, stages; size of a persistent grid; split-K of a filter gradient."""
     sizes = [str(value) for name, value in launch.args.items() if name.startswith("BLOCK_")]
     text = f"{'x'.join(sizes)} w{launch.num_warps} s{launch.num_stages}"
     if launch.args.get("PERSISTENT"):

@@ -1,74 +1,116 @@
-"""Times calls on a GPU by replaying CUDA graphs of them, in turns."""
+"""Times calls on a GPU by replaying CUDA graphs of them, in turns.
+
+A graph has no launch latency between its kernels, as the captured training step has none.
+"""
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from fastres.kernels.tools.tuner import Trial
+__all__ = ["GRAPH_REPLAYS", "GraphSampler", "GraphTimer", "Trial", "graph_sample"]
 
-__all__ = ["GraphTimer"]
+GRAPH_REPLAYS = 10
+_HOT_CALLS = 8
+_ROUNDS = 15
 
-REPEATS = 8
-ROUNDS = 15
+
+class Trial(NamedTuple):
+    """Something to time: its name, and a call that can be repeated and captured in a graph."""
+
+    label: str
+    run: Callable[[], object]
 
 
-class GraphTimer:
-    """A `Timer`: the median over rounds of a graph that holds a call several times.
-
-    A graph has no launch latency between its kernels, as the captured training step has none. Cold:
-    before each call twice the L2 cache is overwritten inside the graph, and a graph that does only
-    that is timed beside the others and taken off. Hot: each call finds what the one before left.
+class GraphSampler:
+    """Captures calls; what it captured shares one memory pool and one buffer that empties the L2.
 
     Args:
-        device: the GPU.
-        cold: whether the L2 cache is emptied before each call.
+        device: a CUDA device.
+        cold: overwrite the L2 cache before every replay; otherwise operands may lie in it.
     """
 
     def __init__(self, device: torch.device, *, cold: bool):
         self.device = device
-        size = torch.cuda.get_device_properties(device).L2_cache_size
-        self._trash = torch.empty(2 * size, dtype=torch.uint8, device=device) if cold else None
+        self.cold = cold
+        self._pool = torch.cuda.graph_pool_handle()
+        num_flushed = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(num_flushed if cold else 0, dtype=torch.int8, device=device)
 
-    def __call__(self, trials: Sequence[Trial]) -> list[float]:
-        """Median seconds of one run of each trial."""
-        calls = [trial.run for trial in trials]
-        if self._trash is not None:
-            calls.append(lambda: None)
-        pool = torch.cuda.graph_pool_handle()
-        graphs = [self._capture(call, pool) for call in calls]
-        times: list[list[float]] = [[] for _ in graphs]
-        for _ in range(ROUNDS):
-            for graph, spent in zip(graphs, times, strict=True):
-                spent.append(self._replay(graph))
-        medians = [statistics.median(spent) for spent in times]
-        idle = medians.pop() if self._trash is not None else 0.0
-        # A call of no measurable length still took longer than nothing.
-        return [max(median - idle, 1e-9) / REPEATS for median in medians]
+    def sample(
+        self, call: Callable[[], object], *, before: Callable[[], object] | None = None
+    ) -> Callable[[], float]:
+        """Capture `call` and return what replays it between two events.
 
-    def _capture(self, call: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+        Args:
+            call: what is captured; it must not wait for the device.
+            before: called once on the stream of the capture. The autograd engine runs a backward
+                pass on the stream of its forward, which must be the one that captures.
+
+        Returns: a function that returns the seconds of one call, the mean of `GRAPH_REPLAYS`.
+        """
+        # Hot calls follow each other in the graph, or the gaps between launches would be timed too.
+        num_calls = 1 if self.cold else _HOT_CALLS
         with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
             # Compiles, and lets cuDNN choose its algorithm, before the capture.
-            with torch.cuda.stream(side):
-                call()
-            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.stream(stream):
+                if before is not None:
+                    before()
+                for _ in range(3):
+                    call()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                for _ in range(REPEATS):
-                    if self._trash is not None:
-                        self._trash.fill_(1)
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                for _ in range(num_calls):
                     call()
-            return graph
+        return lambda: self._replay(graph) / num_calls
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> float:
         with torch.cuda.device(self.device):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3
+            marks = [
+                (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+                for _ in range(GRAPH_REPLAYS)
+            ]
+            for start, end in marks:
+                if self.cold:
+                    self._flush.zero_()
+                start.record()
+                graph.replay()
+                end.record()
+            torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in marks) / 1e3 / GRAPH_REPLAYS
+
+
+def graph_sample(
+    call: Callable[[], object],
+    device: torch.device,
+    *,
+    cold: bool,
+    before: Callable[[], object] | None = None,
+) -> Callable[[], float]:
+    """`GraphSampler(device, cold=cold).sample(call, before=before)`, for one call alone."""
+    return GraphSampler(device, cold=cold).sample(call, before=before)
+
+
+class GraphTimer:
+    """A `Timer`: the median over rounds in which all trials take turns.
+
+    Args:
+        device: the GPU.
+        cold: whether the L2 cache is emptied before each call; else it holds what the last left.
+    """
+
+    def __init__(self, device: torch.device, *, cold: bool):
+        self._sampler = GraphSampler(device, cold=cold)
+
+    def __call__(self, trials: Sequence[Trial]) -> list[float]:
+        """Median seconds of one run of each trial."""
+        samples = [self._sampler.sample(trial.run) for trial in trials]
+        times: list[list[float]] = [[] for _ in samples]
+        for _ in range(_ROUNDS):
+            for sample, spent in zip(samples, times, strict=True):
+                spent.append(sample())
+        return [statistics.median(spent) for spent in times]

@@ -73,7 +73,7 @@ class MachineCode:
 
     registers: of one thread. shared_bytes: of one program. spills: loads and stores of registers
     that did not fit. hgmma: Hopper's warpgroup products. hmma: tensor-core products of Ampere.
-    tcgen05: Blackwell's. box_loads: copies of a box by the engine of Hopper and later (TMA).
+    tcgen05: Blackwell's. tma_loads: TMA copies, of Hopper and later.
     wide_loads: 16-byte loads from global memory by a thread; narrow_loads: all others. wide_stores
     and narrow_stores: the same for stores. load_bits: for each pointer that the source loads from,
     as the loading function calls it, the width of its narrowest load.
@@ -85,7 +85,7 @@ class MachineCode:
     hgmma: int
     hmma: int
     tcgen05: int
-    box_loads: int
+    tma_loads: int
     wide_loads: int
     narrow_loads: int
     wide_stores: int
@@ -253,7 +253,7 @@ def count_instructions(sass: str) -> dict[str, int]:
         "hgmma": count(r"\bHGMMA\b"),
         "hmma": count(r"\bHMMA\b"),
         "tcgen05": count(r"\bUTC\w*MMA\b"),
-        "box_loads": count(r"\bUTMALDG\b"),
+        "tma_loads": count(r"\bUTMALDG\b"),
         "wide_loads": wide_loads,
         "narrow_loads": count(r"\bLDG(?:STS)?\b") - wide_loads,
         "wide_stores": wide_stores,

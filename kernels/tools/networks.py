@@ -1,43 +1,34 @@
-"""The chains of convolutions of the real networks, and the launches that they make.
+"""The convolutions of the real networks, block by block: the one description of a network.
 
-A chain is what one fused op runs: the stem, or a residual block. The functions `record_...` run
-chains, the head and the augmentation on meta tensors through the very steps of training, so what
-they return is what a GPU would be given, prologues, epilogues and all, without a GPU.
+`network_blocks` lists the stem, then the residual blocks; the distinct convolutions follow from it.
+What a block launches is in network_launches.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from fastres.kernels import block as block_ops
-from fastres.kernels.block import Chain, Shortcut
-from fastres.kernels.conv_shape import ConvShape, NamedConv, resnet18_convs, resnet20_convs
-from fastres.kernels.gpu import backend as gpu_backend
-from fastres.kernels.gpu.augment import augment_normalize
-from fastres.kernels.gpu.cross_entropy import smooth_cross_entropy_bwd, smooth_cross_entropy_fwd
-from fastres.kernels.gpu.launch import Launch, recording
-from fastres.kernels.gpu.pool_linear import pool_linear_bwd, pool_linear_fwd
-from fastres.kernels.reference.block import ConvBN
+from fastres.kernels.block import Shortcut
+from fastres.kernels.conv_shape import ConvShape
 
 __all__ = [
-    "MODELS",
+    "NETWORKS",
     "PRECISIONS",
-    "NamedChain",
+    "NamedBlock",
+    "NamedConv",
     "Precision",
-    "network_chains",
+    "network_blocks",
+    "network_convs",
     "precision_set",
-    "record_augmentation",
-    "record_head",
-    "record_inference",
-    "record_training",
+    "resnet18_convs",
+    "resnet20_convs",
 ]
 
-MODELS: dict[str, Callable[[int], list[NamedConv]]] = {
-    "resnet20": resnet20_convs,
-    "resnet18": resnet18_convs,
-}
+# Widths of the stages, and basic blocks in each.
+NETWORKS = {"resnet20": ((16, 32, 64), 3), "resnet18": ((64, 128, 256, 512), 2)}
 
 
 @dataclass(frozen=True)
@@ -56,12 +47,20 @@ PRECISIONS = {
 }
 
 
+class NamedConv(NamedTuple):
+    """A convolution of a network and how many layers have its shape."""
+
+    name: str
+    shape: ConvShape
+    num_layers: int
+
+
 @dataclass(frozen=True)
-class NamedChain:
+class NamedBlock:
     """A stem or a residual block, and how many of the network are like it.
 
     layers: shapes on the main path. projection: that of the shortcut, or None. shortcut: as in
-    `block_ops.Chain`. need_dx: whether the gradient of its input is wanted.
+    `block_ops.Block`. need_dx: whether the gradient of its input is wanted.
     """
 
     name: str
@@ -71,27 +70,56 @@ class NamedChain:
     count: int
     need_dx: bool = True
 
-    def conv_shapes(self) -> list[ConvShape]:
-        """The shapes of all its convolutions, the projection's last."""
-        return [*self.layers, *([] if self.projection is None else [self.projection])]
+    def convs(self) -> list[NamedConv]:
+        """Its convolutions, each as often as there are such blocks."""
+        if self.projection is None:
+            return [NamedConv(self.name, shape, self.count) for shape in self.layers]
+        stage = self.name.removesuffix(" first")
+        down, *plain = self.layers
+        return [
+            NamedConv(f"{stage} down", down, self.count),
+            NamedConv(f"{stage} projection", self.projection, self.count),
+            *(NamedConv(stage, shape, self.count) for shape in plain),
+        ]
 
 
-def network_chains(convs: list[NamedConv]) -> list[NamedChain]:
-    """Put the convolutions of a network of basic blocks together into its stem and blocks."""
-    named = {conv.name: conv for conv in convs}
-    stem = named["stem"].shape
-    chains = [NamedChain("stem", (stem,), None, "none", 1, need_dx=False)]
-    for name, conv in named.items():
-        down, projection = named.get(f"{name} down"), named.get(f"{name} projection")
-        num_plain = conv.num_layers
-        if down is not None and projection is not None:
-            layers = (down.shape, conv.shape)
-            chains.append(NamedChain(f"{name} first", layers, projection.shape, "projected", 1))
-            num_plain -= 1
-        if name.startswith("stage") and " " not in name:
-            layers = (conv.shape, conv.shape)
-            chains.append(NamedChain(name, layers, None, "input", num_plain // 2))
-    return chains
+def network_blocks(network: str, batch: int) -> list[NamedBlock]:
+    """Stem and residual blocks of a CIFAR ResNet of basic blocks with 1x1 projections."""
+    widths, num_blocks = NETWORKS[network]
+    size, width = 32, widths[0]
+    stem = ConvShape(batch, size, size, 3, width)
+    blocks = [NamedBlock("stem", (stem,), None, "none", 1, need_dx=False)]
+    for stage, wider in enumerate(widths, start=1):
+        count = num_blocks
+        if stage > 1:
+            down = ConvShape(batch, size, size, width, wider, stride=2)
+            projection = ConvShape(batch, size, size, width, wider, 1, 1, stride=2, padding=0)
+            size, count = size // 2, count - 1
+            layers = (down, ConvShape(batch, size, size, wider, wider))
+            blocks.append(NamedBlock(f"stage{stage} first", layers, projection, "projected", 1))
+        width = wider
+        plain = ConvShape(batch, size, size, width, width)
+        blocks.append(NamedBlock(f"stage{stage}", (plain, plain), None, "input", count))
+    return blocks
+
+
+def network_convs(network: str, batch: int) -> list[NamedConv]:
+    """The different convolutions of a network, in order."""
+    found: dict[str, NamedConv] = {}
+    for conv in (conv for block in network_blocks(network, batch) for conv in block.convs()):
+        num_layers = found[conv.name].num_layers if conv.name in found else 0
+        found[conv.name] = conv._replace(num_layers=num_layers + conv.num_layers)
+    return list(found.values())
+
+
+def resnet20_convs(batch: int) -> list[NamedConv]:
+    """The convolutions of ResNet-20 on 32x32 images."""
+    return network_convs("resnet20", batch)
+
+
+def resnet18_convs(batch: int) -> list[NamedConv]:
+    """The convolutions of ResNet-18 on 32x32 images."""
+    return network_convs("resnet18", batch)
 
 
 @contextmanager
@@ -103,91 +131,3 @@ def precision_set(precision: Precision) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
-
-
-# Images and classes of CIFAR-10.
-NUM_IMAGES = 50_000
-NUM_CLASSES = 10
-
-
-def _empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A meta tensor, channels_last where it has four dimensions."""
-    layout = torch.channels_last if len(size) == 4 else torch.contiguous_format
-    return torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
-
-
-def _layer(shape: ConvShape, dtype: torch.dtype) -> ConvBN:
-    w = _empty(shape.K, shape.C, shape.R, shape.S, dtype=dtype)
-    return ConvBN(w, _empty(shape.K), _empty(shape.K), shape.stride, shape.padding)
-
-
-def record_training(named: NamedChain, precision: Precision) -> list[Launch]:
-    """The launches of forward and backward of one chain."""
-    dtype = precision.dtype
-    first = named.layers[0]
-    x = _empty(first.N, first.C, first.H, first.W, dtype=dtype)
-    projection = None if named.projection is None else _layer(named.projection, dtype)
-    layers = [_layer(shape, dtype) for shape in named.layers]
-    steps = Chain(layers, projection, named.shortcut)
-    with precision_set(precision), recording() as launches:
-        out, states = block_ops.forward(steps, x, None, gpu_backend)
-        mask = None if named.shortcut == "none" else out
-        dout = torch.empty_like(out)
-        block_ops.backward(steps, dout, x, mask, states, gpu_backend, need_dx=named.need_dx)
-    return launches
-
-
-def record_inference(named: NamedChain, precision: Precision) -> list[Launch]:
-    """The launches of one chain with every batch norm folded into its convolution."""
-    dtype = precision.dtype
-    first = named.layers[0]
-    x = _empty(first.N, first.C, first.H, first.W, dtype=dtype)
-
-    def folded(source: torch.Tensor, shape: ConvShape, residual: torch.Tensor | None, relu: bool):
-        layer = _layer(shape, dtype)
-        return gpu_backend.conv_folded(source, layer, _empty(2, shape.K), residual, relu)
-
-    with precision_set(precision), recording() as launches:
-        shortcut = x if named.shortcut == "input" else None
-        if named.projection is not None:
-            shortcut = folded(x, named.projection, None, False)
-        *inner, last = named.layers
-        source = x
-        for shape in inner:
-            source = folded(source, shape, None, True)
-        folded(source, last, shortcut, True)
-    return launches
-
-
-def record_head(convs: list[NamedConv], precision: Precision, *, training: bool) -> list[Launch]:
-    """The launches of pool and classifier and, in training, of the loss and backward too."""
-    last, dtype = convs[-1].shape, precision.dtype
-    x = _empty(last.N, last.K, last.P, last.Q, dtype=dtype)
-    weight, bias = _empty(NUM_CLASSES, last.K), _empty(NUM_CLASSES)
-    with recording() as launches:
-        logits, pooled = pool_linear_fwd(x, weight, bias)
-        if training:
-            labels = _empty(last.N, dtype=torch.int64)
-            loss, grad = smooth_cross_entropy_fwd(logits, labels, 0.1)
-            dlogits = smooth_cross_entropy_bwd(loss, grad, dtype)
-            pool_linear_bwd(dlogits, pooled, weight, (last.P, last.Q))
-    return launches
-
-
-def record_augmentation(batch: int, precision: Precision) -> list[Launch]:
-    """The launch that crops, mirrors, paints and normalises a batch for the stem."""
-    images = torch.empty((NUM_IMAGES, 32, 32, 3), dtype=torch.uint8, device="meta")
-    with recording() as launches:
-        augment_normalize(
-            images,
-            _empty(batch, dtype=torch.int64),
-            _empty(3),
-            _empty(3),
-            crop=_empty(batch, 2, dtype=torch.int64),
-            padding=4,
-            flip=_empty(batch, dtype=torch.bool),
-            cutout=_empty(batch, 4, dtype=torch.int64),
-            colour=_empty(3, dtype=torch.uint8),
-            dtype=precision.dtype,
-        )
-    return launches

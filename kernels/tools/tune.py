@@ -1,28 +1,27 @@
 """Measure this GPU and write its launch table: `python -m fastres.kernels.tools.tune`.
 
 For every convolution of the chosen networks the tuner times tile configurations and, as equal work,
-the `triton` and `cudnn` routes, and keeps the fastest that computes the right thing; see tuning.py.
+the `triton` and `cudnn` routes, and keeps the fastest that computes the right thing; see tuner.py.
 All layers get their routes first, with heuristic tiles, then their tiles; those that move most
 bytes come first, and the table is written after each, so a run that is cut off loses little.
 Entries of other GPUs and of other layers stay.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
-import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fastres.host import provenance
+
 if TYPE_CHECKING:
     import torch
 
     from fastres.kernels.conv_shape import ConvOp
-    from fastres.kernels.tools.tune_workloads import LayerWork
+    from fastres.kernels.tools.tune_workloads import ConvWorkload
     from fastres.kernels.tools.tuner import Choice
 
 __all__ = ["main"]
@@ -55,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fault(options: argparse.Namespace) -> str | None:
+def _obstacle(options: argparse.Namespace) -> str | None:
     """Why nothing can be measured here, or None."""
     for batch in options.batches:
         if batch < 1:
@@ -75,49 +74,47 @@ def _fault(options: argparse.Namespace) -> str | None:
     return None
 
 
-def _works(options: argparse.Namespace) -> "list[LayerWork]":
+def _workloads(options: argparse.Namespace) -> "list[ConvWorkload]":
     from fastres.kernels.tools.networks import PRECISIONS
-    from fastres.kernels.tools.tune_workloads import layer_works
+    from fastres.kernels.tools.tune_workloads import conv_workloads
 
     precisions = [PRECISIONS[name] for name in options.dtypes]
-    return layer_works(options.models, options.batches, precisions)
+    return conv_workloads(options.models, options.batches, precisions)
 
 
-def _print_candidates(works: "Sequence[LayerWork]", limit: int) -> None:
+def _print_candidates(workloads: "Sequence[ConvWorkload]", limit: int) -> None:
     """List what would be timed, most valuable layer first."""
     from fastres.kernels.gpu.launch_config import table_key
     from fastres.kernels.tools.tuner import candidates
 
-    whole = sum(work.bytes for work in works)
+    whole = sum(workload.bytes for workload in workloads)
     number = 0
-    for work in works:
-        tf32, dtype = work.precision.tf32, work.precision.dtype
+    for workload in workloads:
+        tf32, dtype = workload.precision.tf32, workload.precision.dtype
         ops: list[ConvOp] = ["fprop", "dgrad", "wgrad"]
-        if not any(use.need_dx for use in work.uses):
+        if not any(variant.need_dx for variant in workload.variants):
             ops.remove("dgrad")
         for op in ops:
-            found = candidates(op, work.shape, dtype, tf32=tf32, limit=limit)
+            found = candidates(op, workload.shape, dtype, tf32=tf32, limit=limit)
             number += len(found)
-            key = table_key(op, work.shape, dtype, tf32=tf32)
-            print(f"{key}: {100 * work.bytes / whole:.1f} % of the bytes, {len(found)} candidates")
+            key = table_key(op, workload.shape, dtype, tf32=tf32)
+            share = workload.bytes / whole
+            print(f"{key}: {100 * share:.1f} % of the bytes, {len(found)} candidates")
             for config in found:
-                print(f"  {config.words}")
-    print(f"{number} candidates of {len(works)} layers; cudnn besides, for each product")
+                print(f"  {config.label}")
+    print(f"{number} candidates of {len(workloads)} layers; cudnn besides, for each product")
 
 
-def _certificate(options: argparse.Namespace, device: "torch.device") -> dict[str, Any]:
+def _provenance(options: argparse.Namespace, device: "torch.device") -> dict[str, Any]:
     """How the entries were measured: kept in the table beside them."""
     import torch
 
-    properties = torch.cuda.get_device_properties(device)
+    command = ["python", "-m", "fastres.kernels.tools.tune", *sys.argv[1:]]
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
+        **provenance(command),
         "cudnn": torch.backends.cudnn.version(),
-        "multiprocessors": properties.multi_processor_count,
+        "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
         "l2": options.l2,
-        "command": shlex.join(["python", "-m", "fastres.kernels.tools.tune", *sys.argv[1:]]),
     }
 
 
@@ -126,7 +123,7 @@ def _report(choices: "Sequence[Choice]") -> None:
     for choice in choices:
         config = choice.config
         print(
-            f"{choice.key}: {config.route} {config.words}, {1e6 * choice.seconds:.1f} us, "
+            f"{choice.key}: {config.route} {config.label}, {1e6 * choice.seconds:.1f} us, "
             f"heuristics {1e6 * choice.heuristic_seconds:.1f} us, {choice.speedup:.2f} times",
             flush=True,
         )
@@ -153,15 +150,15 @@ def _measure(options: argparse.Namespace) -> int:
         deadline=None if options.budget is None else started + options.budget,
         shared_bytes=properties.shared_memory_per_block_optin,
         multiprocessors=properties.multi_processor_count,
-        has_boxes=properties.major >= 9,
+        has_tma=properties.major >= 9,
         limit=options.candidates,
     )
-    works = _works(options)
-    name, certificate = gpu_name(device), _certificate(options, device)
-    print(f"{name}: {len(works)} layers, {options.l2} L2, table {out}")
+    workloads = _workloads(options)
+    name, measured = gpu_name(device), _provenance(options, device)
+    print(f"{name}: {len(workloads)} layers, {options.l2} L2, table {out}")
     done: list[Choice] = []
-    for choices in tuner.run(works):
-        merge_table(out, name, {choice.key: choice.config for choice in choices}, certificate)
+    for choices in tuner.run(workloads):
+        merge_table(out, name, {choice.key: choice.config for choice in choices}, measured)
         _report(choices)
         done += choices
     tuned = len({choice.key.rpartition("/")[2] for choice in done})
@@ -173,13 +170,13 @@ def _measure(options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune or list; 2 where nothing can be measured."""
     options = _parser().parse_args(argv)
-    reason = _fault(options)
+    reason = _obstacle(options)
     if reason is not None:
         print(f"error: {reason}", file=sys.stderr)
         return 2
     try:
         if options.dry_run:
-            _print_candidates(_works(options), options.candidates)
+            _print_candidates(_workloads(options), options.candidates)
             return 0
         return _measure(options)
     except (OSError, ValueError) as error:

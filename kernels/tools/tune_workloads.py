@@ -1,12 +1,14 @@
 """What the tuner measures: every convolution of a network as the fused blocks use it.
 
-The launch table names a convolution by its shape, but a network uses one shape in several forms:
-the first of a block reads a stored activation and adds the shortcut's gradient, later ones form
-their input and mask its gradient. `layer_works` lists the shapes with their forms and how much of a
-step's traffic they are; a `Case` holds the tensors of one form and runs it on any backend, so that
-the `triton` and `cudnn` routes do equal work: the convolution and all that stands around it.
+The launch table names a convolution by its shape, but a network uses one shape in several variants:
+the first of a block reads a stored activation and adds the shortcut's gradient, later ones compute
+their input from their producer's y and mask its gradient. `conv_workloads` lists the shapes with
+their variants and how much of a step's traffic they are; a `ConvCase` holds the tensors of one
+variant and runs it on any back end, so that the `triton` and `cudnn` routes do equal work: the
+convolution and all that is fused with it.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -14,34 +16,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.kernels.block import BackwardStep, LayerState
+from fastres.kernels.block import Backend
 from fastres.kernels.conv_shape import ConvShape
-from fastres.kernels.gpu.checks import FoldedGrad
+from fastres.kernels.conv_types import ConvBN, ConvGrads, DeferredGrad, LayerState
 from fastres.kernels.gpu.launch import Launch
 from fastres.kernels.reference import backend as reference_backend
-from fastres.kernels.reference.block import ConvBN, bn_fold_ref
-from fastres.kernels.tools.networks import (
-    MODELS,
-    Precision,
-    network_chains,
-    precision_set,
-    record_training,
-)
+from fastres.kernels.reference.block import bn_fold_ref
+from fastres.kernels.reference.error_bound import RATIO, UNIT_ROUNDOFF
+from fastres.kernels.tools.network_launches import record_training
+from fastres.kernels.tools.networks import NamedBlock, Precision, network_blocks, precision_set
 
-__all__ = ["Case", "LayerWork", "Use", "check_parity", "layer_works", "make_case"]
+__all__ = [
+    "ConvCase",
+    "ConvVariant",
+    "ConvWorkload",
+    "check_parity",
+    "conv_workloads",
+    "make_case",
+]
 
-# Images of a parity check: its referee computes in fp64. The code of a kernel depends on the layer,
-# not on the batch.
+# Images of a parity check, whose truth is computed in fp64. The code of a kernel depends on the
+# layer, not on the batch.
 PARITY_BATCH = 4
 
-# The design's bound: at most this much more error than eager's, and one rounding.
-PARITY_RATIO = 1.25
 
+class ConvVariant(NamedTuple):
+    """How training uses a convolution.
 
-class Use(NamedTuple):
-    """One form of a convolution in training.
-
-    prologue: its input is formed from the y before it, and its input's gradient is masked and
+    prologue: its input is computed from its producer's y, and its input's gradient is masked and
     reduced. shortcut: the shortcut's gradient is added to that of its input. need_dx: whether that
     gradient is wanted.
     """
@@ -52,43 +54,46 @@ class Use(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LayerWork:
-    """A convolution shape, how often a step uses it in each form, and what it declares to move."""
+class ConvWorkload:
+    """A convolution shape, how often a step has each variant, and what it declares to move."""
 
     shape: ConvShape
     precision: Precision
-    uses: dict[Use, int]
+    variants: dict[ConvVariant, int]
     bytes: int
 
 
-def layer_works(
-    models: Sequence[str], batches: Sequence[int], precisions: Sequence[Precision]
-) -> list[LayerWork]:
+def conv_workloads(
+    networks: Sequence[str], batches: Sequence[int], precisions: Sequence[Precision]
+) -> list[ConvWorkload]:
     """Every different convolution of the networks, those that move most bytes a step first."""
-    works: dict[tuple[ConvShape, Precision], LayerWork] = {}
-    for model, batch, precision in ((m, b, p) for m in models for b in batches for p in precisions):
-        for chain in network_chains(MODELS[model](batch)):
-            launches = record_training(chain, precision)
-            for use, shape in _uses_of(chain):
-                found = works.get((shape, precision), LayerWork(shape, precision, {}, 0))
-                uses = {**found.uses, use: found.uses.get(use, 0) + chain.count}
-                works[shape, precision] = replace(found, uses=uses)
-            for shape in set(chain.conv_shapes()):
-                found = works[shape, precision]
+    workloads: dict[tuple[ConvShape, Precision], ConvWorkload] = {}
+    for network, batch, precision in itertools.product(networks, batches, precisions):
+        for block in network_blocks(network, batch):
+            launches = record_training(block, precision)
+            for variant, shape in _variants_of(block):
+                found = workloads.get((shape, precision), ConvWorkload(shape, precision, {}, 0))
+                count = found.variants.get(variant, 0) + block.count
+                variants = {**found.variants, variant: count}
+                workloads[shape, precision] = replace(found, variants=variants)
+            for shape in {conv.shape for conv in block.convs()}:
+                found = workloads[shape, precision]
                 moved = sum(launch.traffic.bytes for launch in launches if _is_of(launch, shape))
-                works[shape, precision] = replace(found, bytes=found.bytes + chain.count * moved)
-    return sorted(works.values(), key=lambda work: -work.bytes)
+                total = found.bytes + block.count * moved
+                workloads[shape, precision] = replace(found, bytes=total)
+    return sorted(workloads.values(), key=lambda workload: -workload.bytes)
 
 
-def _uses_of(chain: Any) -> list[tuple[Use, ConvShape]]:
-    """The convolutions of a chain, each with the form in which the chain uses it."""
-    uses = [
-        (Use(i > 0, i == 0 and chain.shortcut in ("input", "projected"), i > 0 or chain.need_dx), s)
-        for i, s in enumerate(chain.layers)
+def _variants_of(block: NamedBlock) -> list[tuple[ConvVariant, ConvShape]]:
+    """The convolutions of a block, each with the variant that the block has of it."""
+    adds_gradient = block.shortcut in ("input", "projected")
+    variants = [
+        (ConvVariant(i > 0, i == 0 and adds_gradient, i > 0 or block.need_dx), shape)
+        for i, shape in enumerate(block.layers)
     ]
-    if chain.projection is not None:
-        uses.append((Use(False, False, chain.need_dx), chain.projection))
-    return uses
+    if block.projection is not None:
+        variants.append((ConvVariant(False, False, block.need_dx), block.projection))
+    return variants
 
 
 def _is_of(launch: Launch, shape: ConvShape) -> bool:
@@ -96,48 +101,52 @@ def _is_of(launch: Launch, shape: ConvShape) -> bool:
 
 
 @dataclass(frozen=True)
-class Case:
-    """Tensors of one form of one convolution, and its two halves on any backend."""
+class ConvCase:
+    """Tensors of one variant of a convolution, and its two passes on any back end."""
 
     x: Tensor
     layer: ConvBN
-    dy: FoldedGrad
-    before: LayerState | None
+    dy: DeferredGrad
+    producer: LayerState | None
     shortcut: Tensor | None
     need_dx: bool
 
-    def forward(self, steps: Any) -> LayerState:
+    def forward(self, backend: Backend) -> LayerState:
         """The convolution and the statistics of its output."""
-        fold = None if self.before is None else self.before.scale_shift
-        return steps.conv_bn(self.x, self.layer, fold)
+        scale_shift = None if self.producer is None else self.producer.scale_shift
+        return backend.conv_bn(self.x, self.layer, scale_shift)
 
-    def backward(self, steps: Any) -> BackwardStep:
-        """The gradients of filters and input, with the sums for the batch norm before it."""
-        return steps.conv_backward(
+    def backward(self, backend: Backend) -> ConvGrads:
+        """The gradients of filters and input, with the sums for its producer's batch norm."""
+        return backend.conv_backward(
             self.dy,
             self.x,
             self.layer,
-            before=self.before,
+            producer=self.producer,
             shortcut=self.shortcut,
             need_dx=self.need_dx,
         )
 
-    def double(self) -> "Case":
+    def double(self) -> "ConvCase":
         """The same numbers in fp64."""
 
         def widen(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value.double()
             if isinstance(value, tuple):
-                return type(value)(*(widen(part) for part in value))
+                return type(value)(*(widen(item) for item in value))
             return value
 
-        return Case(**{name: widen(value) for name, value in vars(self).items()})
+        return ConvCase(**{name: widen(value) for name, value in vars(self).items()})
 
 
 def make_case(
-    shape: ConvShape, use: Use, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> Case:
+    shape: ConvShape,
+    variant: ConvVariant,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+) -> ConvCase:
     """Seeded tensors of unit scale; no pre-activation lies so near 0 that two masks may differ."""
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -150,70 +159,74 @@ def make_case(
 
     n, c, h, w = shape.N, shape.C, shape.H, shape.W
     k, p, q = shape.K, shape.P, shape.Q
-    x, before = normal(n, c, h, w), None
-    if use.prologue:
+    x, producer = normal(n, c, h, w), None
+    if variant.prologue:
         weight, bias = 1 + 0.1 * normal(c), 0.1 * normal(c)
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         rstd = (var + 1e-5).rsqrt()
-        fold = bn_fold_ref(mean, rstd, weight, bias)
-        a, b = (vector.view(1, -1, 1, 1) for vector in fold)
+        scale_shift = bn_fold_ref(mean, rstd, weight, bias)
+        a, b = (vector.view(1, -1, 1, 1) for vector in scale_shift)
         x = torch.where((a * x + b).abs() < 0.05, (1 - b) / a, x)
-        before = LayerState(pixels(x), mean, var, rstd, fold)
+        producer = LayerState(pixels(x), mean, var, rstd, scale_shift)
     filters = pixels(normal(k, c, shape.R, shape.S) / shape.RSC**0.5)
     layer = ConvBN(filters, 1 + 0.1 * normal(k), normal(k), shape.stride, shape.padding)
     coefficients = torch.stack([1 + 0.1 * normal(k), 0.1 * normal(k), 0.1 * normal(k)])
-    return Case(
-        x=pixels(x) if before is None else before.y,
+    return ConvCase(
+        x=pixels(x) if producer is None else producer.y,
         layer=layer,
-        dy=FoldedGrad(pixels(normal(n, k, p, q)), pixels(normal(n, k, p, q)), coefficients),
-        before=before,
-        shortcut=pixels(normal(n, c, h, w)) if use.shortcut else None,
-        need_dx=use.need_dx,
+        dy=DeferredGrad(pixels(normal(n, k, p, q)), pixels(normal(n, k, p, q)), coefficients),
+        producer=producer,
+        shortcut=pixels(normal(n, c, h, w)) if variant.shortcut else None,
+        need_dx=variant.need_dx,
     )
 
 
-def _outcome(case: Case, op: str, steps: Any) -> dict[str, Tensor]:
+def _outcome(case: ConvCase, op: str, backend: Backend) -> dict[str, Tensor]:
     """What one product of a case computes: tensors by name."""
     if op == "fprop":
-        state = case.forward(steps)
+        state = case.forward(backend)
         return {"y": state.y, "mean": state.mean, "scale_shift": state.scale_shift}
-    step = case.backward(steps)
+    grads = case.backward(backend)
     if op == "wgrad":
-        return {"dw": step.dw}
-    assert step.dx is not None
-    outcome = {"dx": step.dx}
-    if case.before is not None:
+        return {"dw": grads.dw}
+    assert grads.dx is not None
+    outcome = {"dx": grads.dx}
+    if case.producer is not None:
         # The kernels leave their sums in tiles.
         for name in ("g", "gy"):
-            total = getattr(step.sums, name)
+            total = getattr(grads.sums, name)
             outcome[f"sum of {name}"] = total.sum(1) if total.dim() == 2 else total
     return outcome
 
 
-def check_parity(work: LayerWork, op: str, steps: Any, device: torch.device) -> str | None:
-    """Run one product on small batches in every form; say what is wrong with it, or None.
+def check_parity(
+    workload: ConvWorkload, op: str, backend: Backend, device: torch.device
+) -> str | None:
+    """Run one product on small batches in every variant; say what is wrong with it, or None.
 
-    Wrong is an error against fp64 above 1.25 times that of plain torch in the same dtype and one
+    Wrong is an error against fp64 above RATIO times that of plain torch in the same dtype and one
     rounding, in root mean square or in the largest element, or a NaN.
     """
-    shape = replace(work.shape, N=min(PARITY_BATCH, work.shape.N))
-    dtype = work.precision.dtype
-    for use in work.uses:
-        if op == "dgrad" and not use.need_dx:
+    shape = replace(workload.shape, N=min(PARITY_BATCH, workload.shape.N))
+    dtype = workload.precision.dtype
+    for variant in workload.variants:
+        if op == "dgrad" and not variant.need_dx:
             continue
-        case = make_case(shape, use, dtype, device)
-        with precision_set(work.precision):
-            computed, eager = _outcome(case, op, steps), _outcome(case, op, reference_backend)
+        case = make_case(shape, variant, dtype, device)
+        with precision_set(workload.precision):
+            computed = _outcome(case, op, backend)
+            eager = _outcome(case, op, reference_backend)
         truth = _outcome(case.double(), op, reference_backend)
         for name, value in computed.items():
-            wrong = _excess(value, eager[name], truth[name], _roundoff(work.precision))
+            wrong = _excess(value, eager[name], truth[name], _roundoff(workload.precision))
             if wrong is not None:
                 return f"{name} is off by {wrong}"
     return None
 
 
 def _roundoff(precision: Precision) -> float:
-    return 2.0**-11 if precision.tf32 else torch.finfo(precision.dtype).eps / 2
+    # TF32 has the mantissa of fp16.
+    return UNIT_ROUNDOFF[torch.float16 if precision.tf32 else precision.dtype]
 
 
 def _excess(value: Tensor, eager: Tensor, truth: Tensor, roundoff: float) -> str | None:
@@ -222,7 +235,7 @@ def _excess(value: Tensor, eager: Tensor, truth: Tensor, roundoff: float) -> str
         return "NaN or infinity"
     error, allowed = (value.double() - truth).abs(), (eager.double() - truth).abs()
     for norm, of in (("rms", lambda t: t.square().mean().sqrt()), ("at most", torch.amax)):
-        bound = PARITY_RATIO * of(allowed) + roundoff * of(truth.abs())
+        bound = RATIO * of(allowed) + roundoff * of(truth.abs())
         if bool(of(error) > bound):
             return f"{of(error).item():.3g} {norm}, allowed {bound.item():.3g}"
     return None

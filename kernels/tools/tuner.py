@@ -1,7 +1,7 @@
 """The tuner: candidates for every convolution, checked, timed, chosen, and kept in a launch table.
 
 For a layer, first the tiles: candidates near the heuristic ones that fit the GPU, each proved right
-before it is timed. Then the routes, as whole halves of the layer: the forward product with its
+before it is timed. Then the routes, as whole passes of the layer: the forward product with its
 statistics on `triton` and on `cudnn`, and the two gradients together on all four pairs of routes,
 because a dy that is stored for one of them serves both.
 
@@ -24,7 +24,6 @@ import torch
 
 from fastres.kernels.conv_shape import ConvOp, ConvShape
 from fastres.kernels.gpu import backend as gpu_backend
-from fastres.kernels.gpu.checks import BNInput
 from fastres.kernels.gpu.conv_dgrad import conv_dgrad
 from fastres.kernels.gpu.conv_wgrad import conv_wgrad
 from fastres.kernels.gpu.launch_config import (
@@ -33,27 +32,27 @@ from fastres.kernels.gpu.launch_config import (
     ConvConfig,
     Route,
     assume_entries,
-    box_config,
     heuristic_config,
     load_table,
     table_key,
+    tma_config,
 )
+from fastres.kernels.tools.graph_timer import Trial
 from fastres.kernels.tools.networks import precision_set
-from fastres.kernels.tools.tune_workloads import Case, LayerWork, Use, check_parity, make_case
+from fastres.kernels.tools.tune_workloads import (
+    ConvCase,
+    ConvVariant,
+    ConvWorkload,
+    check_parity,
+    make_case,
+)
 
-__all__ = ["Choice", "Timer", "Trial", "Tuner", "candidates", "merge_table"]
+__all__ = ["Choice", "Timer", "Tuner", "candidates", "merge_table"]
 
 T = TypeVar("T")
 
-# Accumulators and a formed operand that a thread can hold beside its addresses, in fp32 numbers.
+# Accumulators and a computed operand that a thread can hold beside its addresses, in fp32 numbers.
 MAX_NUMBERS_A_THREAD = 160
-
-
-class Trial(NamedTuple):
-    """Something to time: its name, and a call that can be repeated and captured in a graph."""
-
-    label: str
-    run: Callable[[], object]
 
 
 class Timer(Protocol):
@@ -66,7 +65,7 @@ class Timer(Protocol):
 class Choice(NamedTuple):
     """A decision for one product: its entry, its time and that of the heuristic entry, in seconds.
 
-    Times are of all forms of the layer in a step together. The gradients are timed together, so
+    Times are of all variants of the layer in a step together. The gradients are timed together, so
     both of a layer carry the times of the pair. Heuristic tiles that compute the wrong thing are
     replaced by the nearest right ones.
     """
@@ -92,14 +91,14 @@ def _fits(
     """Whether tiles fit shared memory and registers, and give every thread 16 bytes to load."""
     m, n, k = config.block_m, config.block_n, config.block_k
     threads = 32 * config.num_warps
-    # The gradients form an operand from two: both are staged.
+    # The gradients compute an operand from two: both are staged.
     staged = {"fprop": m * k + k * n, "dgrad": 2 * m * k + k * n, "wgrad": k * m + 2 * k * n}[op]
-    formed = {"fprop": m * k, "dgrad": m * k, "wgrad": k * (m + n)}[op]
+    computed = {"fprop": m * k, "dgrad": m * k, "wgrad": k * (m + n)}[op]
     gemm = shape.gemm(op)
     rows, columns = (gemm.n, gemm.m) if op == "wgrad" else (gemm.m, gemm.n)
     return (
         staged * itemsize * config.num_stages <= shared_bytes
-        and (m * n + formed) / threads <= MAX_NUMBERS_A_THREAD
+        and (m * n + computed) / threads <= MAX_NUMBERS_A_THREAD
         and min(m * k, k * n if op == "wgrad" else m * n) * itemsize >= 16 * threads
         and m < 2 * max(rows, 64)
         and n < 2 * max(columns, 16)
@@ -115,16 +114,16 @@ def _distance(config: ConvConfig, start: ConvConfig) -> float:
     return sum(doublings) + (config.num_stages != start.num_stages)
 
 
-def _in_boxes(
-    op: ConvOp, shape: ConvShape, start: ConvConfig, tiles: Sequence[ConvConfig], programs: int
+def _with_tma(
+    op: ConvOp, shape: ConvShape, start: ConvConfig, tiles: Sequence[ConvConfig], grid_size: int
 ) -> dict[ConvConfig, float]:
-    """Tiles that can be boxes, with one program a tile and with `programs`; their distances."""
+    """TMA tiles among `tiles`, with one program a tile and `grid_size`; their distances."""
     found = {}
     for config in (start, *tiles):
-        boxed = replace(config, loads="box")
-        if boxed.block_k <= start.block_k and boxed.pixel_box(op, shape) is not None:
-            for grid in (0, programs):
-                found[replace(boxed, programs=grid)] = 1 + _distance(boxed, start)
+        by_tma = replace(config, loads="tma")
+        if by_tma.block_k <= start.block_k and by_tma.tma_tile(op, shape) is not None:
+            for size in (0, grid_size):
+                found[replace(by_tma, grid_size=size)] = 1 + _distance(by_tma, start)
     return found
 
 
@@ -136,7 +135,7 @@ def candidates(
     tf32: bool = False,
     shared_bytes: int = 227 * 1024,
     multiprocessors: int = NUM_SMS,
-    has_boxes: bool = True,
+    has_tma: bool = True,
     limit: int = 24,
 ) -> list[ConvConfig]:
     """Tiles worth timing: the heuristic ones, then what fits the GPU, nearest to them first.
@@ -147,8 +146,8 @@ def candidates(
         dtype: of its operands.
         tf32: whether fp32 is rounded to TF32.
         shared_bytes: shared memory that one program may have.
-        multiprocessors: programs of a persistent grid.
-        has_boxes: whether the GPU loads boxes, as Hopper and later do.
+        multiprocessors: size of a persistent grid.
+        has_tma: whether the GPU has TMA, as Hopper and later do.
         limit: how many at most.
 
     Returns: configurations on the route `triton`, without repetition.
@@ -166,31 +165,30 @@ def candidates(
         if config != start and _fits(config, op, shape, dtype.itemsize, shared_bytes)
     ]
     distances = {config: _distance(config, start) for config in fitting}
-    boxed = box_config(op, shape, dtype, tf32=tf32) if has_boxes else None
-    if boxed is not None:
-        distances |= _in_boxes(op, shape, boxed, fitting, multiprocessors)
+    by_tma = tma_config(op, shape, dtype, tf32=tf32) if has_tma else None
+    if by_tma is not None:
+        distances |= _with_tma(op, shape, by_tma, fitting, multiprocessors)
     return [start, *sorted(distances, key=distances.__getitem__)[: limit - 1]]
 
 
-def _product(case: Case, op: ConvOp, config: ConvConfig, tf32: bool) -> Callable[[], object]:
+def _product(case: ConvCase, op: ConvOp, config: ConvConfig, tf32: bool) -> Callable[[], object]:
     """One product of a case on the route `triton`, with its prologue and epilogue."""
     geometry: dict[str, Any] = {"stride": case.layer.stride, "padding": case.layer.padding}
     geometry |= {"allow_tf32": tf32, "config": config}
-    w, before = case.layer.w, case.before
+    w, producer = case.layer.w, case.producer
     if op == "dgrad":
-        bn_input = None if before is None else BNInput(before.y, before.mean, before.scale_shift)
         size = (case.x.shape[2], case.x.shape[3])
         return lambda: conv_dgrad(
-            case.dy, w, size, shortcut=case.shortcut, bn_input=bn_input, **geometry
+            case.dy, w, size, shortcut=case.shortcut, producer=case.producer, **geometry
         )
-    fold = None if before is None else before.scale_shift
+    scale_shift = None if producer is None else producer.scale_shift
     return lambda: conv_wgrad(
-        case.x, case.dy, (w.shape[2], w.shape[3]), scale_shift=fold, **geometry
+        case.x, case.dy, (w.shape[2], w.shape[3]), scale_shift=scale_shift, **geometry
     )
 
 
 def merge_table(
-    path: Path, gpu: str, entries: Mapping[str, ConvConfig], certificate: Mapping[str, Any]
+    path: Path, gpu: str, entries: Mapping[str, ConvConfig], provenance: Mapping[str, Any]
 ) -> None:
     """Put entries of one GPU into the table at `path`; all others stay. Atomic: all or nothing.
 
@@ -203,7 +201,7 @@ def merge_table(
     mine = table["gpus"].setdefault(gpu, {})
     mine.update({key: asdict(config) for key, config in entries.items()})
     table["gpus"][gpu] = dict(sorted(mine.items()))
-    table.setdefault("certificates", {})[gpu] = dict(certificate)
+    table.setdefault("provenance", {})[gpu] = dict(provenance)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as stream:
@@ -226,7 +224,7 @@ class Tuner:
         deadline: on `clock`, when to stop; None never does.
         shared_bytes: shared memory that one program may have.
         multiprocessors: of the device.
-        has_boxes: whether the device loads boxes, as Hopper and later do.
+        has_tma: whether the device has TMA, as Hopper and later do.
         limit: candidates a product.
         say: receives one line for each candidate that is left out, and why.
         clock: seconds.
@@ -237,60 +235,62 @@ class Tuner:
     deadline: float | None = None
     shared_bytes: int = 227 * 1024
     multiprocessors: int = NUM_SMS
-    has_boxes: bool = True
+    has_tma: bool = True
     limit: int = 24
     say: Callable[[str], None] = print
     clock: Callable[[], float] = time.monotonic
-    _cases: dict[Any, Case] = field(default_factory=dict, init=False)
+    _cases: dict[ConvVariant, ConvCase] = field(default_factory=dict, init=False)
 
-    def run(self, works: Sequence[LayerWork]) -> Iterator[list[Choice]]:
+    def run(self, workloads: Sequence[ConvWorkload]) -> Iterator[list[Choice]]:
         """Yield the choices of each layer as soon as they are made; stop at the deadline.
 
         First the routes of all layers with heuristic tiles, which compiles little, then the tiles.
         """
         for limit in sorted({1, self.limit}):
-            for work in works:
+            for workload in workloads:
                 if self._is_late():
                     return
-                choices = self.tune_layer(work, limit)
+                choices = self.tune_layer(workload, limit)
                 if choices:
                     yield choices
 
     def _is_late(self) -> bool:
         return self.deadline is not None and self.clock() >= self.deadline
 
-    def tune_layer(self, work: LayerWork, limit: int) -> list[Choice]:
-        """Choose among `limit` tiles and the routes; of a half that the deadline cuts off, none."""
+    def tune_layer(self, workload: ConvWorkload, limit: int) -> list[Choice]:
+        """Choose among `limit` tiles and the routes; of a pass that the deadline cuts off, none."""
+        dtype = workload.precision.dtype
         self._cases = {
-            use: make_case(work.shape, use, work.precision.dtype, self.device) for use in work.uses
+            variant: make_case(workload.shape, variant, dtype, self.device)
+            for variant in workload.variants
         }
-        with precision_set(work.precision):
-            return self._tune_forward(work, limit) + self._tune_backward(work, limit)
+        with precision_set(workload.precision):
+            return self._tune_forward(workload, limit) + self._tune_backward(workload, limit)
 
-    def _key(self, op: ConvOp, work: LayerWork) -> str:
-        precision = work.precision
-        return table_key(op, work.shape, precision.dtype, tf32=precision.tf32)
+    def _key(self, op: ConvOp, workload: ConvWorkload) -> str:
+        precision = workload.precision
+        return table_key(op, workload.shape, precision.dtype, tf32=precision.tf32)
 
-    def _right_candidates(self, op: ConvOp, work: LayerWork, limit: int) -> list[ConvConfig]:
+    def _right_candidates(self, op: ConvOp, workload: ConvWorkload, limit: int) -> list[ConvConfig]:
         """The candidates that compute the right thing, the heuristic one first if it does."""
-        precision = work.precision
+        precision = workload.precision
         right: list[ConvConfig] = []
         for config in candidates(
             op,
-            work.shape,
+            workload.shape,
             precision.dtype,
             tf32=precision.tf32,
             shared_bytes=self.shared_bytes,
             multiprocessors=self.multiprocessors,
-            has_boxes=self.has_boxes,
+            has_tma=self.has_tma,
             limit=limit,
         ):
             if right and self._is_late():
                 break
-            key = self._key(op, work)
+            key = self._key(op, workload)
             try:
                 with assume_entries({key: config}):
-                    wrong = check_parity(work, op, gpu_backend, self.device)
+                    wrong = check_parity(workload, op, gpu_backend, self.device)
             except Exception as error:  # Whatever a compiler or a driver raises.
                 wrong = f"{type(error).__name__}: {error}".splitlines()[0]
             if wrong is None:
@@ -302,77 +302,81 @@ class Tuner:
     def _totals(
         self,
         what: str,
-        uses: Mapping[Use, int],
-        options: Mapping[T, Callable[[Case], Callable[[], object]]],
+        variants: Mapping[ConvVariant, int],
+        options: Mapping[T, Callable[[ConvCase], Callable[[], object]]],
     ) -> dict[T, float]:
-        """Seconds of a step that each option takes in all these forms of the layer together."""
-        places = [(option, use) for use in uses for option in options]
+        """Seconds of a step that each option takes in all these variants of the layer together."""
+        places = [(option, variant) for variant in variants for option in options]
         trials = [
-            Trial(f"{what} {option} {use}", options[option](self._cases[use]))
-            for option, use in places
+            Trial(f"{what} {option} {variant}", options[option](self._cases[variant]))
+            for option, variant in places
         ]
         totals = dict.fromkeys(options, 0.0)
-        for (option, use), seconds in zip(places, self.timer(trials), strict=True):
-            totals[option] += uses[use] * seconds
+        for (option, variant), seconds in zip(places, self.timer(trials), strict=True):
+            totals[option] += variants[variant] * seconds
         return totals
 
-    def _half(
-        self, half: Callable[[Case, Any], object], entries: Mapping[str, ConvConfig]
-    ) -> Callable[[Case], Callable[[], object]]:
-        """A half of a layer with these entries in the table."""
+    def _pass(
+        self, run_pass: Callable[[ConvCase, Any], object], entries: Mapping[str, ConvConfig]
+    ) -> Callable[[ConvCase], Callable[[], object]]:
+        """A pass of a layer with these entries in the table."""
 
-        def of_case(case: Case) -> Callable[[], object]:
+        def of_case(case: ConvCase) -> Callable[[], object]:
             def run() -> object:
                 with assume_entries(entries):
-                    return half(case, gpu_backend)
+                    return run_pass(case, gpu_backend)
 
             return run
 
         return of_case
 
-    def _tune_forward(self, work: LayerWork, limit: int) -> list[Choice]:
-        key = self._key("fprop", work)
-        right = self._right_candidates("fprop", work, limit)
+    def _tune_forward(self, workload: ConvWorkload, limit: int) -> list[Choice]:
+        key = self._key("fprop", workload)
+        right = self._right_candidates("fprop", workload, limit)
         if not right or self._is_late():
             return []
         options = {
-            config: self._half(Case.forward, {key: config})
+            config: self._pass(ConvCase.forward, {key: config})
             for config in (*right, replace(right[0], route="cudnn"))
         }
-        totals = self._totals("fprop", work.uses, options)
+        totals = self._totals("fprop", workload.variants, options)
         best = min(totals, key=totals.__getitem__)
         return [Choice(key, best, totals[best], totals[right[0]])]
 
     def _best_tiles(
-        self, op: ConvOp, work: LayerWork, limit: int
+        self, op: ConvOp, workload: ConvWorkload, limit: int
     ) -> tuple[ConvConfig, ConvConfig] | None:
         """The fastest right tiles and the heuristic ones, on the route `triton`; None: too late."""
-        right = self._right_candidates(op, work, limit)
+        right = self._right_candidates(op, workload, limit)
         if not right or self._is_late():
             return None
-        tf32 = work.precision.tf32
+        tf32 = workload.precision.tf32
         options = {
             config: functools.partial(_product, op=op, config=config, tf32=tf32) for config in right
         }
-        uses = {u: count for u, count in work.uses.items() if u.need_dx or op == "wgrad"}
-        totals = self._totals(op, uses, options)
+        variants = {
+            variant: count
+            for variant, count in workload.variants.items()
+            if variant.need_dx or op == "wgrad"
+        }
+        totals = self._totals(op, variants, options)
         return min(totals, key=totals.__getitem__), right[0]
 
-    def _tune_backward(self, work: LayerWork, limit: int) -> list[Choice]:
+    def _tune_backward(self, workload: ConvWorkload, limit: int) -> list[Choice]:
         """Tiles of each gradient, then the pair of routes.
 
         A layer whose input needs no gradient has a filter gradient alone.
         """
         ops: list[ConvOp] = ["wgrad"]
-        if any(use.need_dx for use in work.uses):
+        if any(variant.need_dx for variant in workload.variants):
             ops.insert(0, "dgrad")
         tiles = []
         for op in ops:
-            found = self._best_tiles(op, work, limit)
+            found = self._best_tiles(op, workload, limit)
             if found is None:
                 return []
             tiles.append(found)
-        keys = [self._key(op, work) for op in ops]
+        keys = [self._key(op, workload) for op in ops]
         start = tuple(heuristic for _, heuristic in tiles)
         routes: list[Route] = ["triton", "cudnn"]
         pairs = {
@@ -380,10 +384,10 @@ class Tuner:
             for pair in itertools.product(routes, repeat=len(ops))
         } | {start}
         options = {
-            pair: self._half(Case.backward, dict(zip(keys, pair, strict=True)))
+            pair: self._pass(ConvCase.backward, dict(zip(keys, pair, strict=True)))
             for pair in sorted(pairs, key=str)
         }
-        totals = self._totals("gradients", work.uses, options)
+        totals = self._totals("gradients", workload.variants, options)
         best = min(totals, key=totals.__getitem__)
         return [
             Choice(key, config, totals[best], totals[start])

@@ -1,4 +1,4 @@
-"""The rows of the report card, and the page that is made from them."""
+"""The rows of the codegen report, and the page that is made from them."""
 
 import json
 
@@ -27,22 +27,20 @@ CARD = {
     "declared_flops": 2_400_000_000,
 }
 AROUND = CARD | {"kernel": "bn_stats_kernel", "configured_by": "fprop on cudnn"}
-PAGE = (
-    "a\n<!-- kernel card: worst -->\nold\n<!-- end -->\n<!-- kernel card: sm_90 --><!-- end -->\n"
-)
+PAGE = "a\n<!-- codegen: worst -->\nold\n<!-- end -->\n<!-- codegen: sm_90 --><!-- end -->\n"
 
 
 @pytest.fixture
 def collected(tmp_path, monkeypatch):
     """Rows of two architectures in a folder of their own, as `read_results` finds them."""
-    cards = [
+    entries = [
         CARD,
         CARD | {"arch": "sm_80", "registers": 99, "spills": 2},
         AROUND | {"tensor_core_instructions": 0, "pixel_load_bits": None},
         CARD | {"layer": "stem", "tile": "64", "registers": 60, "pixel_load_bits": 16},
     ]
-    path = tmp_path / "cards.json"
-    path.write_text(json.dumps(cards))
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(entries))
     write = codegen.write_results
     monkeypatch.setattr(codegen, "write_results", lambda *a: write(*a, folder=tmp_path))
     assert codegen.main(["collect", str(path)]) == 0
@@ -58,7 +56,7 @@ def test_rows_hold_each_number_once(collected):
     assert rows[case, "sm_90", "declared_bytes"] == 33_600_000
     assert (case, "sm_80", "declared_bytes") not in rows
     assert {row.suite for row, _ in collected} == {"kernel_card"}
-    assert {certificate["dtype"] for _, certificate in collected} == {"bf16"}
+    assert {provenance["dtype"] for _, provenance in collected} == {"bf16"}
     assert "fastres.kernels.tools.codegen --arch sm_80" in collected[0][1]["command"]
 
 
@@ -81,7 +79,7 @@ def test_the_page_agrees_with_the_rows(capsys):
 
 
 def test_a_planted_number_turns_the_check_red(tmp_path, monkeypatch):
-    page = tmp_path / "kernel-card.md"
+    page = tmp_path / "codegen.md"
     page.write_text(codegen.PAGE.read_text().replace("| conv_fprop | sm_90 |", "| x | y |"))
     monkeypatch.setattr(codegen, "PAGE", page)
     assert codegen.main(["page", "--check"]) == 1
@@ -89,7 +87,7 @@ def test_a_planted_number_turns_the_check_red(tmp_path, monkeypatch):
     assert page.read_text() == codegen.fill(page.read_text(), read_results())
 
 
-def test_a_file_that_is_no_card_is_refused_in_one_sentence(tmp_path, capsys):
-    (tmp_path / "cards.json").write_text('[{"precision": "bf16"}]')
-    assert codegen.main(["collect", str(tmp_path / "cards.json")]) == 2
+def test_a_file_that_is_no_report_is_refused_in_one_sentence(tmp_path, capsys):
+    (tmp_path / "report.json").write_text('[{"precision": "bf16"}]')
+    assert codegen.main(["collect", str(tmp_path / "report.json")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -125,7 +125,7 @@ def test_columns_show_what_one_side_lacks():
     assert "none" in lines[2]
 
 
-def certificate(cores=2, date="2026-01-01"):
+def provenance(cores=2, date="2026-01-01"):
     machine = {"gpu": None, "cpu": "c", "cores": cores, "cpu_vectors": "avx2", "cpu_bf16": None}
     return {"machine": machine, "versions": {"torch": "2.11.0"}, "date": date, "dtype": "fp32"}
 
@@ -136,42 +136,42 @@ def row(metric, unit, *values, provider="eager"):
 
 def test_slower_is_outside_of_the_recorded_spread_on_the_slow_side():
     old = [row("time", "ms", 9, 10, 12), row("rate", "images/s", 90, 100, 120)]
-    recorded = [(entry, certificate()) for entry in old]
+    recorded = [(entry, provenance()) for entry in old]
     new = [row("time", "ms", 12), row("rate", "images/s", 90)]
-    assert check.judge(new, certificate(), recorded).slower == []
-    assert len(check.judge(new, certificate(), recorded).in_spread) == 2
+    assert check.judge(new, provenance(), recorded).slower == []
+    assert len(check.judge(new, provenance(), recorded).in_spread) == 2
     new = [row("time", "ms", 12.1), row("rate", "images/s", 89.9)]
-    assert len(check.judge(new, certificate(), recorded).slower) == 2
+    assert len(check.judge(new, provenance(), recorded).slower) == 2
     new = [row("time", "ms", 1), row("rate", "images/s", 500)]
-    assert check.judge(new, certificate(), recorded).slower == []
+    assert check.judge(new, provenance(), recorded).slower == []
 
 
 def test_only_rows_with_a_spread_of_this_machine_judge():
     slow = [row("time", "ms", 99), row("accuracy", "%", 1)]
     for recorded in (
         [],
-        [(row("time", "ms", 1, 2, 3), certificate(cores=4))],
-        [(row("time", "ms", 1), certificate())],
-        [(row("time", "ms", 1, 2, 3, provider="fused"), certificate())],
+        [(row("time", "ms", 1, 2, 3), provenance(cores=4))],
+        [(row("time", "ms", 1), provenance())],
+        [(row("time", "ms", 1, 2, 3, provider="fused"), provenance())],
     ):
-        verdict = check.judge(slow, certificate(), recorded)
+        verdict = check.judge(slow, provenance(), recorded)
         assert (verdict.slower, verdict.unknown) == ([], ["s, case, eager: time"])
     # The newest row counts.
     recorded = [
-        (row("time", "ms", 1, 2, 3), certificate()),
-        (row("time", "ms", 98, 99, 100), certificate(date="2026-01-02")),
+        (row("time", "ms", 1, 2, 3), provenance()),
+        (row("time", "ms", 98, 99, 100), provenance(date="2026-01-02")),
     ]
-    assert check.judge(slow, certificate(), recorded).slower == []
+    assert check.judge(slow, provenance(), recorded).slower == []
 
 
 def test_the_check_fails_where_something_is_slower(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check, "run_suite", lambda *_: {})
     fresh = [row("time", "ms", 5.0)]
-    monkeypatch.setattr(check, "rows_of_report", lambda _: (fresh, certificate()))
+    monkeypatch.setattr(check, "rows_of_report", lambda _: (fresh, provenance()))
     options = ["--results", str(tmp_path)]
     assert check.main(["--results", str(tmp_path / "nowhere")]) == 2
     assert check.main(options) == 0
     assert "1 of 1 rows were never recorded on 2 cores c" in capsys.readouterr().out
-    write_results("x", [row("time", "ms", 1, 2, 3)], certificate(), tmp_path)
+    write_results("x", [row("time", "ms", 1, 2, 3)], provenance(), tmp_path)
     assert check.main(options) == 1
     assert "slower: s, case, eager: time 5 ms (recorded 2, 1 to 3)" in capsys.readouterr().out

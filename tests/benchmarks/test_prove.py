@@ -16,7 +16,7 @@ from benchmarks.prove import proof as prove
 from benchmarks.prove.parts import Part, missing_imports, plan_parts
 
 ROOT = Path(__file__).resolve().parents[2]
-CERTIFICATE = {
+PROVENANCE = {
     "machine": {"gpu": None, "cpu": "c", "cores": 2, "cpu_vectors": "avx2", "cpu_bf16": None},
     "versions": {"torch": "2.11.0"},
     "commit": "abc",
@@ -81,7 +81,7 @@ def test_a_part_that_is_cut_keeps_the_rows_that_it_wrote(tmp_path):
     row = summarize("s", "c", "p", "time", "ms", [1.0])
     code = (
         "import pathlib, time; from benchmarks.harness.rows import *; "
-        f"write_results('s', [{row!r}], {CERTIFICATE!r}, pathlib.Path({str(tmp_path)!r})); "
+        f"write_results('s', [{row!r}], {PROVENANCE!r}, pathlib.Path({str(tmp_path)!r})); "
         "time.sleep(60)"
     )
     proof = prove.Proof(tmp_path, budget=13, data_dir=None)
@@ -96,7 +96,7 @@ def test_a_report_becomes_rows_and_an_old_one_does_not(tmp_path):
     proof = prove.Proof(tmp_path, budget=60, data_dir=None)
     info = {"suite": "step", "case": "c", "provider": "p", "dtype": "fp32", "clock": "wall"}
     benchmark = {"extra_info": info, "stats": {"data": [1.0, 2.0]}}
-    report = {"benchmarks": [benchmark], "certificate": CERTIFICATE, "datetime": "2026-01-02"}
+    report = {"benchmarks": [benchmark], "provenance": PROVENANCE, "datetime": "2026-01-02"}
     (tmp_path / "bench_ops.json").write_text(json.dumps(report))
     part = Part("ops", ("timeit", "-n1", "-r1", "pass"), 1, 1, suite="ops")
     proof.run([part])
@@ -182,14 +182,14 @@ def test_the_machine_check_names_what_is_wrong(tmp_path):
     gpu = {"free_gib": 70.0}
     good = {"missing": ["nvidia.dali"], "versions": {"torch": "2.11.0+cu130"}, "gpu": gpu}
     good["nvidia_smi"] = True
-    assert environment.find_faults(good) == []
-    assert environment.find_faults(good | {"gpu": None}) == [
+    assert environment.find_problems(good) == []
+    assert environment.find_problems(good | {"gpu": None}) == [
         "there is an NVIDIA driver here and torch finds no usable GPU"
     ]
-    assert environment.find_faults(good | {"gpu": None, "nvidia_smi": False}) == []
-    assert "older" in environment.find_faults(good | {"versions": {"torch": "2.9.1"}})[0]
-    assert environment.find_faults(good | {"missing": ["pytest"]}) == ["pytest is not installed"]
-    assert "1.0 GiB" in environment.find_faults(good | {"gpu": {"free_gib": 1.0}})[0]
+    assert environment.find_problems(good | {"gpu": None, "nvidia_smi": False}) == []
+    assert "older" in environment.find_problems(good | {"versions": {"torch": "2.9.1"}})[0]
+    assert environment.find_problems(good | {"missing": ["pytest"]}) == ["pytest is not installed"]
+    assert "1.0 GiB" in environment.find_problems(good | {"gpu": {"free_gib": 1.0}})[0]
     assert environment.is_installed("torch")
     assert not environment.is_installed("no_such_package.part")
 
@@ -239,6 +239,6 @@ def test_a_rehearsal_stays_in_its_budget_and_says_what_it_left_out(tmp_path):
         assert name in done.stdout
     recorded = {name for part in summary["parts"] for name in part["rows"]}
     assert recorded == {path.name for path in out.glob("*.csv")}
-    for row, certificate in read_results(out):
+    for row, provenance in read_results(out):
         assert row.n >= 1
-        assert certificate["machine"]
+        assert provenance["machine"]

@@ -9,16 +9,17 @@ import pytest
 from benchmarks.harness.rows import (
     RESULTS,
     Row,
-    make_certificate,
+    make_provenance,
     read_results,
     summarize,
     write_results,
 )
 from benchmarks.report import codegen, collect, plots, tables
 from benchmarks.report import documents as report
+from fastres import host
 from fastres.engine import machine
 
-CERTIFICATE = {
+PROVENANCE = {
     "machine": {"gpu": None, "cpu": "Some (R) CPU", "cores": 2, "cpu_vectors": "avx2"},
     "versions": {"torch": "2.11.0"},
     "commit": "abc",
@@ -44,18 +45,18 @@ RUN = {
     "evaluation_images_per_second": 160.0,
     "peak_memory_mib": 900.0,
     "dataset_fingerprint": "f",
-    **CERTIFICATE,
+    **PROVENANCE,
 }
 
 
 def test_results_come_back_and_are_never_overwritten(tmp_path):
     row = summarize("train", "case", "eager", "seconds", "s", [3.0, 1.0, 2.0])
     assert (row.n, row.median, row.low, row.high) == (3, 2.0, 1.0, 3.0)
-    path = write_results("train", [row], CERTIFICATE, tmp_path)
+    path = write_results("train", [row], PROVENANCE, tmp_path)
     assert path.name == "train_some-r-cpu-2-cores_fp32_torch2.11.0_2026-01-02.csv"
-    assert read_results(tmp_path) == [(row, CERTIFICATE)]
+    assert read_results(tmp_path) == [(row, PROVENANCE)]
     content = path.read_bytes()
-    again = write_results("train", [row], CERTIFICATE, tmp_path)
+    again = write_results("train", [row], PROVENANCE, tmp_path)
     assert again.name == path.name.replace(".csv", "-2.csv")
     assert path.read_bytes() == content
     assert len(read_results(tmp_path)) == 2
@@ -76,9 +77,9 @@ def test_runs_that_differ_in_seed_alone_become_one_row(tmp_path):
 def test_a_copy_without_history_is_told_its_commit(monkeypatch):
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     monkeypatch.setenv("FASTRES_COMMIT", "0123456789ab")
-    assert make_certificate("bf16", ["python", "-m", "x"])["commit"] == "0123456789ab"
+    assert make_provenance("bf16", ["python", "-m", "x"])["commit"] == "0123456789ab"
     monkeypatch.delenv("FASTRES_COMMIT")
-    assert machine.commit() is None
+    assert host.commit() is None
 
 
 def test_runs_of_different_commits_are_not_mixed(tmp_path, capsys):
@@ -96,8 +97,8 @@ def test_a_benchmark_report_becomes_rows(tmp_path):
         "extra_info": info | {"images": 100, "bytes": 2e9, "flops": 4e9, "peak_bytes": 2**21},
         "stats": {"data": [0.5, 0.25, 0.4]},
     }
-    report_ = {"benchmarks": [benchmark], "certificate": CERTIFICATE, "datetime": "2026-02-03"}
-    found, certificate = collect.rows_of_report(report_, tmp_path)
+    report_ = {"benchmarks": [benchmark], "provenance": PROVENANCE, "datetime": "2026-02-03"}
+    found, provenance = collect.rows_of_report(report_, tmp_path)
     rows = {row.metric: row for row in found}
     rate = rows["images_per_second"]
     assert (rate.suite, rate.provider, rate.unit, rate.n) == ("step", "fast", "images/s", 3)
@@ -106,22 +107,22 @@ def test_a_benchmark_report_becomes_rows(tmp_path):
     assert rows["arithmetic"].median == 10
     assert rows["peak_memory"].median == 2
     assert "roofline_share" not in rows
-    assert (certificate["dtype"], certificate["date"]) == ("fp32", "2026-02-03")
-    # With this machine's ceilings known, 2 GB at 10 GB/s are a floor of 0.2 s.
-    ceilings = [
+    assert (provenance["dtype"], provenance["date"]) == ("fp32", "2026-02-03")
+    # With this machine's peak_rates known, 2 GB at 10 GB/s are a floor of 0.2 s.
+    peak_rates = [
         Row("ceilings", "copy, large", "torch", "bandwidth", "GB/s", 1, 10, 10, 10),
         Row("ceilings", "matrix product, fp32", "torch", "arithmetic", "GFLOP/s", 1, 40, 40, 40),
     ]
-    write_results("roofline", ceilings, CERTIFICATE, tmp_path)
+    write_results("roofline", peak_rates, PROVENANCE, tmp_path)
     found, _ = collect.rows_of_report(report_, tmp_path)
     assert next(row for row in found if row.metric == "roofline_share").median == 50
 
 
 def test_a_table_holds_every_row_of_its_suite():
     rows = [
-        (Row("train", "c", "eager", "test_accuracy", "%", 1, 90.5, 90.5, 90.5), CERTIFICATE),
-        (Row("train", "c", "eager", "speed", "images/s", 3, 12345.6, 12000, 13000), CERTIFICATE),
-        (Row("loaders", "c", "dali", "speed", "images/s", 1, 7, 7, 7), CERTIFICATE),
+        (Row("train", "c", "eager", "test_accuracy", "%", 1, 90.5, 90.5, 90.5), PROVENANCE),
+        (Row("train", "c", "eager", "speed", "images/s", 3, 12345.6, 12000, 13000), PROVENANCE),
+        (Row("loaders", "c", "dali", "speed", "images/s", 1, 7, 7, 7), PROVENANCE),
     ]
     text = report.fill("a\n<!-- results: train -->\nold\n<!-- end -->\nb\n", rows)
     assert "| how | test accuracy, % | speed, images/s | n |" in text
@@ -137,7 +138,7 @@ def speed(provider, value, suite="step", case="resnet20 batch 8"):
 
 
 def born(date="2026-01-02", **machine):
-    return CERTIFICATE | {"machine": CERTIFICATE["machine"] | machine, "date": f"{date}T00:00:00"}
+    return PROVENANCE | {"machine": PROVENANCE["machine"] | machine, "date": f"{date}T00:00:00"}
 
 
 def test_a_table_is_for_one_machine_and_shows_the_newest_rows():
@@ -178,7 +179,7 @@ def test_only_what_one_run_measured_is_compared():
 def rows_of_info(times, **info):
     known = {"suite": "start-up", "case": "c", "provider": "p", "dtype": "any", "clock": "wall"}
     benchmark = {"extra_info": known | info, "stats": {"data": times}}
-    report = {"benchmarks": [benchmark], "certificate": dict(CERTIFICATE), "datetime": "2026-01-02"}
+    report = {"benchmarks": [benchmark], "provenance": dict(PROVENANCE), "datetime": "2026-01-02"}
     return {row.metric: row for row in collect.rows_of_report(report)[0]}
 
 
@@ -222,8 +223,8 @@ def test_the_rows_of_a_proof_are_taken_over(tmp_path, monkeypatch, capsys):
 
 
 def test_ratios_to_several_providers_have_a_column_each():
-    birth = born()
-    results = [(speed(p, v), birth) for p, v in (("eager", 100), ("amp", 200), ("fast", 250))]
+    provenance = born()
+    results = [(speed(p, v), provenance) for p, v in (("eager", 100), ("amp", 200), ("fast", 250))]
     spec = "step | metrics: images_per_second | against: eager, amp"
     text = report.fill(f"<!-- results: {spec} -->\n<!-- end -->", results)
     assert "| how | images/s | against eager | against amp | n |" in text
@@ -233,9 +234,9 @@ def test_ratios_to_several_providers_have_a_column_each():
 
 
 def test_a_table_across_has_a_column_a_provider():
-    birth = born()
-    results = [(speed(p, v), birth) for p, v in (("eager", 100), ("fast", 250))]
-    results.append((speed("fast", 8, case="resnet18 batch 8"), birth))
+    provenance = born()
+    results = [(speed(p, v), provenance) for p, v in (("eager", 100), ("fast", 250))]
+    results.append((speed("fast", 8, case="resnet18 batch 8"), provenance))
     spec = "step | across: images_per_second"
     text = report.fill(f"<!-- results: {spec} -->\n<!-- end -->", results)
     assert "| case; images/s | eager | fast |" in text
@@ -271,18 +272,20 @@ def test_measurements_outside_of_tables_are_found():
 
 
 def drawn_results():
-    birth = born()
-    results = [(speed(p, v), birth) for p, v in (("eager", 100.0), ("fast", 250.0))]
+    provenance = born()
+    results = [(speed(p, v), provenance) for p, v in (("eager", 100.0), ("fast", 250.0))]
     for suite, name in (("depth curve", "resnet{} batch 8"), ("batch curve", "resnet20 batch {}")):
         rows = [speed("fast", 5e3 / size, suite, name.format(size)) for size in (20, 110)]
-        results += [(row, birth) for row in rows]
-    results.append((speed("dali", 9.0, "loaders", "alone"), birth))
+        results += [(row, provenance) for row in rows]
+    results.append((speed("dali", 9.0, "loaders", "alone"), provenance))
     floor = Row(
         "roofline", "resnet20 batch 8, bf16, 2 threads", "fast", "floor", "ms", 1, 20, 20, 20
     )
-    results.append((floor, birth))
+    results.append((floor, provenance))
     for metric, unit, value in (("train_seconds", "s", 30.0), ("test_accuracy", "%", 90.0)):
-        results.append((Row("train", "c", "fast", metric, unit, 1, value, value, value), birth))
+        results.append(
+            (Row("train", "c", "fast", metric, unit, 1, value, value, value), provenance)
+        )
     return results
 
 
@@ -363,16 +366,16 @@ def test_a_planted_number_turns_the_check_red(documents, capsys, where, old, new
 
 
 def test_a_certificate_says_where_and_how_a_number_was_born():
-    certificate = make_certificate("fp32", ["python", "-m", "x", "a b"])
-    assert certificate["command"] == "python -m x 'a b'"
-    assert certificate["machine"]["cores"] >= 1
-    assert certificate.keys() >= {"versions", "commit", "date", "clocks"}
+    provenance = make_provenance("fp32", ["python", "-m", "x", "a b"])
+    assert provenance["command"] == "python -m x 'a b'"
+    assert provenance["machine"]["cores"] >= 1
+    assert provenance.keys() >= {"versions", "commit", "date", "clocks"}
 
 
 def test_every_result_has_its_certificate():
     for path in RESULTS.glob("*.csv"):
-        certificate = json.loads(path.with_suffix(".json").read_text())
-        assert certificate.keys() >= {"machine", "versions", "commit", "date", "command", "dtype"}
+        provenance = json.loads(path.with_suffix(".json").read_text())
+        assert provenance.keys() >= {"machine", "versions", "commit", "date", "command", "dtype"}
     for row, _ in read_results():
         assert row.low <= row.median <= row.high
         assert row.n >= 1

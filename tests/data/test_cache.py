@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from fastres.data import cache
-from fastres.data.cache import cache_folder, cached
+from fastres.data.cache import cached
 from fastres.data.dataset import Dataset, ImageSet
 from fastres.errors import FailureError
+from fastres.host import cache_folder
 from tests.helpers.data_fixtures import images, labels
 
 

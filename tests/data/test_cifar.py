@@ -13,7 +13,7 @@ import pytest
 
 from fastres.data.dataset import Dataset
 from fastres.data.readers import archive, cifar
-from fastres.data.readers.cifar import CIFAR100_CLASSES, LAYOUTS, Layout, find_cifar
+from fastres.data.readers.cifar import ARCHIVE_FORMATS, CIFAR100_CLASSES, ArchiveFormat, find_cifar
 from fastres.errors import FailureError
 from tests.helpers.data_fixtures import (
     CIFAR10_BINARY,
@@ -34,32 +34,32 @@ def read(root: Path, name: str = "cifar10") -> Dataset:
     return found.read()
 
 
-def expect_small_copy(dataset: Dataset, layout: Layout, per_file: int = 20) -> None:
+def expect_small_copy(dataset: Dataset, fmt: ArchiveFormat, per_file: int = 20) -> None:
     """The pixels and labels that `cifar_members` put into the files, in the order of the files."""
-    count = len(layout.train)
+    count = len(fmt.train)
     expected = np.concatenate([images(per_file, seed) for seed in range(count)])
     np.testing.assert_array_equal(dataset.train.images, expected)
     np.testing.assert_array_equal(dataset.test.images, images(per_file, count))
-    classes = len(layout.kind.classes)
+    classes = len(fmt.variant.classes)
     np.testing.assert_array_equal(dataset.train.labels, np.tile(labels(per_file, classes), count))
-    assert dataset.classes == layout.kind.classes
-    assert dataset.name == f"{layout.kind.name}-custom"
+    assert dataset.classes == fmt.variant.classes
+    assert dataset.name == f"{fmt.variant.name}-custom"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.stem)
+@pytest.mark.parametrize("fmt", ARCHIVE_FORMATS, ids=lambda fmt: fmt.stem)
 @pytest.mark.parametrize("form", [".tar.gz", ".tgz", ".tar", "unpacked", "the folder itself"])
-def test_every_form(layout: Layout, form: str, tmp_path: Path) -> None:
-    members = cifar_members(layout)
+def test_every_form(fmt: ArchiveFormat, form: str, tmp_path: Path) -> None:
+    members = cifar_members(fmt)
     root = tmp_path
     if form == "unpacked":
-        unpack(tmp_path / layout.folder, members)
+        unpack(tmp_path / fmt.folder, members)
     elif form == "the folder itself":
         root = unpack(tmp_path / "renamed", members)
     else:
-        pack(tmp_path / f"{layout.stem}{form}", members)
-    other = "cifar100" if layout.kind.name == "cifar10" else "cifar10"
+        pack(tmp_path / f"{fmt.stem}{form}", members)
+    other = "cifar100" if fmt.variant.name == "cifar10" else "cifar10"
     assert find_cifar(root, other) is None
-    expect_small_copy(read(root, layout.kind.name), layout)
+    expect_small_copy(read(root, fmt.variant.name), fmt)
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -97,7 +97,7 @@ def test_published_checksum_vouches_for_the_name(
     path = pack(tmp_path / CIFAR10_BINARY.archive, cifar_members(CIFAR10_BINARY))
     assert any("another MD5" in notice for notice in read(tmp_path).notices)
     mine = replace(CIFAR10_BINARY, md5=archive.md5_of(path))
-    monkeypatch.setattr(cifar, "LAYOUTS", (mine,))
+    monkeypatch.setattr(cifar, "ARCHIVE_FORMATS", (mine,))
     dataset = read(tmp_path)
     assert dataset.name == "cifar10"
     assert not any("MD5" in notice for notice in dataset.notices)
@@ -111,8 +111,8 @@ def test_published_statistics_vouch_for_the_name(
     monkeypatch.setattr(cifar, "_TRAIN_COUNT", 100)
     monkeypatch.setattr(cifar, "_TEST_COUNT", 20)
     assert read(tmp_path).name == "cifar10-custom"
-    kind = replace(CIFAR10_BINARY.kind, mean=dataset.mean, std=dataset.std)
-    monkeypatch.setattr(cifar, "LAYOUTS", (replace(CIFAR10_BINARY, kind=kind),))
+    variant = replace(CIFAR10_BINARY.variant, mean=dataset.mean, std=dataset.std)
+    monkeypatch.setattr(cifar, "ARCHIVE_FORMATS", (replace(CIFAR10_BINARY, variant=variant),))
     dataset = read(tmp_path)
     assert dataset.name == "cifar10"
     assert dataset.notices == ()
@@ -222,14 +222,16 @@ def test_cifar100_under_the_name_of_cifar10(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.stem)
-def test_one_file_of_the_other_dataset(layout: Layout, tmp_path: Path) -> None:
-    other = next(x for x in LAYOUTS if x.pickled == layout.pickled and x.kind != layout.kind)
+@pytest.mark.parametrize("fmt", ARCHIVE_FORMATS, ids=lambda fmt: fmt.stem)
+def test_one_file_of_the_other_dataset(fmt: ArchiveFormat, tmp_path: Path) -> None:
+    other = next(
+        x for x in ARCHIVE_FORMATS if x.pickled == fmt.pickled and x.variant != fmt.variant
+    )
     wrong = cifar_members(other)[other.test]
-    unpack(tmp_path, cifar_members(layout) | {layout.test: wrong})
-    title = other.kind.title
-    with pytest.raises(FailureError, match=f"{layout.test} in .* holds {title}, not"):
-        read(tmp_path, layout.kind.name)
+    unpack(tmp_path, cifar_members(fmt) | {fmt.test: wrong})
+    title = other.variant.title
+    with pytest.raises(FailureError, match=f"{fmt.test} in .* holds {title}, not"):
+        read(tmp_path, fmt.variant.name)
 
 
 BROKEN_FILES = {

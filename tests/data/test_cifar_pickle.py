@@ -1,4 +1,4 @@
-"""The opcode walker: reads every batch NumPy has written, refuses everything else, runs nothing."""
+"""The pickle reader: reads every batch NumPy has written, refuses the rest, executes nothing."""
 
 import contextlib
 import pickle

@@ -1,8 +1,11 @@
 """Downloads against a local server that behaves, breaks off, lies, or shows a web page."""
 
 import hashlib
+import logging
 import re
+import socket
 import threading
+import urllib.error
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +16,7 @@ import pytest
 
 from fastres.data import download
 from fastres.data.download import Remote, download_cifar, remotes
-from fastres.data.readers.cifar import LAYOUTS
+from fastres.data.readers.cifar import archive_formats
 from fastres.errors import FailureError
 
 ARCHIVE = b"\x1f\x8b" + np.random.default_rng(0).bytes(1_000_000)
@@ -162,15 +165,51 @@ def test_a_spoilt_part_is_replaced(serve: Server, tmp_path: Path) -> None:
     expect_archive_alone(tmp_path, download_cifar("cifar10", tmp_path, serve("/good")))
 
 
-def test_all_sources_fail(serve: Server, tmp_path: Path) -> None:
+def test_all_sources_fail(serve: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The error is one line that says what to do; every URL and its reason go to the log."""
     sources = (*serve("/missing", "/html"), Remote("http://127.0.0.1:1/x", NAME, 1, ""))
-    with pytest.raises(FailureError) as caught:
+    with (
+        caplog.at_level(logging.DEBUG, logger="fastres"),
+        pytest.raises(FailureError) as caught,
+    ):
         download_cifar("cifar10", tmp_path, sources)
-    text = str(caught.value)
-    for source, reason in zip(sources, ("HTTP 404", "a web page", "refused"), strict=True):
-        assert f"{source.url} (" in text
-        assert reason in text
-    assert f"download {sources[0].url} by hand and put it into {tmp_path}" in text
+    assert str(caught.value) == (
+        "CIFAR-10 could not be downloaded (HTTP 404, it sent a web page, Connection refused); put "
+        "cifar-10-binary.tar.gz or cifar-10-python.tar.gz into "
+        f"{tmp_path} or name its folder with --data-dir"
+    )
+    for source, reason, line in zip(
+        sources, ("HTTP 404", "a web page", "refused"), caplog.messages, strict=True
+    ):
+        assert source.url in line
+        assert reason in line
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_no_network(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Where no mirror's name is known; without a level for `fastres` nothing is printed."""
+    monkeypatch.setenv("FASTRES_OFFLINE", "0")
+
+    def find_nothing(*args: object, **kwargs: object) -> None:
+        raise urllib.error.URLError(socket.gaierror(-3, "Temporary failure in name resolution"))
+
+    monkeypatch.setattr(download.urllib.request, "urlopen", find_nothing)
+    with pytest.raises(FailureError, match=r"\(no network\); put cifar-10") as caught:
+        download_cifar(name, tmp_path)
+    assert "://" not in str(caught.value)
+    assert caplog.messages == []
+    assert capfd.readouterr() == ("", "")
+    with caplog.at_level(logging.DEBUG, logger="fastres"), pytest.raises(FailureError):
+        download_cifar(name, tmp_path)
+    assert all(
+        source.url in line for source, line in zip(remotes(name), caplog.messages, strict=True)
+    )
 
 
 def test_second_process_finds_the_archive(serve: Server, log: Log, tmp_path: Path) -> None:
@@ -209,7 +248,7 @@ def test_offline(serve: Server, log: Log, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_known_sources(name: str) -> None:
     """Every mirror must give a file that the reader knows under the same checksum."""
-    known = {layout.archive: layout for layout in LAYOUTS if layout.kind.name == name}
+    known = {fmt.archive: fmt for fmt in archive_formats(name)}
     found = remotes(name)
     assert len({source.url.split("/")[2] for source in found}) == len(found) >= 3
     assert "www.cs.toronto.edu" in found[0].url

@@ -112,6 +112,34 @@ def test_an_epoch_left_early_does_not_disturb_the_next(data, loader):
     assert all(torch.equal(a, b) for a, b in zip(again, fresh, strict=True))
 
 
+@pytest.mark.skipif(dali_missing() is not None, reason=str(dali_missing()))
+def test_a_new_pass_of_dali_ends_the_one_before_it(data):
+    """Both would take batches from one pipeline, and labels would go with other images."""
+    served = load(data, "dali")
+    first, second = iter(served), iter(served)
+    next(first)
+    rest = [next(second)]
+    with pytest.raises(UsageError, match="another pass over this loader has begun"):
+        next(first)
+    rest += second
+    wanted = load(data, "dali").serve(1)
+    for (images, labels), (images_0, labels_0) in zip(rest, wanted, strict=True):
+        assert torch.equal(images, images_0)
+        assert torch.equal(labels, labels_0)
+
+
+@pytest.mark.parametrize(("loader", "workers"), [("resident", None), ("torch", 0)])
+def test_passes_of_other_loaders_do_not_disturb_each_other(data, loader, workers):
+    apart = [list(load(data, loader, workers=workers).serve(epoch)) for epoch in (0, 1)]
+    served = load(data, loader, workers=workers)
+    for beside, alone in zip(
+        zip(served, served, strict=True), zip(*apart, strict=True), strict=True
+    ):
+        for (images, labels), (images_0, labels_0) in zip(beside, alone, strict=True):
+            assert torch.equal(images, images_0)
+            assert torch.equal(labels, labels_0)
+
+
 @pytest.mark.parametrize("loader", EACH_LOADER)
 def test_a_batch_stays_as_it_was_while_later_ones_are_read(data, loader):
     kept = [(images, images.clone()) for images, _ in load(data, loader)]
@@ -139,11 +167,11 @@ def test_workers_do_not_change_the_batches(data):
 
 
 def test_validation_images_are_held_out_of_the_training_images(data):
-    parts = [load(data, "resident", split=split, num_val=20) for split in ("train", "val")]
-    train, val = (part.batches.images.images.reshape(-1, 3072) for part in parts)
+    loaders = [load(data, "resident", split=split, num_val=20) for split in ("train", "val")]
+    train, val = (loader.spec.images.images.reshape(-1, 3072) for loader in loaders)
     assert (len(train), len(val)) == (80, 20)
-    everything = np.concatenate([train, val])
-    assert {row.tobytes() for row in everything} == {
+    rows = np.concatenate([train, val])
+    assert {row.tobytes() for row in rows} == {
         row.tobytes() for row in data.train.images.reshape(-1, 3072)
     }
 
@@ -151,7 +179,7 @@ def test_validation_images_are_held_out_of_the_training_images(data):
 def test_val_without_a_number_says_that_it_overlaps(data):
     with pytest.warns(UserWarning, match="num_val=10"):
         val = load(data, "resident", split="val")
-    assert len(val.batches.images) == 10
+    assert len(val.spec.images) == 10
 
 
 def test_without_dali_another_takes_its_place_on_a_gpu(data, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 
 from fastres.data import source
 from fastres.data.dataset import Dataset, ImageSet, channel_statistics
+from fastres.data.readers.cifar import ArchiveFormat
 from fastres.data.source import load_dataset, split_validation
 from fastres.errors import FailureError, FastresError, UsageError
 from tests.helpers.data_fixtures import (
@@ -42,9 +43,9 @@ def small_synthetic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["auto", "cifar10"])
-@pytest.mark.parametrize("layout", [CIFAR10_BINARY, CIFAR10_PYTHON])
-def test_archive(name: str, layout: source.CifarFiles, tmp_path: Path) -> None:
-    pack(tmp_path / layout.archive, cifar_members(layout))
+@pytest.mark.parametrize("fmt", [CIFAR10_BINARY, CIFAR10_PYTHON])
+def test_archive(name: str, fmt: ArchiveFormat, tmp_path: Path) -> None:
+    pack(tmp_path / fmt.archive, cifar_members(fmt))
     assert load_dataset(name, tmp_path).name == "cifar10-custom"
 
 
@@ -139,12 +140,16 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("small_synthetic")
-def test_auto_with_nothing_is_loudly_synthetic() -> None:
+def test_auto_with_nothing_is_loudly_synthetic(cache: Path) -> None:
     for _ in range(2):
         dataset = load_dataset()
         assert dataset.name == "synthetic"
-        assert dataset.notices[0].startswith("SYNTHETIC DATA: ")
-        assert "FASTRES_OFFLINE" in dataset.notices[0]
+        (notice,) = dataset.notices
+        assert notice.startswith("SYNTHETIC DATA: CIFAR-10 could not be downloaded (")
+        assert "FASTRES_OFFLINE" in notice
+        assert notice.endswith(f"into {cache / 'data'} or name its folder with --data-dir")
+        assert "\n" not in notice
+        assert "://" not in notice
     assert load_dataset("synthetic").notices == ()
     assert "not allowed" in load_dataset(download=False).notices[0]
 
@@ -153,7 +158,7 @@ def test_auto_with_nothing_is_loudly_synthetic() -> None:
 def test_cifar_with_nothing_fails(name: str, cache: Path) -> None:
     with pytest.raises(FailureError, match="FASTRES_OFFLINE") as caught:
         load_dataset(name)
-    assert str(cache / "data") in str(caught.value)
+    assert f"{cache / 'data'} or name its folder with --data-dir" in str(caught.value)
     with pytest.raises(FailureError, match="not allowed"):
         load_dataset(name, download=False)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import fastres
 from fastres import evaluate as evaluate_command
 from fastres.config import from_json
-from fastres.data.loaders import LOADERS, Batches, build_loader, dali_missing
+from fastres.data.loaders import LOADERS, BatchSpec, build_loader, dali_missing
 from fastres.data.plan import Augmentation
 from fastres.data.source import split_validation
 from fastres.engine import checkpoint
@@ -116,7 +116,7 @@ def test_a_step_is_that_of_the_mean_gradient(tmp_path, way, one_thread):
     grads, buffers = [], []
     model = fastres.create_model("resnet8", 10, width=0.25, shortcut="A", seed=config.seed)
     for part in range(2):
-        batches = Batches(
+        batches = BatchSpec(
             images, data.mean, data.std, 24, config.seed, Augmentation(), True, part, 2
         )
         loader = build_loader("torch", batches, torch.device("cpu"))
@@ -149,7 +149,7 @@ def test_the_parts_of_a_batch_are_the_batch(name):
     if name == "dali" and dali_missing():
         pytest.skip(dali_missing())
     data = fastres.load_dataset("synthetic")
-    whole = Batches(data.test, data.mean, data.std, 48, 3, Augmentation(cutout=8), True)
+    whole = BatchSpec(data.test, data.mean, data.std, 48, 3, Augmentation(cutout=8), True)
     served = [
         next(iter(build_loader(name, part, torch.device("cpu"))))
         for part in (whole, *(Processes(rank, 3).share(whole) for rank in range(3)))
@@ -161,7 +161,7 @@ def test_the_parts_of_a_batch_are_the_batch(name):
 
 def test_a_batch_that_cannot_be_dealt_out_is_one_sentence():
     data = fastres.load_dataset("synthetic")
-    batches = Batches(data.train, data.mean, data.std, 50, 0, Augmentation(), True)
+    batches = BatchSpec(data.train, data.mean, data.std, 50, 0, Augmentation(), True)
     with pytest.raises(UsageError, match="50 images cannot be dealt out to 3 processes evenly"):
         Processes(0, 3).share(batches)
 

@@ -12,7 +12,7 @@ import pytest
 
 from fastres import cli, evaluate, train
 from fastres.config import Config, validate
-from fastres.engine.run_dir import RunFolder
+from fastres.engine.run_dir import RunDir
 from fastres.engine.step import TrainStep
 from fastres.engine.trainer import Trainer
 from tests.helpers.data_fixtures import image_folder
@@ -133,7 +133,7 @@ def test_ctrl_c_reaches_the_workers_too_and_one_process_answers(tmp_path):
 def test_two_runs_do_not_share_a_folder(run, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(run, out)
-    with RunFolder(out).claimed():
+    with RunDir(out).claimed():
         for mode in ([*SYNTHETIC, "--overwrite"], ["--resume"]):
             assert run_train(*mode, "--out", out) == 2
             assert "another process is training in" in capsys.readouterr().err

@@ -9,9 +9,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from fastres import create_model
 from fastres.config import Config
+from fastres.engine.ema import WeightAverage
 from fastres.engine.optim import Optimizer, lr_factor
 from fastres.engine.runtime import Runtime
-from fastres.engine.step import TrainStep, WeightAverage
+from fastres.engine.step import TrainStep
 from fastres.engine.trainer import count_steps
 
 CPU = torch.device("cpu")

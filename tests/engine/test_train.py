@@ -341,10 +341,10 @@ def test_without_a_compiler_fast_says_so(monkeypatch, capsys):
 
 
 def test_without_bf16_instructions_fast_stays_in_fp32(monkeypatch, capsys):
-    monkeypatch.setattr("fastres.engine.machine.bf16_instructions", lambda: None)
+    monkeypatch.setattr("fastres.host.bf16_instructions", lambda: None)
     assert train(*TINY, "--fast", "--device", "cpu", "--dry-run") == 0
     assert "no bf16 instructions" in capsys.readouterr().out
-    monkeypatch.setattr("fastres.engine.machine.bf16_instructions", lambda: "amx_bf16")
+    monkeypatch.setattr("fastres.host.bf16_instructions", lambda: "amx_bf16")
     assert train(*TINY, "--fast", "--device", "cpu", "--dry-run") == 0
     assert "bf16  (the processor has amx_bf16)" in capsys.readouterr().out
 

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from fastres.kernels import dispatch
-from fastres.kernels.block import LayerState
+from fastres.kernels.conv_types import ConvBN, LayerState
 from fastres.kernels.cpu import build as cpu_build
-from fastres.kernels.reference.block import ConvBN
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
-# (N, C, H, W, K, filter, stride): direct ones in bf16 first, by tile and tail, then oneDNN's.
+# (N, C, H, W, K, filter, stride): fused ones in bf16 first, by tile and tail, then oneDNN's.
 SHAPES = {
     "16 to 16": (3, 16, 6, 32, 16, 3, 1),
     "16 to 16, tail": (2, 16, 5, 19, 16, 3, 1),
@@ -69,14 +68,14 @@ class Case:
             size // 2,
         )
         self.x = pixels(n, c, h, w, dtype=dtype, generator=g)
-        self.fold = torch.randn(2, c, generator=g)
+        self.scale_shift = torch.randn(2, c, generator=g)
         self.mean = torch.randn(c, generator=g)
         p, q = (-(-s // stride) for s in (h, w))
         self.g, self.y = (pixels(n, k, p, q, dtype=dtype, generator=g) for _ in range(2))
         self.coefficients = torch.randn(3, k, generator=g)
         self.shortcut = pixels(n, c, h, w, dtype=dtype, generator=g)
         self.residual = pixels(n, k, p, q, dtype=dtype, generator=g)
-        self.out_fold = torch.randn(2, k, generator=g)
+        self.out_scale_shift = torch.randn(2, k, generator=g)
 
     def double(self):
         wide = object.__new__(Case)
@@ -86,9 +85,9 @@ class Case:
             setattr(wide, name, value if name == "layer" else value.double())
         return wide
 
-    def before(self):
+    def producer(self):
         """The state of a layer whose y is x."""
-        return LayerState(self.x, self.mean, self.mean, self.mean, self.fold)
+        return LayerState(self.x, self.mean, self.mean, self.mean, self.scale_shift)
 
 
 @pytest.fixture

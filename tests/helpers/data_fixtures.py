@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastres.data.readers.cifar import LAYOUTS, Layout
+from fastres.data.readers.cifar import ARCHIVE_FORMATS, ArchiveFormat
 
-CIFAR10_BINARY, CIFAR10_PYTHON, CIFAR100_BINARY, CIFAR100_PYTHON = LAYOUTS
+CIFAR10_BINARY, CIFAR10_PYTHON, CIFAR100_BINARY, CIFAR100_PYTHON = ARCHIVE_FORMATS
 
 
 def images(count: int, seed: int = 0) -> np.ndarray:
@@ -45,16 +45,16 @@ def pickled_batch(
     return pickle.dumps(batch, protocol=protocol)
 
 
-def cifar_members(layout: Layout, per_file: int = 20, protocol: int = 2) -> dict[str, bytes]:
+def cifar_members(fmt: ArchiveFormat, per_file: int = 20, protocol: int = 2) -> dict[str, bytes]:
     """Every file of a small copy, `per_file` images each; file i holds `images(per_file, i)`."""
     members = {}
-    for seed, name in enumerate(layout.members):
+    for seed, name in enumerate(fmt.members):
         pictures = images(per_file, seed)
-        classes = labels(per_file, len(layout.kind.classes))
-        if layout.pickled:
-            members[name] = pickled_batch(pictures, classes, layout.kind.label_key, protocol)
+        classes = labels(per_file, len(fmt.variant.classes))
+        if fmt.pickled:
+            members[name] = pickled_batch(pictures, classes, fmt.variant.label_key, protocol)
         else:
-            members[name] = binary_records(pictures, classes, layout.kind.label_bytes)
+            members[name] = binary_records(pictures, classes, fmt.variant.label_bytes)
     return members
 
 

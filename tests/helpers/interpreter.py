@@ -17,7 +17,7 @@ DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The yardstick in float32 must not round to TF32 behind its back; tests of TF32 turn it on.
+# The baseline in float32 must not round to TF32 behind its back; tests of TF32 turn it on.
 torch.backends.cudnn.allow_tf32 = False
 
 
@@ -53,7 +53,7 @@ def needs_gpu(test):
 def strict_memory(monkeypatch):
     """Fill every torch.empty with NaN, so that an element which no kernel writes shows.
 
-    Eager convolutions, the yardstick in fp32, must not round to TF32 behind its back.
+    Eager convolutions, the baseline in fp32, must not round to TF32 behind its back.
     """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     was_on = torch.are_deterministic_algorithms_enabled()

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 
 from fastres.kernels.conv_shape import ConvShape
-from fastres.kernels.gpu.checks import BNInput, FoldedGrad, TileStats
+from fastres.kernels.conv_types import DeferredGrad, LayerState
+from fastres.kernels.gpu.checks import TileStats
 from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.reference import block as ref
 from tests.helpers.interpreter import DEVICE
@@ -41,9 +42,9 @@ class ConvTensors(NamedTuple):
     x: torch.Tensor
     w: torch.Tensor
     scale_shift: torch.Tensor
-    dy: FoldedGrad
+    dy: DeferredGrad
     shortcut: torch.Tensor
-    bn_input: BNInput
+    producer: LayerState
 
     def double(self) -> "ConvTensors":
         def widen(value):
@@ -65,18 +66,23 @@ def make_tensors(shape: ConvShape, dtype: torch.dtype, seed: int = 0) -> ConvTen
     def pixels(*size):
         return channels_last(normal(*size), dtype)
 
+    def producer():
+        y, mean, scale_shift = pixels(n, c, h, w), normal(c).to(DEVICE), normal(2, c).to(DEVICE)
+        # No convolution reads the variance and rstd of its producer.
+        return LayerState(y, mean, mean, mean, scale_shift)
+
     n, h, w, c, k = shape.N, shape.H, shape.W, shape.C, shape.K
     return ConvTensors(
         x=pixels(n, c, h, w),
         w=channels_last(normal(k, c, shape.R, shape.S) / shape.RSC**0.5, dtype),
         scale_shift=normal(2, c).to(DEVICE),
-        dy=FoldedGrad(
+        dy=DeferredGrad(
             pixels(n, k, shape.P, shape.Q),
             pixels(n, k, shape.P, shape.Q),
             normal(3, k).to(DEVICE),
         ),
         shortcut=pixels(n, c, h, w),
-        bn_input=BNInput(pixels(n, c, h, w), normal(c).to(DEVICE), normal(2, c).to(DEVICE)),
+        producer=producer(),
     )
 
 
@@ -89,25 +95,25 @@ def fprop(t: ConvTensors, shape: ConvShape, prologue: bool) -> torch.Tensor:
     return ref.conv_ref(x, t.w, **geometry(shape))
 
 
-def form_dy(t: ConvTensors, folded: bool) -> torch.Tensor:
-    return ref.bn_backward_apply_ref(*t.dy) if folded else t.dy.g
+def compute_dy(t: ConvTensors, deferred: bool) -> torch.Tensor:
+    return ref.bn_backward_apply_ref(*t.dy) if deferred else t.dy.g
 
 
-def dgrad(t: ConvTensors, shape: ConvShape, folded: bool, shortcut: bool) -> torch.Tensor:
-    dy = form_dy(t, folded)
+def dgrad(t: ConvTensors, shape: ConvShape, deferred: bool, shortcut: bool) -> torch.Tensor:
+    dy = compute_dy(t, deferred)
     dx = ref.conv_dgrad_ref(dy, t.w, (shape.H, shape.W), **geometry(shape))
     return dx + t.shortcut if shortcut else dx
 
 
 def pre_activation(t: ConvTensors) -> torch.Tensor:
-    """The z of the batch norm before the convolution, whose sign is the ReLU's mask."""
-    a, b = t.bn_input.scale_shift
-    return t.bn_input.y.to(a.dtype) * a.view(1, -1, 1, 1) + b.view(1, -1, 1, 1)
+    """The z of the producer's batch norm, whose sign is the ReLU's mask."""
+    a, b = t.producer.scale_shift
+    return t.producer.y.to(a.dtype) * a.view(1, -1, 1, 1) + b.view(1, -1, 1, 1)
 
 
-def wgrad(t: ConvTensors, shape: ConvShape, prologue: bool, folded: bool) -> torch.Tensor:
+def wgrad(t: ConvTensors, shape: ConvShape, prologue: bool, deferred: bool) -> torch.Tensor:
     x = ref.bn_apply_ref(t.x, t.scale_shift) if prologue else t.x
-    return ref.conv_wgrad_ref(x, form_dy(t, folded), (shape.R, shape.S), **geometry(shape))
+    return ref.conv_wgrad_ref(x, compute_dy(t, deferred), (shape.R, shape.S), **geometry(shape))
 
 
 def check_stats(stats: TileStats, y: torch.Tensor) -> None:

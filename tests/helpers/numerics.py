@@ -1,26 +1,10 @@
-"""Every numerical tolerance of the kernel tests, and the referee that applies it.
+"""Every numerical tolerance of the kernel tests, and the checks that apply it.
 
-The truth is the plain-torch reference in fp64 on the very inputs of the test. Eager torch in the
-test's dtype makes an error against it, and so does the fused result:
-
-    err(fused) <= RATIO * err(eager) + FLOOR[dtype],   in the RMS norm and in the max norm,
-
-each relative to the same norm of the truth. Derivation of the numbers:
-
-RATIO: kernels keep fp32 wherever eager keeps it and round no more often than eager, so their errors
-    have the same size. The RMS of n independent errors is known to 1 / sqrt(2 n): 13 % for the 32
-    channels of a typical gradient. Two such errors, fused and eager, differ by 1.19 at one standard
-    deviation; 1.25 leaves a little room and still fails on one additional rounding (sqrt(2)).
-
-FLOOR: what remains when eager's error is small by luck or by shortness (a 1x1 convolution of 5
-    channels, a channel of 12 pixels). With u the unit roundoff of the dtype:
-    fp32: another order of summation. RMS 2 u: two roundings. Max 4 u: the largest of many.
-    fp16, bf16: sums are in fp32 on both sides and both round to the dtype, which eager's own error
-    holds already; left are the fp32 differences that tip a rounding the other way, in one element
-    of many: u / 8 in the RMS norm, u / 2 in the max norm.
+RATIO, FLOOR: fastres/kernels/reference/error_bound.py says what is bounded, and derives the
+    numbers.
 
 STATISTICS: means, variances and sums are fp32 whatever the activations' dtype. Torch on CPU sums
-    them in fp64, so eager is nearly exact there and cannot be the yardstick. A GPU adds the n rows
+    them in fp64, so eager is nearly exact there and cannot be the baseline. A GPU adds the n rows
     of a tile pairwise, log2(n) u at most; the interpreter adds them one by one, a random walk of n
     roundings: 0.27 u sqrt(n) was measured in the RMS of 6,400 sums of squares for n from 32 to 512,
     and 2 u sqrt(n) in their maximum. Allowed are 4 u sqrt(n), of the sum of magnitudes.
@@ -36,23 +20,8 @@ from collections.abc import Sequence
 
 import torch
 
-RATIO = 1.25
-UNIT_ROUNDOFF = {
-    torch.float64: 2.0**-53,
-    torch.float32: 2.0**-24,
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8,
-}
-FLOOR_RMS = {
-    torch.float32: 2 * UNIT_ROUNDOFF[torch.float32],
-    torch.float16: UNIT_ROUNDOFF[torch.float16] / 8,
-    torch.bfloat16: UNIT_ROUNDOFF[torch.bfloat16] / 8,
-}
-FLOOR_MAX = {
-    torch.float32: 4 * UNIT_ROUNDOFF[torch.float32],
-    torch.float16: UNIT_ROUNDOFF[torch.float16] / 2,
-    torch.bfloat16: UNIT_ROUNDOFF[torch.bfloat16] / 2,
-}
+from fastres.kernels.reference.error_bound import FLOOR_MAX, FLOOR_RMS, RATIO, UNIT_ROUNDOFF
+
 RELU_TIES = 1e-3
 RELU_TIE_ELEMENTS = 8
 
@@ -126,15 +95,15 @@ def away_from_ties(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return ~near
 
 
-class PooledReferee:
-    """The referee over several draws of one case: for tensors that are too small for a single one.
+class PooledErrorBound:
+    """The error bound over several draws of a case: for tensors too small for a single one.
 
     The RMS of a handful of errors says little: two equal distributions of one error each differ by
     more than RATIO in 43 % of all draws. Drawing other numbers adds independent errors. The error
-    of each draw is measured by what the referee allows in that draw, so that one badly conditioned
+    of each draw is measured by what the bound allows in that draw, so that one badly conditioned
     draw does not outweigh the others, and the RMS over the draws must not exceed 1. A kernel that
     is right is accepted after a few draws; one that is wrong stays refused, whatever is drawn.
-    RATIO and the floors are those of a single draw, and for one draw the rule is the referee's own.
+    RATIO and the floors are those of a single draw, for which the rule is `assert_like_eager`'s.
 
     Behind a ReLU some draw has a pre-activation within rounding of 0, and one flipped mask
     outweighs all roundings of all draws, eager's as often as the fused op's. There the median of
@@ -151,15 +120,15 @@ class PooledReferee:
         self,
         name: str,
         fused: torch.Tensor,
-        yardsticks: Sequence[torch.Tensor],
+        baselines: Sequence[torch.Tensor],
         truth: torch.Tensor,
     ) -> None:
-        """Add one draw of the tensor `name`; the worst of the yardsticks counts, norm by norm."""
+        """Add one draw of the tensor `name`; the worst of the baselines counts, norm by norm."""
         assert fused.shape == truth.shape, f"{name}: {fused.shape} {truth.shape}"
         for norm, floor in ((rms, FLOOR_RMS[self.dtype]), (largest, FLOOR_MAX[self.dtype])):
             scale = norm(truth) or 1.0
             error, *others = (
-                norm(t.detach().double() - truth) / scale for t in (fused, *yardsticks)
+                norm(t.detach().double() - truth) / scale for t in (fused, *baselines)
             )
             shares = self._shares.setdefault((name, norm.__name__), [])
             shares.append(error / (RATIO * max(others) + floor))

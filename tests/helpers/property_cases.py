@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 
 from fastres.kernels import ops
 from fastres.kernels.conv_shape import ConvOp, ConvShape
+from fastres.kernels.conv_types import ConvBN, stat_dtype
 from fastres.kernels.gpu.launch_config import ConvConfig, heuristic_config
-from fastres.kernels.reference.block import ConvBN, stat_dtype
+from fastres.kernels.reference.error_bound import UNIT_ROUNDOFF
 from tests.helpers.interpreter import DEVICE, HAS_GPU
-from tests.helpers.numerics import UNIT_ROUNDOFF, PooledReferee
+from tests.helpers.numerics import PooledErrorBound
 
 # Steps of the main loop, over all programs, that one launch may take in the interpreter: a step
 # costs about as much for a large tile as for a small one, so large problems get large tiles.
 MOST_STEPS = 6
 MOST_ELEMENTS = 8_000
 
-# Draws on which a case that the referee refuses is judged; see numerics.PooledReferee.
+# Draws on which a case that is refused is judged; see numerics.PooledErrorBound.
 MOST_DRAWS = 48
 ROUNDINGS = 3
 
@@ -87,7 +88,7 @@ class Case:
             block_m = 2 * block_m if block_m < m else block_m
             block_n = 2 * block_n if block_n < min(n, 128) else block_n
             block_k = 2 * block_k if block_k < k else block_k
-        # The second pass over the parts is a program for every 128 elements.
+        # The second pass over the partials is a program for every 128 elements.
         split_k = split_k if shape.num_w <= 2048 else 1
         return ConvConfig(block_m, block_n, block_k, 4, 2, split_k, route)
 
@@ -108,7 +109,7 @@ def _extent() -> st.SearchStrategy[int]:
 
 @st.composite
 def cases(draw: st.DrawFn, op: str, depth: int = 1, shortcut: Shortcut = "none") -> Case:
-    """Cases of one op: conv_bn_relu, conv_bn_add_relu, conv_bn_folded, residual_block."""
+    """Cases of one op: conv_bn_relu, conv_bn_folded, residual_block."""
     c = draw(_channels())
     stride = 1 if shortcut == "input" else draw(st.integers(1, 2))
     layers = _draw_layers(draw, c, depth, stride, shortcut)
@@ -208,9 +209,9 @@ class Numbers:
         layers = []
         for i, layer in enumerate(self.layers):
             names = ("w", "weight", "bias")
-            parts = {name: own(getattr(layer, name), learns) for name in names}
-            inputs |= {f"{name} {i}": part for name, part in parts.items()}
-            layers.append(layer._replace(**parts))
+            params = {name: own(getattr(layer, name), learns) for name in names}
+            inputs |= {f"{name} {i}": param for name, param in params.items()}
+            layers.append(layer._replace(**params))
         out = block(case, inputs["x"], layers, inputs.get("residual"))
         wanted = {name: t for name, t in inputs.items() if t.requires_grad}
         if not wanted:
@@ -222,7 +223,7 @@ class Numbers:
 
 def _eager_layer(case: Case, x: torch.Tensor, layer: ConvBN) -> torch.Tensor:
     w = layer.w
-    # In NHWC order oneDNN's strided 1x1 convolution is broken for few channels; see chain_plain.
+    # oneDNN's strided 1x1 convolution is broken in NHWC for few channels: reference/backend.py.
     if x.device.type == "cpu" and layer.stride > 1 and layer.padding == 0:
         x, w = (t.clone(memory_format=torch.contiguous_format) for t in (x, w))
     y = F.conv2d(x, w, stride=layer.stride, padding=layer.padding)
@@ -316,7 +317,7 @@ class _RoundedBatchNorm(torch.autograd.Function):
 def rounded(seed: int) -> Callable[..., torch.Tensor]:
     """`eager` in fp64 with every step rounded at random, as some fp32 program would round it.
 
-    The second yardstick: eager sums in fp64 on a CPU, and in a small tensor it is exact by luck.
+    The second baseline: eager sums in fp64 on a CPU, and in a small tensor it is exact by luck.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -346,27 +347,24 @@ def run_op(
         return ops.conv_bn_folded(x, layers[0], scale_shift, **options)
     if case.op == "conv_bn_relu":
         return ops.conv_bn_relu(x, layers[0], relu=case.relu)[0]
-    if case.op == "conv_bn_add_relu":
-        assert residual is not None
-        return ops.conv_bn_add_relu(x, layers[0], residual)[0]
     projection = layers[-1] if case.projection is not None else None
     main = layers[:-1] if projection is not None else layers
     options = {"projection": projection, "residual": residual}
     return ops.residual_block(x, main, **options, add_input=case.shortcut == "input")[0]
 
 
-def judge(case: Case) -> PooledReferee:
-    """Draw numbers for a case until the referee accepts it; the last verdict stands."""
-    referee = PooledReferee(case.dtype, has_relu=case.relu or len(case.layers) > 1)
+def judge(case: Case) -> PooledErrorBound:
+    """Draw numbers for a case until its errors are within the bound; the last verdict stands."""
+    bound = PooledErrorBound(case.dtype, has_relu=case.relu or len(case.layers) > 1)
     for seed in range(MOST_DRAWS):
         numbers = Numbers(case, seed)
         got, truth = numbers.run(run_op), numbers.run(eager, double=True)
         # Torch has a convolution for each layout, and each its own order of summation.
-        yardsticks = [numbers.run(eager), numbers.run(eager, nchw=True)]
-        yardsticks += [numbers.run(rounded(seed + i), double=True) for i in range(ROUNDINGS)]
+        baselines = [numbers.run(eager), numbers.run(eager, nchw=True)]
+        baselines += [numbers.run(rounded(seed + i), double=True) for i in range(ROUNDINGS)]
         assert got["out"].is_contiguous(memory_format=torch.channels_last)
         for name, value in got.items():
-            referee.add(name, value, [yardstick[name] for yardstick in yardsticks], truth[name])
-        if not referee.refused():
+            bound.add(name, value, [baseline[name] for baseline in baselines], truth[name])
+        if not bound.refused():
             break
-    return referee
+    return bound

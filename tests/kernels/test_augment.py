@@ -10,7 +10,7 @@ import fastres
 from fastres.data.augmentation import TensorPlan, augment, normalize
 from fastres.data.dataset import Dataset, ImageSet
 from fastres.data.loaders import resident
-from fastres.data.loaders.base import Batches
+from fastres.data.loaders.base import BatchSpec
 from fastres.data.loaders.resident import ResidentLoader
 from fastres.data.plan import NO_AUGMENTATION, Augmentation, plan_epoch
 from fastres.kernels.gpu.augment import augment_normalize
@@ -170,7 +170,7 @@ def test_the_loader_serves_the_dtype_of_training(use_kernel, monkeypatch):
         resident, "_find_kernel", lambda device: augment_normalize if use_kernel else None
     )
     data = make_data()
-    batches = Batches(data.train, data.mean, data.std, 8, 0, AUGMENTATIONS["all"], training=True)
+    batches = BatchSpec(data.train, data.mean, data.std, 8, 0, AUGMENTATIONS["all"], training=True)
     wide = ResidentLoader(batches, DEVICE)
     half = ResidentLoader(batches, DEVICE, dtype=torch.bfloat16)
     for (a, _), (b, _) in zip(wide, half, strict=True):

@@ -1,10 +1,11 @@
-"""The batch-norm kernels against torch's batch norm and the fp64 referee, by code path."""
+"""The batch-norm kernels against torch's batch norm and the fp64 reference, by code path."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 import triton.language as tl
 
+from fastres.kernels.conv_types import DeferredGrad
 from fastres.kernels.gpu import batchnorm_bwd, batchnorm_fwd
 from fastres.kernels.gpu.batchnorm_bwd import (
     bn_backward_apply,
@@ -12,7 +13,7 @@ from fastres.kernels.gpu.batchnorm_bwd import (
     bn_backward_reduce,
 )
 from fastres.kernels.gpu.batchnorm_fwd import bn_apply, bn_finalize, bn_stats
-from fastres.kernels.gpu.checks import FoldedGrad, TileStats
+from fastres.kernels.gpu.checks import TileStats
 from fastres.kernels.gpu.launch_config import RowConfig
 from fastres.kernels.reference import block as ref
 from tests.helpers.interpreter import DEVICE, strict_memory  # noqa: F401
@@ -74,16 +75,19 @@ def test_statistics(kind, dtype):
     torch.testing.assert_close(
         forward.rstd, (forward.var + 1e-5).rsqrt(), rtol=statistics_rtol(), atol=0
     )
-    fold = ref.bn_fold_ref(forward.mean, forward.rstd, weight, bias)
+    scale_shift = ref.bn_fold_ref(forward.mean, forward.rstd, weight, bias)
     torch.testing.assert_close(
-        forward.scale_shift, fold, rtol=statistics_rtol(), atol=statistics_rtol() * fold.abs().max()
+        forward.scale_shift,
+        scale_shift,
+        rtol=statistics_rtol(),
+        atol=statistics_rtol() * scale_shift.abs().max(),
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["ordinary", "offset", "N = 1"])
 def test_normalised_output_is_as_good_as_torchs(kind, dtype):
-    """Statistics, fold and apply together: out = relu(batch_norm(y))."""
+    """Statistics, scale and shift, apply together: out = relu(batch_norm(y))."""
     y = make_y(kind, dtype)
     c = y.shape[1]
     weight, bias = 1 + 0.1 * normal(c, seed=1), normal(c, seed=2)
@@ -198,7 +202,7 @@ def test_backward(mask, projected, dtype):
     grads = bn_backward_finalize(
         sums.g, sums.gy, forward.mean, forward.rstd, weight, y.numel() // 33
     )
-    dy = bn_backward_apply(FoldedGrad(g, y, grads.coefficients), config=TILE)
+    dy = bn_backward_apply(DeferredGrad(g, y, grads.coefficients), config=TILE)
     truth_dy, truth_dgamma, truth_dbeta = autograd(torch.float64, g)
     assert_like_eager("dy", dy, autograd(dtype, g)[0], truth_dy)
     magnitude = g.double().abs().sum((0, 2, 3))
@@ -256,7 +260,7 @@ def test_inputs_with_gaps_and_64_bit_offsets(monkeypatch):
         forward = bn_finalize(bn_stats(y, config=TILE), ab[0], ab[1])
         out = bn_apply(y, forward.scale_shift, residual=residual, config=TILE)
         g, sums = bn_backward_reduce(dout, y, forward.mean, out=out, config=TILE)
-        dy = bn_backward_apply(FoldedGrad(dout, y, coefficients), config=TILE)
+        dy = bn_backward_apply(DeferredGrad(dout, y, coefficients), config=TILE)
         return out, g, *sums[:2], dy
 
     def gaps(t):

@@ -1,8 +1,8 @@
-"""The report card: what the kernels of real networks compile to, and the command that prints it.
+"""The codegen report: what the kernels of real networks compile to, and the command that prints it.
 
 Kernels are interpreted in the test process, so they are compiled in another one, which this file
-is the program of: one launch of each form of each kernel for some GPUs. All launches of all layers
-are compiled by the slow test, through the command.
+is the program of: one launch of each variant of each kernel for some GPUs. The slow test compiles
+all launches of all layers, through the command.
 """
 
 import csv
@@ -16,13 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastres.host import usable_cores
 from fastres.kernels.gpu.conv_fprop import conv_fprop
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.tools import codegen
-from fastres.kernels.tools.codegen_report import CEILINGS, Card, Plan, compile_cards, planned_cards
+from fastres.kernels.tools.codegen_report import (
+    PEAK_RATES,
+    CodegenEntry,
+    Plan,
+    compile_entries,
+    plan_entries,
+)
 from fastres.kernels.tools.machine_code import MachineCode, compile_launch
-from fastres.kernels.tools.networks import MODELS, PRECISIONS, network_chains
+from fastres.kernels.tools.networks import NETWORKS, PRECISIONS, network_blocks, network_convs
 from tests.helpers.interpreter import HAS_GPU
 
 REPO = Path(__file__).resolve().parents[2]
@@ -52,15 +59,15 @@ KERNELS = {
     "bn_finalize",
     "bn_stats",
     "conv_dgrad",
-    "conv_dgrad_box",
+    "conv_dgrad_tma",
     "conv_fprop",
-    "conv_fprop_box",
+    "conv_fprop_tma",
     "conv_wgrad",
     "pool_linear_bwd",
     "pool_linear_fwd",
     "smooth_cross_entropy_bwd",
     "smooth_cross_entropy_fwd",
-    "sum_parts",
+    "sum_partials",
 }
 
 # sm_86, sm_89 and sm_120 run what sm_80 runs (mma.sync) and give a program 99 KiB. The code of
@@ -74,36 +81,36 @@ def compiling_environment():
     return os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
 
 
-def one_of_each_form(arch, precision, model, convolutions_only):
-    """The last launch of each form of each kernel: of the deepest stage that has it."""
-    forms = {
+def one_of_each_variant(arch, precision, model, convolutions_only):
+    """The last launch of each variant of each kernel: of the deepest stage that has it."""
+    variants = {
         (plan.kernel, plan.variant): plan
-        for plan in planned_cards(arch, model, precision, 512, ["training", "inference"])
+        for plan in plan_entries(arch, model, precision, 512, ["training", "inference"])
         if plan.kernel.startswith("conv") or not convolutions_only
     }
-    return list(forms.values())
+    return list(variants.values())
 
 
-def faults_of_a_bad_tile(config, plan):
-    """What the card of a forward convolution says with tiles that nobody should choose."""
+def violations_of_a_bad_tile(config, plan):
+    """What the entry of a forward convolution says with tiles that nobody should choose."""
     x, w = (
         torch.empty(size, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
         for size in ((512, 128, 16, 16), (128, 128, 3, 3))
     )
     with recording() as launches:
         conv_fprop(x, w, padding=1, config=config)
-    return Card(plan, compile_launch(launches[0], 90)).faults
+    return CodegenEntry(plan, compile_launch(launches[0], 90)).violations
 
 
 def main() -> int:
-    groups = {name: one_of_each_form(*group) for name, group in GROUPS.items()}
+    groups = {name: one_of_each_variant(*group) for name, group in GROUPS.items()}
     plans = [plan for group in groups.values() for plan in group]
-    cards = iter(compile_cards(plans, jobs=len(os.sched_getaffinity(0))))
+    entries = iter(compile_entries(plans, jobs=usable_cores()))
     answer = {
-        name: [codegen.card_record(next(cards)) for _ in group] for name, group in groups.items()
+        name: [codegen.entry_record(next(entries)) for _ in group] for name, group in groups.items()
     }
     fprop = next(plan for plan in plans if plan.kernel == "conv_fprop_kernel")
-    answer["bad"] = {word: faults_of_a_bad_tile(config, fprop) for word, config in BAD.items()}
+    answer["bad"] = {word: violations_of_a_bad_tile(config, fprop) for word, config in BAD.items()}
     print(json.dumps(answer))
     return 0
 
@@ -121,7 +128,7 @@ def compiled():
     return json.loads(done.stdout)
 
 
-def check_card(card):
+def check_entry(entry):
     """No spills, tensor cores in every product, wide loads and stores, little shared memory.
 
     Products of 16 channels run on tensor cores too: HGMMA (sm_90) is 64 rows by any multiple of 8,
@@ -129,36 +136,36 @@ def check_card(card):
     of which the heuristics' tiles of at least 64 pixels or filter rows by 16 channels fill. Only
     fp32 that is not to be rounded to TF32 is multiplied by ordinary instructions.
     """
-    assert card["faults"] == "", card
-    assert card["spills"] == 0, card
-    assert card["shared_bytes"] <= SHARED_BYTES[card["arch"]], card
-    is_conv = card["kernel"].startswith("conv")
-    if is_conv and card["precision"] != "fp32":
-        kind = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "tcgen05"}[card["arch"]]
-        assert card["tensor_cores"].endswith(f" {kind}"), card
-        assert card["tensor_core_instructions"] > 0, card
+    assert entry["violations"] == "", entry
+    assert entry["spills"] == 0, entry
+    assert entry["shared_bytes"] <= SHARED_BYTES[entry["arch"]], entry
+    is_conv = entry["kernel"].startswith("conv")
+    if is_conv and entry["precision"] != "fp32":
+        kind = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "tcgen05"}[entry["arch"]]
+        assert entry["tensor_cores"].endswith(f" {kind}"), entry
+        assert entry["tensor_core_instructions"] > 0, entry
     # The stem reads images of 3 channels, and what has no pixels reads little.
-    if is_conv and card["layer"] != "stem":
-        bits = dict(words.split(" ") for words in card["load_bits"].split(", ") if words)
-        pixels = bits.keys() & {"x_ptr", "g_ptr", "y_ptr", "y_prev_ptr", "shortcut_ptr"}
-        is_box = "_box_" in card["kernel"]
-        assert pixels or is_box, card
-        assert {bits[name] for name in pixels} <= {"128"}, card
-        assert (card["box_loads"] > 0) == is_box, card
-    if card["kernel"].startswith(("conv_fprop", "conv_dgrad", "bn_apply", "bn_backward_apply")):
-        assert card["wide_stores"] > 0, card
+    if is_conv and entry["layer"] != "stem":
+        bits = dict(words.split(" ") for words in entry["load_bits"].split(", ") if words)
+        pixels = bits.keys() & {"x_ptr", "g_ptr", "y_ptr", "producer_y_ptr", "shortcut_ptr"}
+        is_tma = "_tma_" in entry["kernel"]
+        assert pixels or is_tma, entry
+        assert {bits[name] for name in pixels} <= {"128"}, entry
+        assert (entry["tma_loads"] > 0) == is_tma, entry
+    if entry["kernel"].startswith(("conv_fprop", "conv_dgrad", "bn_apply", "bn_backward_apply")):
+        assert entry["wide_stores"] > 0, entry
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_machine_code(compiled, group):
-    for card in compiled[group]:
-        check_card(card)
-    forms = {(card["kernel"], card["variant"]) for card in compiled[group]}
-    assert len(forms) == len(compiled[group]) >= 13
+    for entry in compiled[group]:
+        check_entry(entry)
+    variants = {(entry["kernel"], entry["variant"]) for entry in compiled[group]}
+    assert len(variants) == len(compiled[group]) >= 13
 
 
-def test_every_kernel_has_a_card(compiled):
-    kernels = {card["kernel"].removesuffix("_kernel") for card in compiled["narrow sm_90 bf16"]}
+def test_every_kernel_has_an_entry(compiled):
+    kernels = {entry["kernel"].removesuffix("_kernel") for entry in compiled["narrow sm_90 bf16"]}
     assert kernels == KERNELS
     sources = "\n".join(path.read_text() for path in (REPO / "kernels" / "gpu").glob("*.py"))
     all_kernels = set(re.findall(r"^def _(\w+)_kernel\(", sources, re.MULTILINE))
@@ -167,11 +174,11 @@ def test_every_kernel_has_a_card(compiled):
 
 
 @pytest.mark.parametrize("word", BAD)
-def test_a_bad_tile_is_a_fault(compiled, word):
-    assert any(word in fault for fault in compiled["bad"][word]), compiled["bad"]
+def test_a_bad_tile_is_a_violation(compiled, word):
+    assert any(word in violation for violation in compiled["bad"][word]), compiled["bad"]
 
 
-def make_card(arch="sm_90", precision="bf16", kernel="conv_fprop_kernel", **changes):
+def make_entry(arch="sm_90", precision="bf16", kernel="conv_fprop_kernel", **changes):
     code = {
         "registers": 64,
         "shared_bytes": 1024,
@@ -179,12 +186,12 @@ def make_card(arch="sm_90", precision="bf16", kernel="conv_fprop_kernel", **chan
         "hgmma": 4,
         "hmma": 0,
         "tcgen05": 0,
-        "box_loads": 0,
+        "tma_loads": 0,
         "wide_loads": 4,
         "narrow_loads": 0,
         "wide_stores": 4,
         "narrow_stores": 0,
-        "load_bits": {"x_ptr": 128, "ab_ptr": 32},
+        "load_bits": {"x_ptr": 128, "scale_shift_ptr": 32},
     }
     numbers = {"bytes": 4_300_000, "flops": 1000}
     for name in numbers:
@@ -204,38 +211,43 @@ def make_card(arch="sm_90", precision="bf16", kernel="conv_fprop_kernel", **chan
         build=None,
         **numbers,
     )
-    return Card(plan, MachineCode(**(code | changes)))
+    return CodegenEntry(plan, MachineCode(**(code | changes)))
 
 
-def test_what_counts_as_a_fault():
-    assert make_card().faults == []
-    assert make_card(spills=2).faults == ["2 spills"]
-    assert make_card(hgmma=0, hmma=4).faults == ["no tensor-core instruction of sm_90"]
-    assert make_card(arch="sm_80", hgmma=0, hmma=4).faults == []
-    assert make_card(precision="fp32", hgmma=0).faults == []
-    assert make_card(kernel="conv_fprop_box_kernel").faults == ["no box is loaded"]
-    assert make_card(kernel="conv_fprop_box_kernel", box_loads=2).faults == []
-    assert make_card(kernel="bn_apply_kernel", hgmma=0).faults == []
-    assert make_card(load_bits={"x_ptr": 64}).faults == ["x_ptr read 64 bits wide"]
-    too_much = make_card(arch="sm_80", hgmma=0, hmma=4, shared_bytes=164 * 1024).faults
+def test_what_counts_as_a_violation():
+    assert make_entry().violations == []
+    assert make_entry(spills=2).violations == ["2 spills"]
+    assert make_entry(hgmma=0, hmma=4).violations == ["no tensor-core instruction of sm_90"]
+    assert make_entry(arch="sm_80", hgmma=0, hmma=4).violations == []
+    assert make_entry(precision="fp32", hgmma=0).violations == []
+    assert make_entry(kernel="conv_fprop_tma_kernel").violations == ["no TMA load"]
+    assert make_entry(kernel="conv_fprop_tma_kernel", tma_loads=2).violations == []
+    assert make_entry(kernel="bn_apply_kernel", hgmma=0).violations == []
+    assert make_entry(load_bits={"x_ptr": 64}).violations == ["x_ptr read 64 bits wide"]
+    too_much = make_entry(arch="sm_80", hgmma=0, hmma=4, shared_bytes=164 * 1024).violations
     assert too_much == ["167936 bytes of shared memory, sm_80 has 166912"]
 
 
 def test_the_roofline_is_the_longer_of_memory_and_arithmetic():
-    by_memory = make_card()
+    by_memory = make_entry()
     assert (by_memory.roofline_us, by_memory.bound) == (pytest.approx(1.0), "memory")
-    by_arithmetic = make_card(flops=7_900_000_000)
+    by_arithmetic = make_entry(flops=7_900_000_000)
     assert (by_arithmetic.roofline_us, by_arithmetic.bound) == (pytest.approx(10.0), "arithmetic")
-    assert make_card(precision="tf32", flops=7_900_000_000).roofline_us == pytest.approx(20.0)
+    assert make_entry(precision="tf32", flops=7_900_000_000).roofline_us == pytest.approx(20.0)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_chains_hold_every_convolution_of_the_network(model):
-    counted = {}
-    for chain in network_chains(MODELS[model](8)):
-        for shape in chain.conv_shapes():
-            counted[shape] = counted.get(shape, 0) + chain.count
-    assert counted == {conv.shape: conv.num_layers for conv in MODELS[model](8)}
+@pytest.mark.parametrize(("network", "blocks"), [("resnet20", 9), ("resnet18", 8)])
+def test_convolutions_are_those_of_the_blocks(network, blocks):
+    stem, *others = network_blocks(network, 8)
+    assert sum(block.count for block in others) == blocks
+    counted = {stem.layers[0]: 1}
+    for block in others:
+        for shape in (*block.layers, *([block.projection] if block.projection else [])):
+            counted[shape] = counted.get(shape, 0) + block.count
+    assert counted == {conv.shape: conv.num_layers for conv in network_convs(network, 8)}
+    names = [conv.name for conv in network_convs(network, 8)]
+    assert names[:5] == ["stem", "stage1", "stage2 down", "stage2 projection", "stage2"]
+    assert [block.name for block in others[:3]] == ["stage1", "stage2 first", "stage2"]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +270,7 @@ def test_wrong_use_is_one_sentence(argv, message, capsys):
     assert message in error
     assert error.count("\n") == 1
     if message == "choose from":
-        names = {"--arch": CEILINGS, "--model": MODELS, "--dtype": PRECISIONS}[argv[0]]
+        names = {"--arch": PEAK_RATES, "--model": NETWORKS, "--dtype": PRECISIONS}[argv[0]]
         assert all(name in error for name in names)
 
 
@@ -268,25 +280,34 @@ def test_interpreted_kernels_are_refused_in_one_sentence(capsys):
     assert "unset TRITON_INTERPRET" in capsys.readouterr().err
 
 
-def test_the_command_prints_and_writes_its_cards(tmp_path):
+def test_the_command_prints_and_writes_its_entries(tmp_path):
     command = [sys.executable, "-m", "fastres.kernels.tools.codegen", "--phase", "inference"]
-    command += ["--model", "resnet20", "--jobs", "1", "--csv", "cards.csv", "--json", "cards.json"]
+    command += [
+        "--model",
+        "resnet20",
+        "--jobs",
+        "1",
+        "--csv",
+        "report.csv",
+        "--json",
+        "report.json",
+    ]
     done = subprocess.run(
         command, env=compiling_environment(), cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "ESTIMATE for H200: 4.3 TB/s" in done.stdout
-    assert done.stdout.endswith(" cards, 0 with a fault\n")
-    cards = json.loads((tmp_path / "cards.json").read_text())
-    with (tmp_path / "cards.csv").open(newline="") as stream:
+    assert done.stdout.endswith(" entries, 0 with a violation\n")
+    entries = json.loads((tmp_path / "report.json").read_text())
+    with (tmp_path / "report.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert [row["tile"] for row in rows] == [card["tile"] for card in cards]
-    stage1 = [card for card in cards if card["layer"] == "stage1"]
-    assert {card["variant"] for card in stage1} >= {
+    assert [row["tile"] for row in rows] == [entry["tile"] for entry in entries]
+    stage1 = [entry for entry in entries if entry["layer"] == "stage1"]
+    assert {entry["variant"] for entry in stage1} >= {
         "bn out, relu out",
         "bn out, residual, relu out",
     }
-    plain = next(card for card in stage1 if card["variant"] == "bn out, relu out")
+    plain = next(entry for entry in stage1 if entry["variant"] == "bn out, relu out")
     activation = 512 * 32 * 32 * 16
     assert plain["declared_bytes"] == 2 * (2 * activation + 16 * 16 * 9) + 4 * 2 * 16
     assert plain["declared_flops"] == 2 * activation * 16 * 9
@@ -298,24 +319,24 @@ def test_help_is_cheap():
     code = "import sys; from fastres.kernels.tools import codegen; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
-    assert tuple(CEILINGS) == codegen.ARCHITECTURES
-    assert tuple(MODELS) == codegen.NETWORKS
+    assert tuple(PEAK_RATES) == codegen.ARCHITECTURES
+    assert tuple(NETWORKS) == codegen.NETWORKS
     assert tuple(PRECISIONS) == codegen.DTYPES
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_every_launch_of_every_layer(dtype, tmp_path):
-    command = [sys.executable, "-m", "fastres.kernels.tools.codegen", "--arch", *CEILINGS]
-    command += ["--dtype", dtype, "--json", str(tmp_path / "cards.json")]
+    command = [sys.executable, "-m", "fastres.kernels.tools.codegen", "--arch", *PEAK_RATES]
+    command += ["--dtype", dtype, "--json", str(tmp_path / "report.json")]
     done = subprocess.run(
         command, env=compiling_environment(), cwd=REPO, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
-    cards = json.loads((tmp_path / "cards.json").read_text())
-    assert len(cards) > 700
-    for card in cards:
-        check_card(card)
+    entries = json.loads((tmp_path / "report.json").read_text())
+    assert len(entries) > 700
+    for entry in entries:
+        check_entry(entry)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The convolution kernels against eager torch and the fp64 referee, by code path."""
+"""The convolution kernels against eager torch and the fp64 reference, by code path."""
 
 import pytest
 import torch
@@ -87,78 +87,77 @@ def test_fprop(name, dtype, prologue, store_stats):
 def test_fprop_folded(name, dtype, has_residual, relu):
     shape = SHAPES[name]
     t = make_tensors(shape, dtype)
-    fold = t.dy.coefficients[:2].contiguous()
+    scale_shift = t.dy.coefficients[:2].contiguous()
     options = {**geometry(shape), "relu": relu}
     residual = t.dy.g if has_residual else None
-    out = conv_fprop_folded(t.x, t.w, fold, residual=residual, config=TILES, **options)
-    eager = ref.conv_folded_ref(t.x, t.w, fold, residual=residual, **options)
+    out = conv_fprop_folded(t.x, t.w, scale_shift, residual=residual, config=TILES, **options)
+    eager = ref.conv_folded_ref(t.x, t.w, scale_shift, residual=residual, **options)
     wide = t.double()
     truth = ref.conv_folded_ref(
-        wide.x, wide.w, fold.double(), residual=wide.dy.g if has_residual else None, **options
+        wide.x,
+        wide.w,
+        scale_shift.double(),
+        residual=wide.dy.g if has_residual else None,
+        **options,
     )
     assert_like_eager("out", out, eager, truth)
     if dtype != FP32:
         assert_rounded_once("out", out, truth)
 
 
-# name, dtype, dy is folded, shortcut, mask: none | recomputed | from the output
+# name, dtype, dy is deferred, shortcut, a producer
 DGRAD = [
-    ("1x1", BF16, True, True, "recomputed"),
-    ("3x3", FP32, True, True, "recomputed"),
-    ("3x3", BF16, False, False, "none"),
-    ("3x3, stride 2", FP32, True, False, "output"),
-    ("3x3, stride 2, even", BF16, True, True, "recomputed"),
-    ("3x3, stride 3", FP32, True, True, "recomputed"),
-    ("projection", BF16, False, True, "output"),
-    ("stem", FP16, True, False, "none"),
-    ("wide", FP32, True, True, "output"),
-    ("no padding", FP32, True, False, "none"),
-    ("more padding than taps reach", FP32, True, False, "recomputed"),
-    ("5x5", FP32, True, False, "none"),
-    ("1x3", FP32, True, False, "none"),
-    ("one pixel", FP32, False, True, "recomputed"),
+    ("1x1", BF16, True, True, True),
+    ("3x3", FP32, True, True, True),
+    ("3x3", BF16, False, False, False),
+    ("3x3, stride 2", FP32, True, False, True),
+    ("3x3, stride 2, even", BF16, True, True, True),
+    ("3x3, stride 3", FP32, True, True, True),
+    ("projection", BF16, False, True, True),
+    ("stem", FP16, True, False, False),
+    ("wide", FP32, True, True, True),
+    ("no padding", FP32, True, False, False),
+    ("more padding than taps reach", FP32, True, False, True),
+    ("5x5", FP32, True, False, False),
+    ("1x3", FP32, True, False, False),
+    ("one pixel", FP32, False, True, True),
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype", "folded", "shortcut", "mask"), DGRAD)
-def test_dgrad(name, dtype, folded, shortcut, mask):
+@pytest.mark.parametrize(("name", "dtype", "deferred", "shortcut", "has_producer"), DGRAD)
+def test_dgrad(name, dtype, deferred, shortcut, has_producer):
     shape = SHAPES[name]
     t = make_tensors(shape, dtype)
     wide = t.double()
     z = pre_activation(wide)
-    bn_input = None
-    if mask == "recomputed":
-        bn_input = t.bn_input
-    if mask == "output":
-        bn_input = t.bn_input._replace(scale_shift=None, out=z.relu().to(dtype))
     got, sums = conv_dgrad(
-        t.dy if folded else t.dy.g,
+        t.dy if deferred else t.dy.g,
         t.w,
         (shape.H, shape.W),
         **geometry(shape),
         shortcut=t.shortcut if shortcut else None,
-        bn_input=bn_input,
+        producer=t.producer if has_producer else None,
         config=TILES,
     )
-    eager = dgrad(t, shape, folded, shortcut)
-    truth = dgrad(wide, shape, folded, shortcut)
-    if mask == "none":
+    eager = dgrad(t, shape, deferred, shortcut)
+    truth = dgrad(wide, shape, deferred, shortcut)
+    if not has_producer:
         assert sums is None
         assert_like_eager("dx", got, eager, truth)
         return
     truth = ref.relu_grad_ref(z, truth)
     eager = ref.relu_grad_ref(z.float(), eager)
     assert_like_eager("g", got, eager, truth, keep=away_from_ties(z, FP32))
-    mean = t.bn_input.mean.double()
-    sum_g, sum_gy = ref.bn_backward_sums_ref(got.double(), wide.bn_input.y, mean)
+    mean = t.producer.mean.double()
+    sum_g, sum_gy = ref.bn_backward_sums_ref(got.double(), wide.producer.y, mean)
     size_g, size_gy = ref.bn_backward_sums_ref(
-        got.double().abs(), (wide.bn_input.y - mean.view(1, -1, 1, 1)).abs(), 0 * mean
+        got.double().abs(), (wide.producer.y - mean.view(1, -1, 1, 1)).abs(), 0 * mean
     )
     assert_statistics("sum g", sums.g.sum(1), sum_g, size_g)
     assert_statistics("sum g (y - mean)", sums.gy.sum(1), sum_gy, size_gy)
 
 
-# name, dtype, x is re-formed, dy is folded, parts of the reduction
+# name, dtype, a prologue, dy is deferred, split-K partials
 WGRAD = [
     ("1x1", BF16, True, True, 3),
     ("3x3", FP32, True, True, 2),
@@ -174,33 +173,22 @@ WGRAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype", "prologue", "folded", "split_k"), WGRAD)
-def test_wgrad(name, dtype, prologue, folded, split_k):
+@pytest.mark.parametrize(("name", "dtype", "prologue", "deferred", "split_k"), WGRAD)
+def test_wgrad(name, dtype, prologue, deferred, split_k):
     shape = SHAPES[name]
     t = make_tensors(shape, dtype)
     dw = conv_wgrad(
         t.x,
-        t.dy if folded else t.dy.g,
+        t.dy if deferred else t.dy.g,
         (shape.R, shape.S),
         **geometry(shape),
         scale_shift=t.scale_shift if prologue else None,
         config=ConvConfig(32, 32, 32, 4, 2, split_k=split_k),
     )
     assert dw.is_contiguous(memory_format=torch.channels_last)
-    eager = wgrad(t, shape, prologue, folded)
-    truth = wgrad(t.double(), shape, prologue, folded)
+    eager = wgrad(t, shape, prologue, deferred)
+    truth = wgrad(t.double(), shape, prologue, deferred)
     assert_like_eager("dw", dw, eager, truth)
-
-
-def test_wgrad_keeps_the_sums_of_half_precision_in_fp32_on_request():
-    shape = SHAPES["1x1"]
-    t = make_tensors(shape, BF16)
-    options = {"filter_size": (1, 1), "config": TILES}
-    wide = conv_wgrad(t.x, t.dy.g, **options, out_dtype=FP32)
-    assert wide.dtype == FP32
-    torch.testing.assert_close(wide.to(BF16), conv_wgrad(t.x, t.dy.g, **options), rtol=0, atol=0)
-    truth = wgrad(t.double(), shape, False, False)
-    assert (wide.double() - truth).abs().max() < 1e-5 * truth.abs().max()
 
 
 def test_padding_stays_zero_after_scale_and_shift():
@@ -234,11 +222,11 @@ def test_gradient_beyond_the_border_stays_zero_although_c2_is_not():
 def test_mask_drops_the_gradient_where_the_pre_activation_is_exactly_zero():
     t = make_tensors(SHAPES["1x1"], FP32)
     ab = torch.stack([torch.ones(5), torch.zeros(5)]).to(DEVICE)
-    y_prev = torch.where(t.bn_input.y > 0.5, t.bn_input.y, 0.0)
-    bn_input = t.bn_input._replace(y=y_prev, scale_shift=ab)
-    g, _ = conv_dgrad(t.dy.g, t.w, (7, 9), bn_input=bn_input, config=TILES)
-    assert g[y_prev == 0].abs().max() == 0
-    assert (g[y_prev > 0] != 0).all()
+    producer_y = torch.where(t.producer.y > 0.5, t.producer.y, 0.0)
+    producer = t.producer._replace(y=producer_y, scale_shift=ab)
+    g, _ = conv_dgrad(t.dy.g, t.w, (7, 9), producer=producer, config=TILES)
+    assert g[producer_y == 0].abs().max() == 0
+    assert (g[producer_y > 0] != 0).all()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -291,7 +279,7 @@ def test_inputs_with_gaps(kind):
         x=with_gaps(t.x, kind),
         dy=t.dy._replace(g=with_gaps(t.dy.g, kind), y=with_gaps(t.dy.y, kind)),
         shortcut=with_gaps(t.shortcut, kind),
-        bn_input=t.bn_input._replace(y=with_gaps(t.bn_input.y, kind)),
+        producer=t.producer._replace(y=with_gaps(t.producer.y, kind)),
     )
 
     def run(t):
@@ -305,7 +293,7 @@ def test_inputs_with_gaps(kind):
             (shape.H, shape.W),
             **geometry(shape),
             shortcut=t.shortcut,
-            bn_input=t.bn_input,
+            producer=t.producer,
             config=TILES,
         )
         return y, out, dx, conv_wgrad(t.x, t.dy, (3, 3), **geometry(shape), config=TILES)
@@ -330,7 +318,7 @@ def test_64_bit_offsets_give_the_same_bits(monkeypatch):
     def run():
         y, stats = conv_fprop(t.x, t.w, **geometry(shape), store_stats=True, config=TILES)
         dx, sums = conv_dgrad(
-            t.dy, t.w, (8, 8), **geometry(shape), bn_input=t.bn_input, config=TILES
+            t.dy, t.w, (8, 8), **geometry(shape), producer=t.producer, config=TILES
         )
         dw = conv_wgrad(t.x, t.dy, (3, 3), **geometry(shape), config=TILES)
         return y, stats.partials, dx, *sums[:2], dw
@@ -370,8 +358,9 @@ def test_dgrad_and_wgrad_refuse():
     t = make_tensors(SHAPES["3x3"], FP32)
     with pytest.raises(ValueError, match=r"input_size \(9, 9\) gives an output of"):
         conv_dgrad(t.dy, t.w, (9, 9), padding=1)
-    with pytest.raises(ValueError, match="exactly one of scale_shift and out"):
-        conv_dgrad(t.dy, t.w, (7, 9), padding=1, bn_input=t.bn_input._replace(scale_shift=None))
+    wrong = t.producer._replace(scale_shift=t.producer.scale_shift[:, :16])
+    with pytest.raises(ValueError, match=r"producer\.scale_shift must have shape"):
+        conv_dgrad(t.dy, t.w, (7, 9), padding=1, producer=wrong)
     with pytest.raises(ValueError, match=r"dy\.y must have shape"):
         conv_dgrad(t.dy._replace(y=t.x), t.w, (7, 9), padding=1)
     with pytest.raises(ValueError, match="w must have 33 output channels"):

@@ -7,11 +7,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastres.kernels.conv_shape import ConvShape, resnet18_convs, resnet20_convs
+from fastres.kernels.conv_shape import ConvShape
 from fastres.kernels.gpu.conv_dgrad import conv_dgrad
 from fastres.kernels.gpu.conv_fprop import conv_fprop
 from fastres.kernels.gpu.conv_wgrad import conv_wgrad
 from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.tools.networks import resnet18_convs, resnet20_convs
 from tests.helpers.interpreter import needs_gpu, strict_memory  # noqa: F401
 from tests.helpers.kernel_cases import (
     channels_last,
@@ -60,28 +61,28 @@ def conv_shapes(draw):
 @given(
     shape=conv_shapes(),
     dtype=st.sampled_from([FP32, BF16, FP16]),
-    folded=st.booleans(),
+    deferred=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape(shape, dtype, folded, seed):
+def test_any_shape(shape, dtype, deferred, seed):
     t = make_tensors(shape, dtype, seed)
     wide = t.double()
     # The interpreter pays for programs, not for elements.
     small = shape.N * shape.H * shape.W < 500
     config = ConvConfig(*((64, 64, 64) if small else (512, 128, 128)), 4, 2, split_k=2)
-    dy = t.dy if folded else t.dy.g
-    ab = t.scale_shift if folded else None
+    dy = t.dy if deferred else t.dy.g
+    ab = t.scale_shift if deferred else None
     y, stats = conv_fprop(
         t.x, t.w, **geometry(shape), scale_shift=ab, store_stats=True, config=config
     )
-    assert_like_eager("y", y, fprop(t, shape, folded), fprop(wide, shape, folded))
+    assert_like_eager("y", y, fprop(t, shape, deferred), fprop(wide, shape, deferred))
     check_stats(stats, y)
     dx, _ = conv_dgrad(dy, t.w, (shape.H, shape.W), **geometry(shape), config=config)
-    eager = dgrad(t, shape, folded, False)
-    assert_like_eager("dx", dx, eager, dgrad(wide, shape, folded, False))
+    eager = dgrad(t, shape, deferred, False)
+    assert_like_eager("dx", dx, eager, dgrad(wide, shape, deferred, False))
     dw = conv_wgrad(t.x, dy, (shape.R, shape.S), **geometry(shape), scale_shift=ab, config=config)
-    eager = wgrad(t, shape, folded, folded)
-    assert_like_eager("dw", dw, eager, wgrad(wide, shape, folded, folded))
+    eager = wgrad(t, shape, deferred, deferred)
+    assert_like_eager("dw", dw, eager, wgrad(wide, shape, deferred, deferred))
 
 
 REAL = {

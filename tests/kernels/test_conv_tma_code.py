@@ -1,4 +1,4 @@
-"""Machine code of boxes under a persistent grid and in TF32, which the report card does not list.
+"""Machine code of TMA loads in a persistent grid and in TF32, which the codegen report leaves out.
 
 This file is also a program: a process that interprets kernels cannot compile them.
 """
@@ -24,20 +24,20 @@ PRODUCTS = [
 ]
 
 
-def code_of(op, capability, dtype, programs):
+def code_of(op, capability, dtype, grid_size):
     """The machine code of a 3x3 convolution of 64 channels, with its prologue."""
     from fastres.kernels.conv_shape import ConvShape
-    from fastres.kernels.gpu.checks import FoldedGrad
+    from fastres.kernels.conv_types import DeferredGrad
     from fastres.kernels.gpu.conv_dgrad import conv_dgrad
     from fastres.kernels.gpu.conv_fprop import conv_fprop
     from fastres.kernels.gpu.launch import recording
-    from fastres.kernels.gpu.launch_config import box_config
+    from fastres.kernels.gpu.launch_config import tma_config
     from fastres.kernels.tools.machine_code import compile_launch
 
     dtype = getattr(torch, dtype)
     tf32 = dtype == torch.float32
     shape = ConvShape(512, 16, 16, 64, 64)
-    config = replace(box_config(op, shape, dtype, tf32=tf32), programs=programs)
+    config = replace(tma_config(op, shape, dtype, tf32=tf32), grid_size=grid_size)
     x, w = (
         torch.empty(size, dtype=dtype, device="meta", memory_format=torch.channels_last)
         for size in ((512, 64, 16, 16), (64, 64, 3, 3))
@@ -48,14 +48,14 @@ def code_of(op, capability, dtype, programs):
             ab = torch.empty(2, 64, device="meta")
             conv_fprop(x, w, scale_shift=ab, store_stats=True, **options)
         else:
-            dy = FoldedGrad(x, x, torch.empty(3, 64, device="meta"))
+            dy = DeferredGrad(x, x, torch.empty(3, 64, device="meta"))
             conv_dgrad(dy, w, (16, 16), shortcut=x, **options)
     (launch,) = launches
     return {"grid": launch.grid, **asdict(compile_launch(launch, capability))}
 
 
 def main() -> int:
-    codes = [[code_of(*product, programs) for programs in (0, 132)] for product in PRODUCTS]
+    codes = [[code_of(*product, grid_size) for grid_size in (0, 132)] for product in PRODUCTS]
     print(json.dumps(codes))
     return 0
 
@@ -73,12 +73,12 @@ def codes():
 @pytest.mark.parametrize(
     "product", range(len(PRODUCTS)), ids=lambda i: " ".join(map(str, PRODUCTS[i]))
 )
-def test_a_persistent_grid_loads_boxes_and_multiplies_on_tensor_cores(codes, product):
+def test_a_persistent_grid_loads_by_tma_and_multiplies_on_tensor_cores(codes, product):
     single, persistent = codes[product]
     assert single["grid"] != persistent["grid"] == [132]
     kind = {90: "hgmma", 100: "tcgen05"}[PRODUCTS[product][1]]
     for code in (single, persistent):
-        assert code["box_loads"] > 0
+        assert code["tma_loads"] > 0
         assert code[kind] > 0
         assert code["spills"] == 0
     # The flattened loop holds the products once, as the loop over taps does.

@@ -7,11 +7,10 @@ import torch
 
 import fastres
 from fastres.kernels import ops
-from fastres.kernels.block import LayerState
+from fastres.kernels.conv_types import DeferredGrad, LayerState
 from fastres.kernels.cpu import backend as cpu_backend
 from fastres.kernels.cpu import build as cpu_build
 from fastres.kernels.reference import backend as reference_backend
-from fastres.kernels.reference.backend import FoldedGrad
 from tests.helpers.cpu_cases import BF16, FP32, SHAPES, Case, cpu_route, has_cpu_kernels  # noqa: F401
 from tests.helpers.interpreter import strict_memory  # noqa: F401
 from tests.helpers.numerics import assert_like_eager, away_from_ties, rms
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("has_cpu_kernels", "strict_memory")
 
 
 def three_ways(shape, dtype, compute):
-    """compute(case, steps) by the CPU kernels, by plain torch, and in fp64."""
+    """compute(case, backend) by the CPU kernels, by plain torch, and in fp64."""
     case = Case(SHAPES[shape], dtype)
     return (
         compute(case, cpu_backend),
@@ -38,13 +37,15 @@ def check(names, results, dtype, keep=None):
 SHAPES_AND_DTYPES = list(itertools.product(SHAPES, (BF16, FP32)))
 
 
-@pytest.mark.parametrize("has_fold", [False, True])
+@pytest.mark.parametrize("has_prologue", [False, True])
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_DTYPES)
-def test_convolution_and_statistics(shape, dtype, has_fold):
-    if has_fold and SHAPES[shape][1] == 3:
-        pytest.skip("nothing stands before a stem")
+def test_convolution_and_statistics(shape, dtype, has_prologue):
+    if has_prologue and SHAPES[shape][1] == 3:
+        pytest.skip("a stem has no producer")
     results = three_ways(
-        shape, dtype, lambda t, steps: steps.conv_bn(t.x, t.layer, t.fold if has_fold else None)
+        shape,
+        dtype,
+        lambda t, backend: backend.conv_bn(t.x, t.layer, t.scale_shift if has_prologue else None),
     )
     check(["y"], [result[:1] for result in results], dtype)
     # Statistics and what follows from them inherit the roundings of y.
@@ -53,44 +54,42 @@ def test_convolution_and_statistics(shape, dtype, has_fold):
     assert results[0].y.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("has_producer", [False, True])
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_DTYPES)
-def test_both_gradients(shape, dtype, before):
-    if before and SHAPES[shape][1] == 3:
-        pytest.skip("nothing stands before a stem")
+def test_both_gradients(shape, dtype, has_producer):
+    if has_producer and SHAPES[shape][1] == 3:
+        pytest.skip("a stem has no producer")
 
-    def gradients(t, steps):
-        step = steps.conv_backward(
-            FoldedGrad(t.g, t.y, t.coefficients),
+    def gradients(t, backend):
+        step = backend.conv_backward(
+            DeferredGrad(t.g, t.y, t.coefficients),
             t.x,
             t.layer,
-            before=t.before() if before else None,
-            shortcut=None if before else t.shortcut,
+            producer=t.producer() if has_producer else None,
+            shortcut=None if has_producer else t.shortcut,
             need_dx=True,
         )
         return step.dx, step.dw, *sums_of(step.sums)
 
     keep = None
-    if before:
+    if has_producer:
         t = Case(SHAPES[shape], dtype).double()
-        z = t.x * t.fold[0].view(1, -1, 1, 1) + t.fold[1].view(1, -1, 1, 1)
+        z = t.x * t.scale_shift[0].view(1, -1, 1, 1) + t.scale_shift[1].view(1, -1, 1, 1)
         keep = away_from_ties(z, FP32)
     results = three_ways(shape, dtype, gradients)
     check(("dx", "dw", "sum g", "sum gy")[: len(results[0])], results, dtype, keep)
 
 
 def sums_of(sums):
-    if sums is None:
-        return []
-    return list(sums.g) if isinstance(sums, cpu_backend.Sums) else [sums.g, sums.gy]
+    return [] if sums is None else [sums.g, sums.gy]
 
 
 @pytest.mark.parametrize("shape", ["16 to 16", "stem", "stem, odd", "strided"])
 def test_filter_gradient_alone_is_the_same(shape):
     t = Case(SHAPES[shape], BF16)
-    dy = FoldedGrad(t.g, t.y, t.coefficients)
+    dy = DeferredGrad(t.g, t.y, t.coefficients)
     alone, both = (
-        cpu_backend.conv_backward(dy, t.x, t.layer, before=None, shortcut=None, need_dx=need)
+        cpu_backend.conv_backward(dy, t.x, t.layer, producer=None, shortcut=None, need_dx=need)
         for need in (False, True)
     )
     assert alone.dx is None
@@ -103,11 +102,11 @@ def test_filter_gradient_alone_is_the_same(shape):
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("shape", ["16 to 16, tail", "channels of no tile"])
 def test_apply(shape, dtype, shortcut, relu):
-    def apply(t, steps):
-        state = LayerState(t.y, t.mean, t.mean, t.mean, t.out_fold)
+    def apply(t, backend):
+        state = LayerState(t.y, t.mean, t.mean, t.mean, t.out_scale_shift)
         residual = None if shortcut == "none" else t.residual
-        fold = t.coefficients[:2] if shortcut == "projected" else None
-        return [steps.apply(state, residual, fold, relu)]
+        scale_shift = t.coefficients[:2] if shortcut == "projected" else None
+        return [backend.apply(state, residual, scale_shift, relu)]
 
     check(["out"], three_ways(shape, dtype, apply), dtype)
 
@@ -116,17 +115,17 @@ def test_apply(shape, dtype, shortcut, relu):
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("shape", ["32 to 32, odd", "channels of no tile"])
 def test_reduce_and_its_coefficients(shape, dtype, mask):
-    def reduce(t, steps):
+    def reduce(t, backend):
         k = t.y.shape[1]
-        mean, rstd = t.out_fold[0], t.out_fold[1].abs() + 0.5
-        state = LayerState(t.y, mean, mean, rstd, t.out_fold)
-        projected = LayerState(t.residual, mean + 1, mean, rstd, t.out_fold)
-        told_by = {"out": t.residual, "y": t.out_fold, "none": None}[mask]
-        g, sums = steps.reduce(t.g, state, told_by, projected)
+        mean, rstd = t.out_scale_shift[0], t.out_scale_shift[1].abs() + 0.5
+        state = LayerState(t.y, mean, mean, rstd, t.out_scale_shift)
+        projected = LayerState(t.residual, mean + 1, mean, rstd, t.out_scale_shift)
+        told_by = {"out": t.residual, "y": t.out_scale_shift, "none": None}[mask]
+        g, sums = backend.reduce(t.g, state, told_by, projected)
         found = [g]
         for layer, of_projection in ((state, False), (projected, True)):
             weight = t.coefficients[0]
-            dy, *grads = steps.fold_grad(g, sums, layer, weight, of_projection=of_projection)
+            dy, *grads = backend.defer_dy(g, sums, layer, weight, of_projection=of_projection)
             found += [dy.coefficients, *grads]
         assert found[1].shape == (3, k)
         return found
@@ -134,7 +133,7 @@ def test_reduce_and_its_coefficients(shape, dtype, mask):
     keep = None
     if mask == "y":
         t = Case(SHAPES[shape], dtype).double()
-        a, b = (v.view(1, -1, 1, 1) for v in t.out_fold)
+        a, b = (v.view(1, -1, 1, 1) for v in t.out_scale_shift)
         keep = away_from_ties(t.y * a + b, FP32)
     results = three_ways(shape, dtype, reduce)
     names = ["g"] + ["coefficients", "dgamma", "dbeta"] * 2
@@ -145,9 +144,9 @@ def test_reduce_and_its_coefficients(shape, dtype, mask):
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_DTYPES)
 def test_folded(shape, dtype, has_residual, relu):
-    def folded(t, steps):
+    def folded(t, backend):
         residual = t.residual if has_residual else None
-        return [steps.conv_folded(t.x, t.layer, t.out_fold, residual, relu)]
+        return [backend.conv_folded(t.x, t.layer, t.out_scale_shift, residual, relu)]
 
     check(["out"], three_ways(shape, dtype, folded), dtype)
 
@@ -174,13 +173,13 @@ def test_nan_and_infinity_come_through(value):
     assert not y.y[1, :, 1:4, 4:7].isfinite().any()
     assert y.y[0].isfinite().all()
     assert not y.rstd.isfinite().all() or y.rstd.eq(0).any()
-    out = cpu_backend.conv_folded(t.x, t.layer, t.out_fold.abs() + 1, None, True)
+    out = cpu_backend.conv_folded(t.x, t.layer, t.out_scale_shift.abs() + 1, None, True)
     assert not out[1, :, 2, 5].isfinite().all()
     step = cpu_backend.conv_backward(
-        FoldedGrad(t.g, t.y, t.coefficients),
+        DeferredGrad(t.g, t.y, t.coefficients),
         t.x,
         t.layer,
-        before=None,
+        producer=None,
         shortcut=None,
         need_dx=True,
     )
@@ -191,24 +190,26 @@ def test_two_runs_are_equal():
     t = Case(SHAPES["64 to 64"], BF16)
 
     def run():
-        state = cpu_backend.conv_bn(t.x, t.layer, t.fold)
+        state = cpu_backend.conv_bn(t.x, t.layer, t.scale_shift)
         step = cpu_backend.conv_backward(
-            FoldedGrad(t.g, state.y, t.coefficients),
+            DeferredGrad(t.g, state.y, t.coefficients),
             t.x,
             t.layer,
-            before=t.before(),
+            producer=t.producer(),
             shortcut=None,
             need_dx=True,
         )
-        return [*state, step.dx, step.dw, step.sums.g]
+        return [*state, step.dx, step.dw, step.sums.g, step.sums.gy]
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
 
 
 def test_without_bf16_instructions_onednn_convolves(monkeypatch):
-    monkeypatch.setattr(cpu_build, "has_direct_conv", lambda: False)
-    results = three_ways("16 to 16", BF16, lambda t, steps: steps.conv_bn(t.x, t.layer, t.fold))
+    monkeypatch.setattr(cpu_build, "has_fused_conv", lambda: False)
+    results = three_ways(
+        "16 to 16", BF16, lambda t, backend: backend.conv_bn(t.x, t.layer, t.scale_shift)
+    )
     check(("y", "mean"), [result[:2] for result in results], BF16)
 
 
@@ -240,7 +241,7 @@ def test_whole_networks(options, precision):
         batch = images.double() if exact else images
         results[way] = train_once(model, batch, labels, None if exact else precision)
     # Masks of elements near 0 differ between correct networks; their share grows with depth, so the
-    # yardstick is the whole gradient and not its largest element.
+    # baseline is the whole gradient and not its largest element.
     for norm in (lambda r: torch.cat([t.flatten().double() for t in r]),):
         truth = norm(results["truth"].values())
         fused_error, eager_error = (
@@ -250,16 +251,16 @@ def test_whole_networks(options, precision):
 
 
 @pytest.mark.usefixtures("cpu_route")
-def test_the_direct_call_equals_the_registered_op(monkeypatch):
+def test_the_eager_call_equals_the_registered_op(monkeypatch):
     model = fastres.fuse(fastres.create_model("resnet8", seed=0), verbose=False)
     model.to(memory_format=torch.channels_last)
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4])
-    direct = train_once(model, images, labels, BF16)
+    eager = train_once(model, images, labels, BF16)
     model = fastres.fuse(fastres.create_model("resnet8", seed=0), verbose=False)
     model.to(memory_format=torch.channels_last)
-    monkeypatch.setattr(ops, "can_run_eager", lambda *_: False)
+    monkeypatch.setattr(ops, "eager_backend", lambda *_: None)
     registered = train_once(model, images, labels, BF16)
-    for name, value in direct.items():
+    for name, value in eager.items():
         assert torch.equal(value, registered[name]), name
 
 

@@ -44,25 +44,25 @@ class BlockCase:
         cases = [Case(size, BF16, seed) for seed, size in enumerate(sizes)]
         self.x = cases[0].x
         self.layers = [case.layer for case in cases]
-        self.folds = [case.out_fold for case in cases]
+        self.scale_shifts = [case.out_scale_shift for case in cases]
 
     def run(self):
         projection = self.layers[2] if self.kind == "projected" else None
         return ops.residual_block_folded(
             self.x,
             self.layers[:2],
-            self.folds,
+            self.scale_shifts,
             projection=projection,
             add_input=self.kind == "input",
         )
 
     def layer_by_layer(self, convolve):
-        """The same from `convolve(x, layer, fold, residual, relu)`."""
+        """The same from `convolve(x, layer, scale_shift, residual, relu)`."""
         shortcut = {"input": self.x, "none": None}.get(self.kind)
         if self.kind == "projected":
-            shortcut = convolve(self.x, self.layers[2], self.folds[2], None, False)
-        inner = convolve(self.x, self.layers[0], self.folds[0], None, True)
-        return convolve(inner, self.layers[1], self.folds[1], shortcut, True)
+            shortcut = convolve(self.x, self.layers[2], self.scale_shifts[2], None, False)
+        inner = convolve(self.x, self.layers[0], self.scale_shifts[0], None, True)
+        return convolve(inner, self.layers[1], self.scale_shifts[1], shortcut, True)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def called(monkeypatch):
 def test_a_folded_block_is_its_layers_bit_for_bit(name, called):
     t = BlockCase(name)
     out = t.run()
-    if cpu_build.has_direct_conv():
+    if cpu_build.has_fused_conv():
         assert (called == ["block_folded"]) == (name in BLOCKS_OF_ONE_KERNEL)
     assert torch.equal(out, t.layer_by_layer(cpu_backend.conv_folded))
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -89,7 +89,7 @@ def test_a_folded_block_is_its_layers_bit_for_bit(name, called):
 
 @pytest.mark.usefixtures("cpu_route")
 def test_a_folded_block_of_other_layouts():
-    """A view with gaps, filters and folds that are not dense: copied, not misread."""
+    """A view with gaps, filters and scale_shifts that are not dense: copied, not misread."""
     t = BlockCase("projected")
     wanted = t.run()
     n, c, h, w = t.x.shape
@@ -97,11 +97,11 @@ def test_a_folded_block_of_other_layouts():
     wide[:, :c] = t.x
     t.x = wide[:, :c]
     t.layers = [layer._replace(w=layer.w.contiguous()) for layer in t.layers]
-    t.folds = [fold.t().contiguous().t() for fold in t.folds]
+    t.scale_shifts = [s.t().contiguous().t() for s in t.scale_shifts]
     assert torch.equal(t.run(), wanted)
 
 
-# What is changed: the index of a layer and its fields, or a fold.
+# What is changed: the index of a layer and its fields, or a scale_shift.
 UNFIT_LAYERS = {
     "inner channels": (1, {"w": torch.zeros(32, 16, 3, 3, dtype=BF16)}),
     "dtype": (0, {"w": torch.zeros(32, 16, 3, 3)}),
@@ -113,7 +113,7 @@ UNFIT_LAYERS = {
     "padding of the second": (1, {"padding": 0}),
     "padding of the projection": (2, {"padding": 1}),
 }
-UNFIT_FOLDS = {
+UNFIT_SCALE_SHIFTS = {
     "fp64": torch.ones(2, 32, dtype=torch.float64),
     "too short": torch.ones(2, 16),
     "one row": torch.ones(32),
@@ -132,10 +132,10 @@ def test_a_folded_block_whose_layers_do_not_fit_is_refused(name):
 
 @pytest.mark.usefixtures("cpu_route")
 @pytest.mark.parametrize("index", range(3))
-@pytest.mark.parametrize("name", UNFIT_FOLDS)
+@pytest.mark.parametrize("name", UNFIT_SCALE_SHIFTS)
 def test_a_folded_block_whose_scale_and_shift_do_not_fit_is_refused(name, index):
     t = BlockCase("projected")
-    t.folds[index] = UNFIT_FOLDS[name]
+    t.scale_shifts[index] = UNFIT_SCALE_SHIFTS[name]
     with pytest.raises(ValueError, match="must"):
         t.run()
 
@@ -155,7 +155,7 @@ def test_a_block_of_images_has_one_kernel_a_layer(called):
     t = BlockCase("projected")
     first = Case((3, 3, 6, 32, 32, 3, 2), BF16)
     t.x, t.layers[0], t.kind = first.x, first.layer, "none"
-    del t.layers[2], t.folds[2]
+    del t.layers[2], t.scale_shifts[2]
     out = t.run()
     assert "block_folded" not in called
     assert torch.equal(out, t.layer_by_layer(cpu_backend.conv_folded))
@@ -186,7 +186,7 @@ def test_evaluated_nets_have_blocks_of_one_kernel(name, called):
             got, eager = faster(images), model(images)
         truth = model.double()(images.double())
     assert_like_eager("logits", got, eager, truth, BF16)
-    if cpu_build.has_direct_conv():
+    if cpu_build.has_fused_conv():
         assert called.count("block_folded") == {"plain20": 9, "resnet8": 3}[name]
 
 
@@ -208,6 +208,6 @@ def test_results_lie_on_the_cpu_whatever_the_default_device():
 def test_nan_comes_through_a_folded_block():
     for index in range(3):
         t = BlockCase("projected")
-        t.folds[index][1, 3] = float("nan")
+        t.scale_shifts[index][1, 3] = float("nan")
         assert t.run()[:, 3].isnan().all()
         assert index == 0 or t.run()[:, 4].isfinite().all()

@@ -1,6 +1,7 @@
 """The build of the CPU kernels: where they cannot be had, and what they are kept as."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,49 @@ import torch
 
 from fastres.kernels.cpu import backend as cpu_backend
 from fastres.kernels.cpu import build as cpu_build
+
+# A parameter of a C++ kernel is one of these, by the letters of the ctypes signatures.
+LETTERS = [
+    ("p", r"(?:const )?(?:T|bf16|float|double) ?\*\w+"),
+    ("i", r"int64_t \w+"),
+    ("d", r"double \w+"),
+]
+
+
+def letter_of(parameter: str) -> str:
+    found = [letter for letter, kind in LETTERS if re.fullmatch(kind, parameter)]
+    assert len(found) == 1, f"{parameter!r} is no kind of parameter that ctypes is told of"
+    return found[0]
+
+
+def declarations() -> list[tuple[str, str, str]]:
+    """Result, name and letters of the parameters of every `extern "C"` function."""
+    folder = Path(cpu_build.__file__).parent
+    sources = " ".join((folder / name).read_text() for name in cpu_build._SOURCES)
+    # Macros hold declarations too, with a backslash at the end of each line.
+    text = re.sub(r"[\\\s]+", " ", sources).replace("* ", "*")
+    found = re.findall(r'extern "C" (\w+) (\w+(?:##NAME)?)\(([^)]*)\) \{', text)
+    assert len(found) == text.count('extern "C"')
+    return [
+        (result, name, "".join(map(letter_of, filter(None, map(str.strip, given.split(","))))))
+        for result, name, given in found
+    ]
+
+
+def test_ctypes_signatures_are_those_of_the_sources():
+    """Number, order and kind of every parameter: ctypes would pass on whatever it is told."""
+    kernels = {name: letters for result, name, letters in declarations() if result == "void"}
+    typed = {f"{name}_##NAME" for name in cpu_build._TYPED}
+    assert {name for name in kernels if name.endswith("##NAME")} == typed
+    assert {n.removesuffix("_##NAME"): p for n, p in kernels.items()} == cpu_build._SIGNATURES
+    others = {found for found in declarations() if found[0] != "void"}
+    assert others == {("int64_t", "has_fused_conv", "")}
+
+
+def test_kernels_of_several_types_are_compiled_for_each():
+    source = (Path(cpu_build.__file__).parent / "batchnorm.cpp").read_text()
+    compiled = re.findall(r"^FASTRES_FOR_TYPE\(\w+, (\w+)\)", source, re.MULTILINE)
+    assert sorted(compiled) == sorted(cpu_build._TYPE_NAMES.values())
 
 
 @pytest.fixture(autouse=True)
@@ -93,14 +137,18 @@ def test_a_compiler_may_have_a_launcher(monkeypatch, compiler):
 
 
 def test_without_a_home_folder(monkeypatch):
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
     monkeypatch.delenv("FASTRES_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert cpu_build.library() is None
-    assert "home directory" in cpu_build.unavailable()
+    assert "no home folder" in cpu_build.unavailable()
+
+
+def test_the_cache_may_be_named_by_a_tilde(monkeypatch, compiler, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FASTRES_CACHE", "~/named")
+    cpu_build.library()
+    assert len(list((tmp_path / "named" / "kernels").iterdir())) == 1
 
 
 def test_with_a_cache_that_cannot_be_written(monkeypatch, tmp_path):

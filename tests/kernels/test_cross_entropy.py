@@ -1,4 +1,4 @@
-"""The kernels of the label-smoothed loss against `F.cross_entropy` and the fp64 referee."""
+"""The kernels of the label-smoothed loss against `F.cross_entropy` and the fp64 reference."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fastres.kernels.gpu.launch import recording
 from fastres.kernels.ops_head import smooth_cross_entropy
 from tests.helpers.head_cases import BF16, FP16, FP32, autocast, draw_labels, normal
 from tests.helpers.interpreter import DEVICE, strict_memory  # noqa: F401
-from tests.helpers.numerics import PooledReferee
+from tests.helpers.numerics import PooledErrorBound
 
 pytestmark = pytest.mark.usefixtures("strict_memory")
 
@@ -51,7 +51,7 @@ def test_loss_and_gradient(name, dtype):
     """A loss is one number, so those of many batches are compared as one vector."""
     n, classes, smoothing = LOSSES[name]
     rows = {"got": [], "eager": [], "truth": []}
-    referee = PooledReferee(dtype)
+    bound = PooledErrorBound(dtype)
     for draw in range(12):
         logits, labels = 3 * normal(n, classes, seed=draw, dtype=dtype), draw_labels(n, classes)
         got = loss_step(smooth_cross_entropy, logits, labels, smoothing)
@@ -59,13 +59,13 @@ def test_loss_and_gradient(name, dtype):
         truth = loss_step(F.cross_entropy, logits.double(), labels, smoothing)
         assert got[0].dtype == eager[0].dtype == FP32
         assert got[1].dtype == eager[1].dtype == dtype
-        referee.add("dlogits", got[1], [eager[1]], truth[1])
+        bound.add("dlogits", got[1], [eager[1]], truth[1])
         for key, (loss, _) in zip(rows, (got, eager, truth), strict=True):
             rows[key].append(loss.detach())
-    losses = PooledReferee(FP32)
+    losses = PooledErrorBound(FP32)
     got, eager, truth = (torch.stack(values) for values in rows.values())
     losses.add("losses", got, [eager], truth)
-    assert not [*losses.refused(), *referee.refused()]
+    assert not [*losses.refused(), *bound.refused()]
 
 
 def test_many_shares_are_added_in_several_rounds(monkeypatch):

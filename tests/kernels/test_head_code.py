@@ -65,20 +65,20 @@ GROUPS = {
 
 
 def main() -> int:
-    cards = {}
+    codes = {}
     for group, (start, arguments, architecture) in GROUPS.items():
         with recording() as launches:
             start(*arguments)
-        cards[group] = [
+        codes[group] = [
             {"kernel": launch.name} | dataclasses.asdict(compile_launch(launch, architecture))
             for launch in launches
         ]
-    print(json.dumps(cards))
+    print(json.dumps(codes))
     return 0
 
 
 @pytest.fixture(scope="module")
-def cards():
+def codes():
     path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
     done = subprocess.run(
@@ -89,15 +89,15 @@ def cards():
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_machine_code(cards, group):
+def test_machine_code(codes, group):
     """No spills; 16-byte loads of x, and 16-byte stores of dx and of batches."""
-    assert cards[group]
-    for card in cards[group]:
-        assert card["spills"] == 0, card
-        if card["kernel"] == "pool_linear_fwd_kernel":
-            assert card["wide_loads"] > 0, card
-        if card["kernel"] in ("pool_linear_bwd_kernel", "augment_normalize_kernel"):
-            assert card["wide_stores"] > 0, card
+    assert codes[group]
+    for code in codes[group]:
+        assert code["spills"] == 0, code
+        if code["kernel"] == "pool_linear_fwd_kernel":
+            assert code["wide_loads"] > 0, code
+        if code["kernel"] in ("pool_linear_bwd_kernel", "augment_normalize_kernel"):
+            assert code["wide_stores"] > 0, code
 
 
 if __name__ == "__main__":

@@ -5,12 +5,19 @@ import json
 import pytest
 import torch
 
-from fastres.kernels.conv_shape import ConvShape, resnet18_convs, resnet20_convs
+from fastres.kernels.conv_shape import ConvShape
 from fastres.kernels.gpu import launch_config
 from fastres.kernels.gpu.conv_fprop import conv_fprop
 from fastres.kernels.gpu.conv_wgrad import conv_wgrad
 from fastres.kernels.gpu.launch import Traffic, recording
-from fastres.kernels.gpu.launch_config import ConvConfig, conv_config, heuristic_config, load_table
+from fastres.kernels.gpu.launch_config import (
+    TABLE_SCHEMA,
+    ConvConfig,
+    conv_config,
+    heuristic_config,
+    load_table,
+)
+from fastres.kernels.tools.networks import resnet18_convs, resnet20_convs
 from tests.helpers.interpreter import DEVICE, HAS_GPU
 from tests.helpers.kernel_cases import channels_last
 
@@ -57,7 +64,7 @@ def test_heuristics_fill_a_gpu_at_training_batch(op, dtype):
 def table(tmp_path, monkeypatch):
     """Write a launch table for a GPU called "test" and make every device that GPU."""
 
-    def write(entries, schema=1):
+    def write(entries, schema=TABLE_SCHEMA):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
         path.write_text(json.dumps({"schema": schema, "gpus": {"test": entries}}))
         monkeypatch.setattr(launch_config, "load_table", lambda: load_table(path))
@@ -92,14 +99,18 @@ def test_table_serves_the_nearest_batch_and_heuristics_the_rest(table):
 @pytest.mark.parametrize(
     ("entry", "schema", "message"),
     [
-        (ENTRY, 2, "schema must be 1, got 2"),
-        ({**ENTRY, "block_q": 1}, 1, "malformed entry"),
-        ({"block_m": 16}, 1, "malformed entry"),
-        ({**ENTRY, "block_n": 24}, 1, "block_n must be a power of two >= 16, got 24"),
-        ({**ENTRY, "route": "magic"}, 1, "route must be one of"),
-        ({**ENTRY, "split_k": 0}, 1, "split_k must be at least 1"),
-        ({**ENTRY, "loads": "tma"}, 1, "loads must be one of"),
-        ({**ENTRY, "programs": 132}, 1, "programs must be 0, or above with box loads, got 132"),
+        (
+            ENTRY,
+            1,
+            r"^\d\.json: schema must be 2, got 1: tune this GPU again with python -m [\w.]+$",
+        ),
+        ({**ENTRY, "programs": 1}, 2, "malformed entry"),
+        ({"block_m": 16}, 2, "malformed entry"),
+        ({**ENTRY, "block_n": 24}, 2, "block_n must be a power of two >= 16, got 24"),
+        ({**ENTRY, "route": "magic"}, 2, "route must be one of"),
+        ({**ENTRY, "split_k": 0}, 2, "split_k must be at least 1"),
+        ({**ENTRY, "loads": "box"}, 2, "loads must be one of"),
+        ({**ENTRY, "grid_size": 132}, 2, "grid_size must be 0, or above with TMA loads, got 132"),
     ],
 )
 def test_a_bad_table_is_refused(table, entry, schema, message):
@@ -122,7 +133,7 @@ def test_recording_counts_each_operand_once_and_runs_nothing_on_meta():
     assert [launch.name for launch in launches] == [
         "conv_fprop_kernel",
         "conv_wgrad_kernel",
-        "sum_parts_kernel",
+        "sum_partials_kernel",
     ]
     fprop, wgrad, reduction = (launch.traffic for launch in launches)
     num_y = 4 * 32 * 8 * 8

@@ -80,7 +80,7 @@ def test_instructions_are_counted_by_kind_and_width():
         "hgmma": 1,
         "hmma": 1,
         "tcgen05": 1,
-        "box_loads": 1,
+        "tma_loads": 1,
         "wide_loads": 2,
         "narrow_loads": 2,
         "wide_stores": 1,

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 
 from fastres.kernels import block as block_ops
 from fastres.kernels import ops
+from fastres.kernels.conv_types import ConvBN
+from fastres.kernels.dispatch import force_backend
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.reference import backend as reference_backend
-from fastres.kernels.reference.block import ConvBN
 from tests.helpers.interpreter import DEVICE
 from tests.helpers.kernel_cases import TILES, channels_last
 from tests.helpers.numerics import assert_like_eager
@@ -20,16 +21,17 @@ from tests.helpers.numerics import assert_like_eager
 @pytest.fixture(params=["plain", "triton", "cudnn"])
 def backend(request, monkeypatch):
     """Plain torch; Triton kernels; torch convolutions with Triton kernels around them."""
-    steps = reference_backend if request.param == "plain" else gpu_backend
-    monkeypatch.setattr(ops, "choose_backend", lambda x: steps)
     route = "cudnn" if request.param == "cudnn" else "triton"
     config = replace(TILES, route=route)
     monkeypatch.setattr(gpu_backend, "conv_config", lambda *_, **__: config)
+    with force_backend(reference_backend if request.param == "plain" else gpu_backend):
+        yield
 
 
 @pytest.fixture
-def plain(monkeypatch):
-    monkeypatch.setattr(ops, "choose_backend", lambda x: reference_backend)
+def plain():
+    with force_backend(reference_backend):
+        yield
 
 
 def make_layer(k, c, r, stride, generator, dtype=torch.float32) -> ConvBN:
@@ -95,7 +97,7 @@ class Case:
         wide.projection = widen(self.projection)
         return wide
 
-    def everything(self) -> dict[str, torch.Tensor]:
+    def inputs(self) -> dict[str, torch.Tensor]:
         """All differentiable inputs by name."""
         named = {"x": self.x}
         if self.residual is not None:
@@ -107,7 +109,7 @@ class Case:
 
     def step(self, block) -> dict[str, torch.Tensor]:
         """Output and every gradient of `block`."""
-        inputs = self.everything()
+        inputs = self.inputs()
         for tensor in inputs.values():
             tensor.requires_grad_()
         out = block(
@@ -180,15 +182,19 @@ def test_folded_layer():
 @pytest.mark.parametrize("name", ["basic", "no shortcut", "projected", "bottleneck"])
 def test_folded_block(name):
     case = Case(name)
-    everything = [*case.layers, case.projection] if case.projection else case.layers
-    folds = [torch.stack([layer.weight, layer.bias]) for layer in everything]
+    layers = [*case.layers, case.projection] if case.projection else case.layers
+    scale_shifts = [torch.stack([layer.weight, layer.bias]) for layer in layers]
 
     def folded(x, layer):
         a, b = (v.view(1, -1, 1, 1) for v in (layer.weight, layer.bias))
         return F.conv2d(x, layer.w, stride=layer.stride, padding=layer.padding) * a + b
 
     out = ops.residual_block_folded(
-        case.x, case.layers, folds, projection=case.projection, add_input=case.kind == "input"
+        case.x,
+        case.layers,
+        scale_shifts,
+        projection=case.projection,
+        add_input=case.kind == "input",
     )
     z = case.x
     for layer in case.layers[:-1]:
@@ -203,9 +209,9 @@ def test_folded_block(name):
 @pytest.mark.usefixtures("plain")
 def test_a_folded_block_needs_a_scale_and_shift_for_every_layer():
     case = Case("projected")
-    folds = [torch.stack([layer.weight, layer.bias]) for layer in case.layers]
+    scale_shifts = [torch.stack([layer.weight, layer.bias]) for layer in case.layers]
     with pytest.raises(ValueError, match="got 2 scale_shifts for 3 layers"):
-        ops.residual_block_folded(case.x, case.layers, folds, projection=case.projection)
+        ops.residual_block_folded(case.x, case.layers, scale_shifts, projection=case.projection)
     with pytest.raises(ValueError, match="got 0 scale_shifts for 0 layers"):
         ops.residual_block_folded(case.x, [], [])
 
@@ -215,7 +221,7 @@ def test_a_folded_block_needs_a_scale_and_shift_for_every_layer():
     ("op", "name", "shortcut"),
     [
         ("conv_bn_relu", "layer", "none"),
-        ("conv_bn_add_relu", "layer + residual", "given"),
+        ("residual_block", "layer + residual", "given"),
         ("residual_block", "projected", "projected"),
     ],
 )
@@ -224,7 +230,8 @@ def test_opcheck(op, name, shortcut):
     layers = [*case.layers, case.projection] if case.projection else case.layers
     params = [t.requires_grad_() for layer in layers for t in layer[:3]]
     geometry = [number for layer in layers for number in (layer.stride, layer.padding)]
-    arguments = (params, geometry, [1e-5] * len(layers), shortcut, True)
+    eps = [layer.eps for layer in layers]
+    arguments = (params, geometry, eps, shortcut, True)
     forward = getattr(torch.ops.fastres, f"{op}_fwd").default
     torch.library.opcheck(forward, (case.x.requires_grad_(), case.residual, *arguments))
     with torch.no_grad():
@@ -235,7 +242,7 @@ def test_opcheck(op, name, shortcut):
     for need_dx in (True, False):
         torch.library.opcheck(
             backward,
-            (out, case.x.detach(), mask, detached, saved, geometry, shortcut, True, need_dx),
+            (out, case.x.detach(), mask, detached, saved, geometry, eps, shortcut, True, need_dx),
             test_utils=("test_schema", "test_faketensor"),
         )
 
@@ -257,8 +264,8 @@ def test_one_shortcut_at_most():
 
 
 @pytest.mark.parametrize("width", [16, 64])
-def test_a_basic_block_makes_25_passes(width):
-    """Counted from what the launches of the registered op's own chain declare, at batch 512."""
+def test_a_basic_block_makes_25_tensor_passes(width):
+    """Counted from what the launches of the registered op declare, at batch 512."""
 
     def meta(*size, dtype=torch.float32):
         layout = torch.channels_last if len(size) == 4 else torch.contiguous_format
@@ -267,7 +274,7 @@ def test_a_basic_block_makes_25_passes(width):
     x = meta(512, width, 32, 32, dtype=torch.bfloat16)
     w = meta(width, width, 3, 3, dtype=torch.bfloat16)
     layers = [ConvBN(w, meta(width), meta(width), 1, 1)] * 2
-    block = block_ops.Chain(layers, shortcut="input")
+    block = block_ops.Block(layers, shortcut="input")
     with recording() as launches:
         out, states = block_ops.forward(block, x, None, gpu_backend)
         block_ops.backward(block, out, x, out, states, gpu_backend, need_dx=True)

@@ -5,22 +5,24 @@ import torch
 
 from fastres.kernels import block as block_ops
 from fastres.kernels import ops
+from fastres.kernels.conv_types import ConvBN
 from fastres.kernels.cpu import backend as cpu_backend
 from fastres.kernels.cpu import build as cpu_build
+from fastres.kernels.dispatch import force_backend
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.reference import backend as reference_backend
-from fastres.kernels.reference.block import ConvBN
 from tests.helpers.interpreter import DEVICE
 
 K, C = 8, 4
 
 
 @pytest.fixture(params=["plain", "triton", "cpu"], autouse=True)
-def _backend(request, monkeypatch):
-    steps = {"plain": reference_backend, "triton": gpu_backend, "cpu": cpu_backend}[request.param]
-    if steps is cpu_backend and (DEVICE.type != "cpu" or cpu_build.library() is None):
+def _backend(request):
+    backend = {"plain": reference_backend, "triton": gpu_backend, "cpu": cpu_backend}[request.param]
+    if backend is cpu_backend and (DEVICE.type != "cpu" or cpu_build.library() is None):
         pytest.skip(f"no CPU kernels: {cpu_build.unavailable() or 'the tests run on a GPU'}")
-    monkeypatch.setattr(ops, "choose_backend", lambda x: steps)
+    with force_backend(backend):
+        yield
 
 
 def layer(**parts) -> ConvBN:
@@ -64,7 +66,7 @@ def test_a_shortcut_that_does_not_fit_is_refused(wrong):
     wrong = wrong.to(DEVICE)
     scale_shift = torch.ones(2, K, device=DEVICE)
     for run in (
-        lambda: ops.conv_bn_add_relu(x(), layer(), wrong),
+        lambda: ops.residual_block(x(), [layer()], residual=wrong),
         lambda: ops.conv_bn_folded(x(), layer(), scale_shift, residual=wrong),
     ):
         with pytest.raises(ValueError, match="shortcut"):

@@ -1,4 +1,4 @@
-"""The kernels of pooling and classifier against torch's own and the fp64 referee, by code path."""
+"""The kernels of pooling and classifier against torch and the fp64 reference, by code path."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from fastres.kernels.ops_head import pool_linear
 from tests.helpers.head_cases import BF16, FP16, FP32, autocast, normal
 from tests.helpers.interpreter import strict_memory  # noqa: F401
 from tests.helpers.kernel_cases import channels_last
-from tests.helpers.numerics import PooledReferee, assert_rounded_once
+from tests.helpers.numerics import PooledErrorBound, assert_rounded_once
 
 pytestmark = pytest.mark.usefixtures("strict_memory")
 
@@ -77,7 +77,7 @@ def test_head_and_every_gradient(name, dtype, monkeypatch):
     """On a GPU of two multiprocessors, so that a few images already share programs."""
     monkeypatch.setattr(pool_linear_kernels, "NUM_SMS", 2)
     size, classes = SIZES[name]
-    referee = PooledReferee(dtype)
+    bound = PooledErrorBound(dtype)
     # Small tensors hold too few errors for a norm of one draw to say much.
     for draw in range(1 if classes * size[1] > 1000 else 4):
         case = Head(size, classes, dtype, seed=10 * draw)
@@ -85,10 +85,10 @@ def test_head_and_every_gradient(name, dtype, monkeypatch):
         truth = case.step(eager_head, torch.float64)
         for key, value in got.items():
             assert value.dtype == eager[key].dtype, key
-            referee.add(key, value, [eager[key]], truth[key])
+            bound.add(key, value, [eager[key]], truth[key])
             if value.dtype != FP32:
                 assert_rounded_once(key, value, truth[key])
-    assert not referee.refused()
+    assert not bound.refused()
     assert got["dx"].is_contiguous(memory_format=torch.channels_last)
 
 

@@ -4,8 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastres.kernels import block as block_ops
+from fastres.kernels import ops
+from fastres.kernels.block import Block
+from fastres.kernels.conv_types import ConvBN
+from fastres.kernels.dispatch import force_backend
+from fastres.kernels.reference import backend as reference_backend
 from fastres.kernels.reference import block as ref
-from fastres.kernels.reference.block import ConvBN
 
 FP64 = {"dtype": torch.float64}
 # Both sides compute in fp64: only the order of operations differs, over some hundred terms.
@@ -56,6 +61,13 @@ BLOCKS = {
 }
 
 
+def forward_and_backward(block: Block, x, residual, dout):
+    """A block by the steps in plain torch, gradients derived by hand."""
+    out, states = block_ops.forward(block, x, residual, reference_backend)
+    mask = None if block.shortcut == "none" else out
+    return out, block_ops.backward(block, dout, x, mask, states, reference_backend, need_dx=True)
+
+
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_block_equals_autograd(kind):
     torch.manual_seed(0)
@@ -67,43 +79,36 @@ def test_block_equals_autograd(kind):
     dout = torch.randn_like(expected)
     expected.backward(dout)
 
-    out, saved = ref.residual_block_ref(x.detach(), layers, projection)
-    grads = ref.residual_block_backward_ref(dout, saved, layers, projection)
+    block = Block(layers, projection, "input" if projection is None else "projected")
+    out, grads = forward_and_backward(block, x.detach(), None, dout)
     torch.testing.assert_close(out, expected.detach(), **CLOSE)
     torch.testing.assert_close(grads.dx, x.grad, **CLOSE)
-    pairs = list(zip(leaves, grads.layers, strict=True))
     if projected is not None:
-        pairs.append((projected, grads.projection))
-    for leaf, got in pairs:
+        leaves.append(projected)
+    for leaf, got in zip(leaves, grads.layers, strict=True):
         torch.testing.assert_close(got.dw, leaf.w.grad, **CLOSE)
         torch.testing.assert_close(got.dgamma, leaf.weight.grad, **CLOSE)
         torch.testing.assert_close(got.dbeta, leaf.bias.grad, **CLOSE)
 
 
-class ConvBNAddReLU(torch.autograd.Function):
-    """The hand-derived pair as one differentiable function, for gradcheck."""
+class OneLayer(torch.autograd.Function):
+    """relu(bn(conv(x)) + residual) and its hand-derived gradients, for gradcheck."""
 
     @staticmethod
     def forward(ctx, x, w, weight, bias, residual, stride):
         layer = ConvBN(w, weight, bias, stride, w.shape[2] // 2)
-        saved = (
-            ref.conv_bn_relu_ref(x, layer)
-            if residual is None
-            else ref.conv_bn_add_relu_ref(x, layer, residual)
-        )
-        ctx.x, ctx.layer, ctx.saved, ctx.has_residual = x, layer, saved, residual is not None
-        return saved.out
+        ctx.block = Block([layer], shortcut="none" if residual is None else "given")
+        ctx.x = x
+        ctx.out, ctx.states = block_ops.forward(ctx.block, x, residual, reference_backend)
+        return ctx.out
 
     @staticmethod
     def backward(ctx, dout):
-        dresidual = None
-        if ctx.has_residual:
-            dx, dresidual, grads = ref.conv_bn_add_relu_backward_ref(
-                dout, ctx.x, ctx.layer, ctx.saved
-            )
-        else:
-            dx, grads = ref.conv_bn_relu_backward_ref(dout, ctx.x, ctx.layer, ctx.saved)
-        return dx, grads.dw, grads.dgamma, grads.dbeta, dresidual, None
+        mask = None if ctx.block.shortcut == "none" else ctx.out
+        grads = block_ops.backward(
+            ctx.block, dout, ctx.x, mask, ctx.states, reference_backend, need_dx=True
+        )
+        return grads.dx, *grads.layers[0], grads.dresidual, None
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -117,7 +122,7 @@ def test_gradcheck(stride, has_residual):
         shape = ref.conv_ref(x, layer.w, stride=stride, padding=1).shape
         residual = torch.randn(shape, **FP64, requires_grad=True)
     inputs = (x, *layer[:3], residual, stride)
-    assert torch.autograd.gradcheck(ConvBNAddReLU.apply, inputs)
+    assert torch.autograd.gradcheck(OneLayer.apply, inputs)
 
 
 def test_forward_references_are_differentiable():
@@ -126,7 +131,8 @@ def test_forward_references_are_differentiable():
     x = torch.randn(2, 3, 4, 4, **FP64, requires_grad=True)
 
     def forward(x, *leaves):
-        return ref.conv_bn_relu_ref(x, ConvBN(*leaves, 1, 1)).out
+        block = Block([ConvBN(*leaves, 1, 1)])
+        return block_ops.forward(block, x, None, reference_backend)[0]
 
     assert torch.autograd.gradcheck(forward, (x, *layer[:3]))
 
@@ -164,7 +170,7 @@ def test_folded_block_equals_eval_mode(kind):
     def running(layer):
         return torch.randn_like(layer.bias), torch.rand_like(layer.bias) + 0.1
 
-    def fold(layer, mean, var):
+    def scale_shift_of(layer, mean, var):
         return ref.bn_fold_ref(mean, (var + layer.eps).rsqrt(), layer.weight, layer.bias)
 
     def eager(x, layer, mean, var):
@@ -175,13 +181,15 @@ def test_folded_block_equals_eval_mode(kind):
     expected = x
     for layer, stats in zip(layers[:-1], buffers[:-1], strict=True):
         expected = eager(expected, layer, *stats).relu()
-    shortcut, shortcut_fold = x, None
+    shortcut = x
+    scale_shifts = [scale_shift_of(layer, *b) for layer, b in zip(layers, buffers, strict=True)]
     if projection is not None:
         stats = running(projection)
-        shortcut, shortcut_fold = eager(x, projection, *stats), fold(projection, *stats)
+        shortcut = eager(x, projection, *stats)
+        scale_shifts.append(scale_shift_of(projection, *stats))
     expected = (eager(expected, layers[-1], *buffers[-1]) + shortcut).relu()
-    folds = [fold(layer, *stats) for layer, stats in zip(layers, buffers, strict=True)]
-    out = ref.residual_block_folded_ref(x, layers, folds, projection, shortcut_fold)
+    with force_backend(reference_backend):
+        out = ops.residual_block_folded(x, layers, scale_shifts, projection=projection)
     torch.testing.assert_close(out, expected, **CLOSE)
 
 
@@ -190,11 +198,15 @@ def test_low_precision_keeps_storage_and_statistics_apart(dtype):
     torch.manual_seed(6)
     x = torch.randn(2, 4, 5, 5).to(dtype).to(memory_format=torch.channels_last)
     layer = ConvBN(torch.randn(4, 4, 3, 3).to(dtype), torch.ones(4), torch.zeros(4), 1, 1)
-    result = ref.conv_bn_relu_ref(x, layer)
-    dx, grads = ref.conv_bn_relu_backward_ref(torch.ones_like(x), x, layer, result)
-    assert result.out.dtype == result.y.dtype == dx.dtype == grads.dw.dtype == dtype
-    assert {t.dtype for t in (*result.stats, grads.dgamma, grads.dbeta)} == {torch.float32}
-    assert result.out.is_contiguous(memory_format=torch.channels_last)
+    block = Block([layer])
+    out, (state,) = block_ops.forward(block, x, None, reference_backend)
+    grads = block_ops.backward(
+        block, torch.ones_like(x), x, None, [state], reference_backend, need_dx=True
+    )
+    (of_layer,) = grads.layers
+    assert out.dtype == state.y.dtype == grads.dx.dtype == of_layer.dw.dtype == dtype
+    assert {t.dtype for t in (*state[1:], *of_layer[1:])} == {torch.float32}
+    assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_nan_passes_the_relu_and_its_gradient_as_in_torch():

@@ -18,18 +18,19 @@ from fastres.kernels.gpu import launch_config
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.launch_config import (
     ConvConfig,
-    box_config,
     gpu_name,
     heuristic_config,
     load_table,
+    tma_config,
 )
-from fastres.kernels.tools import tune
-from fastres.kernels.tools.networks import MODELS, PRECISIONS
+from fastres.kernels.tools import graph_timer, tune
+from fastres.kernels.tools.graph_timer import GraphTimer, Trial
+from fastres.kernels.tools.networks import NETWORKS, PRECISIONS, network_convs
 from fastres.kernels.tools.tune_workloads import (
-    LayerWork,
-    Use,
+    ConvVariant,
+    ConvWorkload,
     check_parity,
-    layer_works,
+    conv_workloads,
     make_case,
 )
 from fastres.kernels.tools.tuner import Tuner, candidates, merge_table
@@ -37,10 +38,10 @@ from tests.helpers.interpreter import DEVICE, HAS_GPU, needs_gpu
 
 REPO = Path(__file__).resolve().parents[2]
 BF16, FP32 = PRECISIONS["bf16"], PRECISIONS["fp32"]
-FIRST, INNER = Use(False, True, True), Use(True, False, True)
+FIRST, INNER = ConvVariant(False, True, True), ConvVariant(True, False, True)
 SMALL = ConvShape(2, 6, 6, 3, 5)
-WORK = LayerWork(SMALL, BF16, {FIRST: 1, INNER: 2}, bytes=1)
-STEM = LayerWork(SMALL, BF16, {Use(False, False, False): 1}, bytes=1)
+WORKLOAD = ConvWorkload(SMALL, BF16, {FIRST: 1, INNER: 2}, bytes=1)
+STEM = ConvWorkload(SMALL, BF16, {ConvVariant(False, False, False): 1}, bytes=1)
 TILE = ConvConfig(64, 16, 32, 4, 3)
 
 
@@ -67,14 +68,14 @@ def tuner(timer, **options):
 def test_the_fastest_route_is_chosen_for_equal_work():
     timer = Told(lambda label: 0.5 ** label.count("route='cudnn'"))
     made, left_out = tuner(timer)
-    forward, dgrad, wgrad = made.tune_layer(WORK, 1)
+    forward, dgrad, wgrad = made.tune_layer(WORKLOAD, 1)
     assert left_out == []
     assert forward.key == "fprop/bfloat16/n2/h6w6c3k5r3s3u1p1"
     assert [choice.config.route for choice in (forward, dgrad, wgrad)] == ["cudnn"] * 3
-    # One use of one form, two of the other.
+    # One layer of one variant, two of the other.
     assert (forward.seconds, forward.heuristic_seconds) == (3 * 0.5, 3)
     assert dgrad.speedup == wgrad.speedup == 4
-    # Both gradients at once on all four pairs of routes, in both forms.
+    # Both gradients at once on all four pairs of routes, in both variants.
     pairs = [label for label in timer.labels if label.count("ConvConfig") == 2]
     assert len(pairs) == len(set(pairs)) == 8
     assert sum("route='cudnn'" in label for label in pairs) == 6
@@ -119,7 +120,7 @@ def test_wrong_and_failing_candidates_are_left_out_and_named(monkeypatch):
 
 @pytest.mark.parametrize("op", ["dgrad", "wgrad"])
 def test_a_gradient_that_is_a_little_wrong_is_found(op, monkeypatch):
-    assert check_parity(WORK, op, gpu_backend, DEVICE) is None
+    assert check_parity(WORKLOAD, op, gpu_backend, DEVICE) is None
     name = f"conv_{op}"
     honest = getattr(gpu_backend, name)
 
@@ -130,13 +131,13 @@ def test_a_gradient_that_is_a_little_wrong_is_found(op, monkeypatch):
         return made[0], made[1] and made[1]._replace(gy=made[1].gy * 1.02)
 
     monkeypatch.setattr(gpu_backend, name, broken)
-    wrong = check_parity(WORK, op, gpu_backend, DEVICE)
+    wrong = check_parity(WORKLOAD, op, gpu_backend, DEVICE)
     assert wrong.startswith("dw is off" if op == "wgrad" else "sum of gy is off")
 
 
 def test_no_pre_activation_is_near_a_tie():
     case = make_case(ConvShape(4, 16, 16, 8, 8), INNER, torch.bfloat16, DEVICE)
-    a, b = (vector.view(1, -1, 1, 1) for vector in case.before.scale_shift)
+    a, b = (vector.view(1, -1, 1, 1) for vector in case.producer.scale_shift)
     assert (a * case.x.float() + b).abs().min() > 0.02
 
 
@@ -155,9 +156,9 @@ def test_the_deadline_ends_the_run_and_keeps_what_is_done(monkeypatch):
 def test_routes_of_all_layers_come_before_tiles(monkeypatch):
     made, _ = tuner(Told(), limit=7)
     asked = []
-    monkeypatch.setattr(made, "tune_layer", lambda work, limit: asked.append((work, limit)))
-    assert list(made.run([WORK, STEM])) == []
-    assert asked == [(WORK, 1), (STEM, 1), (WORK, 7), (STEM, 7)]
+    monkeypatch.setattr(made, "tune_layer", lambda workload, limit: asked.append((workload, limit)))
+    assert list(made.run([WORKLOAD, STEM])) == []
+    assert asked == [(WORKLOAD, 1), (STEM, 1), (WORKLOAD, 7), (STEM, 7)]
 
 
 def test_entries_are_merged_and_other_gpus_stay(tmp_path):
@@ -167,8 +168,8 @@ def test_entries_are_merged_and_other_gpus_stay(tmp_path):
     other = ConvConfig(128, 32, 64, 8, 2, route="cudnn")
     merge_table(path, "A", {"x": other}, {"date": "3"})
     assert load_table(path) == {"A": {"x": other, "y": TILE}, "B": {"x": TILE}}
-    certificates = json.loads(path.read_text())["certificates"]
-    assert certificates == {"A": {"date": "3"}, "B": {"date": "2"}}
+    provenance = json.loads(path.read_text())["provenance"]
+    assert provenance == {"A": {"date": "3"}, "B": {"date": "2"}}
     assert path.stat().st_mode & 0o444 == 0o444
 
 
@@ -190,23 +191,24 @@ def test_a_write_that_fails_leaves_the_old_table(tmp_path, monkeypatch):
 def test_a_malformed_table_is_refused_and_kept(tmp_path):
     path = tmp_path / "table.json"
     path.write_text('{"schema": 7, "gpus": {}}')
-    with pytest.raises(ValueError, match="schema must be 1, got 7"):
+    with pytest.raises(ValueError, match="schema must be 2, got 7"):
         merge_table(path, "A", {"x": TILE}, {})
     assert path.read_text() == '{"schema": 7, "gpus": {}}'
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_every_layer_of_a_network_is_listed_in_all_its_forms(model):
-    works = layer_works([model], [512], [BF16])
-    assert {work.shape: sum(work.uses.values()) for work in works} == {
-        conv.shape: conv.num_layers for conv in MODELS[model](512)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_layer_of_a_network_is_listed_in_all_its_variants(network):
+    workloads, convs = conv_workloads([network], [512], [BF16]), network_convs(network, 512)
+    assert {workload.shape: sum(workload.variants.values()) for workload in workloads} == {
+        conv.shape: conv.num_layers for conv in convs
     }
-    assert [work.bytes for work in works] == sorted((w.bytes for w in works), reverse=True)
-    stage1 = next(work for work in works if work.shape == MODELS[model](512)[1].shape)
-    assert stage1 == works[0]
-    blocks = sum(stage1.uses.values()) // 2
-    assert stage1.uses == {FIRST: blocks, INNER: blocks}
-    # Forward reads x and writes y in both forms; the gradients read five to seven such tensors.
+    moved = [workload.bytes for workload in workloads]
+    assert moved == sorted(moved, reverse=True)
+    stage1 = next(workload for workload in workloads if workload.shape == convs[1].shape)
+    assert stage1 == workloads[0]
+    blocks = sum(stage1.variants.values()) // 2
+    assert stage1.variants == {FIRST: blocks, INNER: blocks}
+    # Forward reads x and writes y in both variants; the gradients read five to seven such tensors.
     one_pass = 2 * stage1.shape.num_x
     assert 2 * blocks * 8 * one_pass < stage1.bytes < 2 * blocks * 11 * one_pass
 
@@ -215,7 +217,7 @@ def test_every_layer_of_a_network_is_listed_in_all_its_forms(model):
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_candidates_are_distinct_and_fit(op, precision):
     dtype, tf32 = PRECISIONS[precision].dtype, PRECISIONS[precision].tf32
-    for conv in MODELS["resnet18"](512) + MODELS["resnet20"](512):
+    for conv in network_convs("resnet18", 512) + network_convs("resnet20", 512):
         found = candidates(op, conv.shape, dtype, tf32=tf32, shared_bytes=99 * 1024)
         assert found[0] == heuristic_config(op, conv.shape, dtype, tf32=tf32)
         assert 12 <= len(found) == len(set(found)) <= 24, conv
@@ -227,31 +229,31 @@ def test_candidates_are_distinct_and_fit(op, precision):
 
 
 @pytest.mark.parametrize("op", ["fprop", "dgrad"])
-def test_candidates_in_boxes_are_offered_where_a_gpu_loads_them(op):
-    for conv in MODELS["resnet18"](512) + MODELS["resnet20"](512):
+def test_candidates_by_tma_are_offered_where_a_gpu_has_it(op):
+    for conv in network_convs("resnet18", 512) + network_convs("resnet20", 512):
         shape, dtype = conv.shape, torch.bfloat16
         found = candidates(op, shape, dtype, multiprocessors=78)
-        boxed = [config for config in found if config.loads == "box"]
-        start = box_config(op, shape, dtype)
-        assert (start is None) == (boxed == [])
+        by_tma = [config for config in found if config.loads == "tma"]
+        start = tma_config(op, shape, dtype)
+        assert (start is None) == (by_tma == [])
         if start is not None:
-            assert boxed[:2] == [start, replace(start, programs=78)]
-            assert all(config.pixel_box(op, shape) for config in boxed)
-        without = candidates(op, shape, dtype, has_boxes=False)
-        assert {config.loads for config in without} == {"gather"}
+            assert by_tma[:2] == [start, replace(start, grid_size=78)]
+            assert all(config.tma_tile(op, shape) for config in by_tma)
+        without = candidates(op, shape, dtype, has_tma=False)
+        assert {config.loads for config in without} == {"pointer"}
 
 
-def test_a_winner_in_boxes_is_chosen_kept_and_served(tmp_path, monkeypatch):
+def test_a_winner_by_tma_is_chosen_kept_and_served(tmp_path, monkeypatch):
     shape = ConvShape(2, 8, 8, 8, 16)
-    work = LayerWork(shape, BF16, {INNER: 1}, bytes=1)
-    timer = Told(lambda label: 9.0 if "cudnn" in label else 0.5 ** label.count("programs=7"))
+    workload = ConvWorkload(shape, BF16, {INNER: 1}, bytes=1)
+    timer = Told(lambda label: 9.0 if "cudnn" in label else 0.5 ** label.count("grid_size=7"))
     made, left_out = tuner(timer)
     made.limit, made.multiprocessors = 16, 7
-    choices = made.tune_layer(work, made.limit)
+    choices = made.tune_layer(workload, made.limit)
     assert left_out == []
     forward, dgrad, wgrad = (choice.config for choice in choices)
-    assert (forward.loads, forward.programs) == (dgrad.loads, dgrad.programs) == ("box", 7)
-    assert wgrad.loads == "gather"
+    assert (forward.loads, forward.grid_size) == (dgrad.loads, dgrad.grid_size) == ("tma", 7)
+    assert wgrad.loads == "pointer"
     path = tmp_path / "table.json"
     merge_table(path, "test", {choice.key: choice.config for choice in choices}, {})
     monkeypatch.setattr(launch_config, "load_table", lambda: load_table(path))
@@ -260,9 +262,9 @@ def test_a_winner_in_boxes_is_chosen_kept_and_served(tmp_path, monkeypatch):
     with recording() as launches:
         case.forward(gpu_backend)
         case.backward(gpu_backend)
-    assert [launch.name for launch in launches if "box" in launch.name] == [
-        "conv_fprop_box_kernel",
-        "conv_dgrad_box_kernel",
+    assert [launch.name for launch in launches if "tma" in launch.name] == [
+        "conv_fprop_tma_kernel",
+        "conv_dgrad_tma_kernel",
     ]
 
 
@@ -306,7 +308,7 @@ def test_help_is_cheap():
     code = "import sys; from fastres.kernels.tools import tune; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
-    assert tuple(MODELS) == tune.NETWORKS
+    assert tuple(NETWORKS) == tune.NETWORKS
     assert tuple(PRECISIONS) == tune.DTYPES
 
 
@@ -319,27 +321,50 @@ def test_the_table_ships_with_the_package():
 
 @needs_gpu
 def test_tuning_this_gpu_writes_a_table_that_training_reads(tmp_path, monkeypatch, capsys):
-    works = [LayerWork(ConvShape(8, 8, 8, 16, 16), BF16, {FIRST: 1, INNER: 1}, bytes=1)]
-    monkeypatch.setattr(tune, "_works", lambda options: works)
+    workloads = [ConvWorkload(ConvShape(8, 8, 8, 16, 16), BF16, {FIRST: 1, INNER: 1}, bytes=1)]
+    monkeypatch.setattr(tune, "_workloads", lambda options: workloads)
     path = tmp_path / "table.json"
     assert tune.main(["--out", str(path), "--candidates", "3"]) == 0
     table = load_table(path)[gpu_name(torch.device("cuda", 0))]
     assert {key.partition("/")[0] for key in table} == {"fprop", "dgrad", "wgrad"}
     assert "heuristics" in capsys.readouterr().out
-    assert json.loads(path.read_text())["schema"] == tuner.TABLE_SCHEMA
+    assert json.loads(path.read_text())["schema"] == launch_config.TABLE_SCHEMA
 
 
 @needs_gpu
 @pytest.mark.parametrize("cold", [True, False])
 def test_the_graph_timer_tells_a_long_call_from_a_short_one(cold):
-    from fastres.kernels.tools.graph_timer import GraphTimer
-
     small, large = (torch.zeros(n, device="cuda") for n in (1 << 20, 1 << 28))
     trials = [
-        tuner.Trial("small", lambda: small.add_(1)),
-        tuner.Trial("large", lambda: large.add_(1)),
+        Trial("small", lambda: small.add_(1)),
+        Trial("large", lambda: large.add_(1)),
     ]
     short, long = GraphTimer(torch.device("cuda", 0), cold=cold)(trials)
     assert 0 < short < long / 10
     # 2 GiB there and back: no GPU of today is faster than 20 TB/s.
     assert long > 2**31 / 20e12
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_the_graph_timer_takes_medians_of_turns(cold, monkeypatch):
+    """Without a GPU: a sampler that counts stands for the one that captures and replays."""
+    turns = []
+
+    class Counting:
+        def __init__(self, device, *, cold):
+            self.cold = cold
+
+        def sample(self, call):
+            seconds = iter([9.0, *[call()] * 20])
+
+            def replay():
+                turns.append((call(), self.cold))
+                return next(seconds)
+
+            return replay
+
+    monkeypatch.setattr(graph_timer, "GraphSampler", Counting)
+    timer = GraphTimer(torch.device("cuda", 0), cold=cold)
+    assert timer([Trial("a", lambda: 1.0), Trial("b", lambda: 2.0)]) == [1.0, 2.0]
+    assert turns == [(1.0, cold), (2.0, cold)] * (len(turns) // 2)
+    assert len(turns) >= 20

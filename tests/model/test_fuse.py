@@ -7,12 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastres.kernels import ops
-from fastres.kernels.reference import backend as reference_backend
-from fastres.model.conv_bn import running_statistics_together
+from fastres.model.conv_bn import ConvBNModules, batched_running_stats, conv_bn
 from fastres.model.fuse import fuse
 from fastres.model.fused_modules import (
-    ConvBNAddReLU,
     FusedBasicBlock,
     FusedBlock,
     FusedBottleneck,
@@ -22,12 +19,6 @@ from fastres.model.fused_modules import (
 from fastres.model.resnet import Bottleneck, create_model
 from tests.helpers.interpreter import DEVICE
 from tests.helpers.numerics import assert_like_eager
-
-
-@pytest.fixture
-def plain(monkeypatch):
-    """Compute the ops in plain torch, as on a CPU without Triton's interpreter."""
-    monkeypatch.setattr(ops, "choose_backend", lambda x: reference_backend)
 
 
 def tiny(name="resnet8", **options) -> nn.Module:
@@ -150,7 +141,7 @@ def test_running_statistics_follow_every_momentum(momenta):
 @pytest.mark.usefixtures("plain")
 def test_running_statistics_may_move_together():
     together, alone = (fuse(tiny(width=0.5), verbose=False) for _ in range(2))
-    with running_statistics_together():
+    with batched_running_stats():
         together(images())
         assert together.bn1.num_batches_tracked == 0
         together(2 * images())
@@ -162,7 +153,7 @@ def test_running_statistics_may_move_together():
     )
 
     def stop():
-        with running_statistics_together():
+        with batched_running_stats():
             together(images())
             raise ValueError("stop")
 
@@ -211,12 +202,14 @@ def test_bottleneck_and_sequential():
 
 
 @pytest.mark.usefixtures("plain")
-def test_conv_bn_add_relu_module():
+def test_conv_bn_with_a_residual():
     torch.manual_seed(0)
-    module = ConvBNAddReLU(3, 16, stride=2).double().to(DEVICE)
+    pair = ConvBNModules(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16))
+    for module in pair:
+        module.double().to(DEVICE)
     x, residual = images().double(), torch.randn(4, 16, 4, 4).double().to(DEVICE)
-    wanted = F.relu(copy.deepcopy(module.bn)(module.conv(x)) + residual)
-    torch.testing.assert_close(module(x, residual), wanted, rtol=1e-9, atol=1e-9)
+    wanted = F.relu(copy.deepcopy(pair.bn)(pair.conv(x)) + residual)
+    torch.testing.assert_close(conv_bn(x, pair, residual=residual), wanted, rtol=1e-9, atol=1e-9)
 
 
 def odd_pairs():

@@ -7,19 +7,14 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from fastres.kernels import ops
-from fastres.kernels.reference import backend as reference_backend
-from fastres.model.conv_bn import Pair, conv_bn
+from fastres.model.conv_bn import ConvBNModules, conv_bn
 from fastres.model.fuse import fuse
-from fastres.model.fused_modules import ConvBNAddReLU, FusedSequential
+from fastres.model.fused_modules import FusedSequential
 from fastres.model.resnet import create_model
 from tests.helpers.interpreter import DEVICE
 
-
-@pytest.fixture(autouse=True)
-def _plain(monkeypatch):
-    """Compute the ops in plain torch: what is tested is the module around them."""
-    monkeypatch.setattr(ops, "choose_backend", lambda x: reference_backend)
+# What is tested is the module around the ops.
+pytestmark = pytest.mark.usefixtures("plain")
 
 
 def images() -> torch.Tensor:
@@ -179,10 +174,11 @@ def test_images_of_another_dtype_are_refused_as_by_torch(dtype, training):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_a_residual_without_a_relu(training):
-    module = ConvBNAddReLU(3, 4).to(DEVICE).double().train(training)
+    pair = ConvBNModules(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+    for module in pair:
+        module.to(DEVICE).double().train(training)
     residual = torch.full((4, 4, 8, 8), -2.0, dtype=torch.float64, device=DEVICE)
-    wanted = copy.deepcopy(module.bn)(module.conv(images().double())) + residual
-    pair = Pair(module.conv, module.bn)
+    wanted = copy.deepcopy(pair.bn)(pair.conv(images().double())) + residual
     with torch.no_grad():
         got = conv_bn(images().double(), pair, relu=False, residual=residual)
     assert (wanted < 0).any()

@@ -9,22 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastres.kernels import block as block_ops
-from fastres.kernels import ops
+from fastres.kernels.conv_types import ConvBN
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.reference import backend as reference_backend
-from fastres.kernels.reference.block import ConvBN
 from fastres.model import conv_bn
-from fastres.model.conv_bn import constant_parameters
+from fastres.model.conv_bn import ConvBNModules, constant_parameters
 from fastres.model.fuse import fuse
-from fastres.model.fused_modules import ConvBNAddReLU
 from fastres.model.resnet import create_model
 from tests.helpers.interpreter import DEVICE
-
-
-@pytest.fixture
-def plain(monkeypatch):
-    """Compute the ops in plain torch, where what is tested is the module around them."""
-    monkeypatch.setattr(ops, "choose_backend", lambda x: reference_backend)
 
 
 def tiny(**options) -> nn.Module:
@@ -44,10 +36,12 @@ def layer(k=8, c=4, dtype=torch.float32) -> ConvBN:
 
 
 def test_a_frozen_layer_in_evaluation_passes_the_residuals_gradient_on():
-    module = ConvBNAddReLU(4, 8).to(DEVICE).eval().requires_grad_(False)
+    pair = ConvBNModules(nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+    for module in pair:
+        module.to(DEVICE).eval().requires_grad_(False)
     x = torch.randn(2, 4, 5, 5, device=DEVICE)
     residual = torch.randn(2, 8, 5, 5, device=DEVICE, requires_grad=True)
-    out = module(x, residual)
+    out = conv_bn.conv_bn(x, pair, residual=residual)
     (grad,) = torch.autograd.grad(out.sum(), residual)
     assert torch.equal(grad, (out > 0).float())
 
@@ -167,13 +161,13 @@ def test_autocast_computes_a_whole_net_in_its_dtype(dtype):
 def test_a_shortcut_of_another_shape_or_dtype_is_refused(steps):
     """Plain torch would broadcast it and promote, and its gradient would have the wrong shape."""
     x = torch.randn(2, 4, 5, 5, device=DEVICE).contiguous(memory_format=torch.channels_last)
-    given = block_ops.Chain([layer()], shortcut="given")
+    given = block_ops.Block([layer()], shortcut="given")
     for residual in (torch.randn(2, 8, 1, 1), torch.randn(2, 8, 5, 5).half()):
         with pytest.raises(ValueError, match=r"shortcut|residual"):
             block_ops.forward(given, x, residual.to(DEVICE), steps)
     narrow = x[:, :1].contiguous(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"shortcut|residual"):
-        block_ops.forward(block_ops.Chain([layer(c=1)], shortcut="input"), narrow, None, steps)
+        block_ops.forward(block_ops.Block([layer(c=1)], shortcut="input"), narrow, None, steps)
 
 
 @pytest.mark.usefixtures("plain")

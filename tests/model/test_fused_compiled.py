@@ -15,9 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastres.config import Config
 from fastres.engine.runtime import Runtime
 from fastres.engine.step import TrainStep
-from fastres.kernels import ops
 from fastres.kernels.gpu import backend as gpu_backend
-from fastres.kernels.reference import backend as reference_backend
 from fastres.model.fuse import fuse
 from fastres.model.resnet import create_model
 from tests.helpers.interpreter import DEVICE, needs_gpu
@@ -50,11 +48,6 @@ def train(step: TrainStep, num_steps: int, size: int) -> torch.Tensor:
         step(number, *batch(number % 8, size, step.runtime.device))
         losses.append(step.totals.values[0] / 16)
     return torch.stack(losses).cpu()
-
-
-@pytest.fixture
-def plain(monkeypatch):
-    monkeypatch.setattr(ops, "choose_backend", lambda x: reference_backend)
 
 
 @pytest.mark.parametrize("net", ["resnet20", "resnet18", "bottleneck"])
@@ -98,7 +91,7 @@ OP_CASES = {
     "layer": Case("conv_bn_relu", (8, 3, 32, 32), (LayerSize(16, 3, 3),)),
     "wide layer": Case("conv_bn_relu", (4, 128, 16, 16), (LayerSize(256, 128, 3, 2),)),
     "no relu": Case("conv_bn_relu", (8, 17, 9, 7), (LayerSize(33, 17, 1, 2),), relu=False),
-    "add": Case("conv_bn_add_relu", (8, 16, 16, 16), (LayerSize(33, 16, 3),), "given"),
+    "add": Case("residual_block", (8, 16, 16, 16), (LayerSize(33, 16, 3),), "given"),
     "folded": Case("conv_bn_folded", (8, 16, 16, 16), (LayerSize(33, 16, 3),), "given"),
     **{
         f"basic, {kind}": Case(

@@ -12,7 +12,7 @@ from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
 from fastres.model.fuse import fuse
 from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, create_model
 from tests.helpers.interpreter import DEVICE, HAS_GPU
-from tests.helpers.numerics import UNIT_ROUNDOFF, PooledReferee
+from tests.helpers.numerics import UNIT_ROUNDOFF, PooledErrorBound
 
 # Draws of images on which a net that the referee refuses is judged.
 MOST_DRAWS = 9
@@ -61,7 +61,7 @@ def train_once(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> dict[st
 
 def check_step(model: nn.Module, dtype: torch.dtype, batch: int, size: int) -> None:
     """Every tensor of a step is as near to fp64 as eager's, in the median of a few batches."""
-    referee = PooledReferee(dtype, has_relu=True)
+    referee = PooledErrorBound(dtype, has_relu=True)
     faster = fuse(model, verbose=False)
     for seed in range(MOST_DRAWS):
         generator = torch.Generator().manual_seed(seed)

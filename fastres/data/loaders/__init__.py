@@ -1,29 +1,31 @@
-"""Three loaders, one plan: torch's DataLoader, a device-resident set, NVIDIA DALI.
+"""Three loaders that serve the same pixels for the same seed and epoch.
 
-All of them serve the same pixels for the same (seed, epoch), whatever the number of workers and the
-point of resumption.
+Read `base.py` first: `BatchSpec` says which images make up a batch, `Loader` is the interface.
+`resident.py` keeps the set on the device, `dataloader.py` uses torch's DataLoader, `dali.py` NVIDIA
+DALI. This file chooses one: `make_loader` for users, `build_loader` for the trainer.
 """
 
 import importlib.util
-import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
+from fastres.config import LoaderName
 from fastres.data.dataset import Dataset, ImageSet
-from fastres.data.loaders.base import Batches, Loader
+from fastres.data.loaders.base import BatchSpec, Loader
 from fastres.data.loaders.dataloader import TorchLoader
 from fastres.data.loaders.resident import ResidentLoader
 from fastres.data.plan import NO_AUGMENTATION, Augmentation
 from fastres.data.source import load_dataset, split_validation
 from fastres.errors import UsageError
+from fastres.host import usable_cores
 
 __all__ = [
     "LOADERS",
-    "Batches",
+    "BatchSpec",
     "Loader",
     "build_loader",
     "choose_loader",
@@ -31,7 +33,7 @@ __all__ = [
     "make_loader",
 ]
 
-LOADERS = ("dali", "resident", "torch")
+LOADERS: tuple[LoaderName, ...] = get_args(LoaderName)
 
 
 def dali_missing() -> str | None:
@@ -44,9 +46,14 @@ def dali_missing() -> str | None:
 
 
 def build_loader(
-    name: str, batches: Batches, device: torch.device, *, epoch: int = 0, workers: int | None = None
+    name: LoaderName,
+    spec: BatchSpec,
+    device: torch.device,
+    *,
+    epoch: int = 0,
+    workers: int | None = None,
 ) -> Loader:
-    """Make the loader `name` ("dali", "resident" or "torch") for `batches` on `device`.
+    """Make the loader `name` for the batches of `spec` on `device`.
 
     `workers` are processes for torch and threads for DALI; None takes what suits the machine.
 
@@ -55,29 +62,28 @@ def build_loader(
     """
     if workers is not None and workers < 0:
         raise UsageError(f"workers must not be negative, got {workers}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores or 1
+    most = min(8, usable_cores())
     if name == "resident":
-        return ResidentLoader(batches, device, epoch)
+        return ResidentLoader(spec, device, epoch)
     if name == "torch":
-        # On a CPU the step needs every core itself.
-        default = min(8, cores) if device.type == "cuda" else 0
-        return TorchLoader(batches, device, epoch, workers=default if workers is None else workers)
+        # On a CPU the training step needs every core itself.
+        default = most if device.type == "cuda" else 0
+        return TorchLoader(spec, device, epoch, workers=default if workers is None else workers)
     if name == "dali":
         missing = dali_missing()
         if missing:
             raise UsageError(f"--loader dali: {missing}; resident and torch need nothing more")
         from fastres.data.loaders.dali import DaliLoader
 
-        return DaliLoader(batches, device, epoch, threads=max(1, workers or min(8, cores)))
+        return DaliLoader(spec, device, epoch, threads=max(1, workers or most))
     raise UsageError(f"unknown loader {name!r}; the loaders are auto, {', '.join(LOADERS)}")
 
 
-def choose_loader(device: torch.device) -> tuple[str, str]:
+def choose_loader(device: torch.device) -> tuple[LoaderName, str]:
     """Return the loader that `auto` means on `device`, and why.
 
-    Beside a training step on a CPU the resident loader leaves the step the most of the cores; the
-    rows stand in benchmarks/results.
+    On a CPU the resident loader leaves the most time to the training step: see the rows of suite
+    "loaders" in benchmarks/results.
     """
     if device.type == "cpu":
         return "resident", "the fastest beside a training step on a CPU"
@@ -92,7 +98,7 @@ def make_loader(
     data_dir: str | Path | None = None,
     split: Literal["train", "val", "test"] = "train",
     batch_size: int = 256,
-    loader: Literal["auto", "dali", "resident", "torch"] = "auto",
+    loader: Literal["auto", LoaderName] = "auto",
     device: str | torch.device = "cpu",
     seed: int = 0,
     epoch: int = 0,
@@ -101,7 +107,7 @@ def make_loader(
     num_val: int | None = None,
     workers: int | None = None,
 ) -> Loader:
-    """Serve (images, labels) of a dataset; the same pixels from every loader.
+    """Serve (images, labels) of a dataset, the same pixels from every loader.
 
     Training batches are shuffled, augmented and all of one size (the last partial batch is
     dropped); validation and test batches hold every image exactly once, unchanged, in order.
@@ -112,9 +118,9 @@ def make_loader(
         split: "train", "val" (images held out of the training set) or "test".
         batch_size: images a batch.
         loader: "dali", "resident" or "torch"; "auto" takes DALI on a GPU where it is installed,
-            else the resident one.
+            else the resident loader.
         device: where the batches are wanted.
-        seed: of order, crops, flips, boxes and of the validation split.
+        seed: of order, crops, flips, cutout boxes and the validation split.
         epoch: the epoch that the first pass serves; each later pass serves the next one.
         augmentation: of the training images; None for crop with padding 4 and flip.
         num_val: images held out for validation. Give the same number for "train" and "val"; None
@@ -133,7 +139,7 @@ def make_loader(
     data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, data_dir)
     images = _choose_split(data, split, num_val, seed)
     training = split == "train"
-    batches = Batches(
+    spec = BatchSpec(
         images=images,
         mean=data.mean,
         std=data.std,
@@ -142,12 +148,11 @@ def make_loader(
         augmentation=(augmentation or Augmentation()) if training else NO_AUGMENTATION,
         training=training,
     )
-    name: str = loader
     if loader == "auto":
-        name, reason = choose_loader(target)
-        if target.type == "cuda" and name != "dali":
+        loader, reason = choose_loader(target)
+        if target.type == "cuda" and loader != "dali":
             warnings.warn(reason, stacklevel=2)
-    return build_loader(name, batches, target, epoch=epoch, workers=workers)
+    return build_loader(loader, spec, target, epoch=epoch, workers=workers)
 
 
 def _usable_device(device: str | torch.device) -> torch.device:

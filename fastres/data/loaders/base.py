@@ -1,4 +1,4 @@
-"""What all loaders have in common: the batches of an epoch, and how they are walked."""
+"""What all loaders share: which images make up a batch, and how epochs follow each other."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from fastres.data.dataset import ImageSet
 from fastres.data.plan import Augmentation, Plan, plan_epoch
 from fastres.errors import UsageError
 
-__all__ = ["Batches", "Loader"]
+__all__ = ["BatchSpec", "Loader"]
 
 
 @dataclass(frozen=True)
-class Batches:
-    """Which batches to serve; a loader adds only how.
+class BatchSpec:
+    """Which batches to serve; a loader decides only how to make them.
 
     Attributes:
         images: the set to serve.
@@ -27,7 +27,8 @@ class Batches:
         augmentation: what varies the images.
         training: shuffle, and drop the last partial batch so that every step has one shape;
             otherwise serve every image exactly once, in order.
-        part, parts: serve this part alone of every batch, of so many equal ones.
+        rank, world_size: serve the share of process `rank` in every batch, of `world_size` equal
+            shares.
     """
 
     images: ImageSet
@@ -37,8 +38,8 @@ class Batches:
     seed: int
     augmentation: Augmentation
     training: bool
-    part: int = 0
-    parts: int = 1
+    rank: int = 0
+    world_size: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.batch_size, int | np.integer) or self.batch_size < 1:
@@ -56,7 +57,7 @@ class Batches:
         return whole if self.training or rest == 0 else whole + 1
 
     def plan(self, epoch: int) -> Plan:
-        """Decide the whole of `epoch`, without the images that no batch has room for."""
+        """Return the plan of `epoch`, without the images of a dropped last batch."""
         plan = plan_epoch(
             len(self.images),
             seed=self.seed,
@@ -68,12 +69,12 @@ class Batches:
 
     @property
     def size(self) -> int:
-        """Return the most images that are served at once."""
-        return self.batch_size // self.parts
+        """Return the number of images in a full batch of this process."""
+        return self.batch_size // self.world_size
 
     def rows(self, batch: int) -> slice:
-        """Return the rows of the plan that make up `batch`, or this part of it."""
-        first = batch * self.batch_size + self.part * self.size
+        """Return the rows of the plan that are this process's share of `batch`."""
+        first = batch * self.batch_size + self.rank * self.size
         return slice(first, first + self.size)
 
     def cutout_colour(self) -> tuple[int, int, int]:
@@ -88,32 +89,52 @@ class Loader(ABC):
     `images` are (B, 3, 32, 32) float32 with channels-last strides, normalised; `labels` are (B,)
     int64; both on `device`. Each pass over the loader serves the epoch `self.epoch` and leaves the
     next one there as it begins, so a `for` loop repeated n times sees n different epochs, even when
-    left early. One pass at a time: passes of one loader share its workers.
+    left early. Where passes share a pipeline, a new one ends the one before it, which raises
+    UsageError if it is asked for another batch.
 
     Attributes:
         name: "torch", "resident" or "dali", as in the options.
         detail: one line on what really runs.
+        shares_pipeline: whether all passes take their batches from one pipeline.
     """
 
     name: str
     detail: str
+    shares_pipeline = False
 
-    def __init__(self, batches: Batches, device: torch.device, epoch: int = 0):
-        self.batches = batches
+    def __init__(self, spec: BatchSpec, device: torch.device, epoch: int = 0):
+        self.spec = spec
         self.device = device
         self.epoch = epoch
+        self._num_passes = 0
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.spec)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = self.epoch
         self.epoch += 1
         yield from self.serve(epoch)
 
-    @abstractmethod
     def serve(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Serve `epoch` from its batch `start_batch` on, whatever was served before."""
+        """Serve `epoch` from its batch `start_batch` on, whatever was served before.
+
+        Raises:
+            UsageError: when passes share a pipeline and another one has begun.
+        """
+        self._num_passes += 1
+        this_pass = self._num_passes
+        for batch in self._serve(epoch, start_batch):
+            yield batch
+            if self.shares_pipeline and self._num_passes != this_pass:
+                raise UsageError(
+                    "another pass over this loader has begun and ended this one; make a second "
+                    "loader to read two passes side by side"
+                )
+
+    @abstractmethod
+    def _serve(self, epoch: int, start_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Make the batches of `serve`."""
 
     def close(self) -> None:  # noqa: B027 - most loaders hold nothing to release
         """Release worker processes and pipelines; the loader may not be used afterwards."""

@@ -1,8 +1,8 @@
-"""The loader built on an NVIDIA DALI pipeline, on the GPU or on DALI's CPU back end.
+"""The DALI loader: an NVIDIA DALI pipeline on the GPU, or on DALI's CPU back end.
 
-Crops, flips and boxes reach DALI as data through `fn.external_source`; DALI's own random generators
-are not used. Padding is cut before normalisation, so the border is black in raw pixels, as with
-the other loaders.
+The plan reaches DALI as data, through `fn.external_source`; DALI's random generators are not used.
+Images are padded before they are normalised, so the border is black in raw pixels, as with the
+other loaders.
 """
 
 from collections.abc import Iterator
@@ -16,52 +16,54 @@ from nvidia.dali.types import DALIDataType
 from torch import Tensor
 
 from fastres.data.augmentation import shared_tensor
-from fastres.data.loaders.base import Batches, Loader
+from fastres.data.loaders.base import BatchSpec, Loader
 from fastres.data.plan import IMAGE_SIZE, Plan
 
 __all__ = ["DaliLoader"]
 
 
 class _Source:
-    """Feeds one epoch to the pipeline, batch by batch; what DALI calls ahead of the consumer."""
+    """The callback that feeds one epoch to the pipeline; DALI calls it ahead of the consumer."""
 
-    def __init__(self, batches: Batches):
-        self.batches = batches
-        self.plan: Plan = batches.plan(0)[:0]
+    def __init__(self, spec: BatchSpec):
+        self.spec = spec
+        self.plan: Plan = spec.plan(0)[:0]
         self.next_batch = 0
 
     def start(self, plan: Plan, start_batch: int) -> None:
+        """Feed the batches of `plan` from `start_batch` on."""
         self.plan, self.next_batch = plan, start_batch
 
     def __call__(self) -> tuple[np.ndarray, ...]:
-        """Return the next batch: images and flips, then corners and boxes as far as they occur.
+        """Return images and flips of the next batch, then crop corners and cutout boxes if used.
 
-        DALI paints the box before it mirrors, so the box of a mirrored image is mirrored here.
+        The pipeline erases the box before it mirrors, so the box of a mirrored image is mirrored
+        here.
         """
-        if self.next_batch >= len(self.batches):
+        if self.next_batch >= len(self.spec):
             raise StopIteration
-        part = self.plan[self.batches.rows(self.next_batch)]
+        batch = self.plan[self.spec.rows(self.next_batch)]
         self.next_batch += 1
-        outputs = [self.batches.images.images[part.index], part.flip.astype(np.int32)]
-        if self.batches.augmentation.crop_padding:
-            outputs.append((part.crop - part.padding).astype(np.int32))
-        if self.batches.augmentation.cutout:
-            top, left, bottom, right = part.cutout.T
+        outputs = [self.spec.images.images[batch.index], batch.flip.astype(np.int32)]
+        if self.spec.augmentation.crop_padding:
+            outputs.append((batch.crop - batch.padding).astype(np.int32))
+        if self.spec.augmentation.cutout:
+            top, left, bottom, right = batch.cutout.T
             left, right = (
-                np.where(part.flip, IMAGE_SIZE - right, left),
-                np.where(part.flip, IMAGE_SIZE - left, right),
+                np.where(batch.flip, IMAGE_SIZE - right, left),
+                np.where(batch.flip, IMAGE_SIZE - left, right),
             )
             outputs.append(np.stack([top, left], axis=1).astype(np.float32))
             outputs.append(np.stack([bottom - top, right - left], axis=1).astype(np.float32))
         return tuple(outputs)
 
 
-def _inputs(batches: Batches, source: _Source) -> Iterator[Any]:
-    """Declare what the source feeds: in the order and number of its outputs."""
+def _inputs(spec: BatchSpec, source: _Source) -> Iterator[Any]:
+    """Declare the outputs of `source`, in its order."""
     declared = [("HWC", DALIDataType.UINT8, 3), (None, DALIDataType.INT32, 0)]
-    if batches.augmentation.crop_padding:
+    if spec.augmentation.crop_padding:
         declared.append((None, DALIDataType.INT32, 1))
-    if batches.augmentation.cutout:
+    if spec.augmentation.cutout:
         declared += [(None, DALIDataType.FLOAT, 1), (None, DALIDataType.FLOAT, 1)]
     layouts, dtypes, ndims = (list(column) for column in zip(*declared, strict=True))
     return iter(
@@ -76,21 +78,21 @@ def _inputs(batches: Batches, source: _Source) -> Iterator[Any]:
     )
 
 
-def _build(batches: Batches, source: _Source, device: torch.device, threads: int) -> Pipeline:
-    """Describe the pipeline: slice with black padding, paint, mirror and normalise."""
+def _build(spec: BatchSpec, source: _Source, device: torch.device, threads: int) -> Pipeline:
+    """Build the pipeline: pad and crop, erase the box, mirror, normalise."""
     on_gpu = device.type == "cuda"
     pipeline = Pipeline(
-        batch_size=batches.size,
+        batch_size=spec.size,
         num_threads=threads,
         device_id=(device.index or 0) if on_gpu else None,
         prefetch_queue_depth=2,
     )
     with pipeline:
-        inputs = _inputs(batches, source)
+        inputs = _inputs(spec, source)
         images, flip = next(inputs), next(inputs)
         if on_gpu:
             images = images.gpu()
-        if batches.augmentation.crop_padding:
+        if spec.augmentation.crop_padding:
             images = fn.slice(
                 images,
                 start=next(inputs),
@@ -99,19 +101,19 @@ def _build(batches: Batches, source: _Source, device: torch.device, threads: int
                 out_of_bounds_policy="pad",
                 fill_values=0,
             )
-        if batches.augmentation.cutout:
+        if spec.augmentation.cutout:
             images = fn.erase(
                 images,
                 anchor=next(inputs),
                 shape=next(inputs),
                 axis_names="HW",
-                fill_value=list(batches.cutout_colour()),
+                fill_value=list(spec.cutout_colour()),
             )
         images = fn.crop_mirror_normalize(
             images,
             mirror=flip,
-            mean=[255.0 * value for value in batches.mean],
-            std=[255.0 * value for value in batches.std],
+            mean=[255.0 * value for value in spec.mean],
+            std=[255.0 * value for value in spec.std],
             dtype=DALIDataType.FLOAT,
             output_layout="HWC",
         )
@@ -123,44 +125,45 @@ def _build(batches: Batches, source: _Source, device: torch.device, threads: int
 class DaliLoader(Loader):
     """A DALI pipeline that augments and normalises ahead of the training step.
 
-    DALI's executor hands out freshly allocated outputs, which torch then owns through DLPack: a
-    batch stays valid after later ones were served.
+    DALI allocates every output anew and torch owns it through DLPack, so a batch stays valid after
+    later ones were served.
 
     Args:
-        batches: what to serve.
+        spec: which batches to serve.
         device: a CUDA device runs the pipeline there, the CPU on DALI's CPU back end.
         epoch: the first epoch served.
         threads: CPU threads of the pipeline.
     """
 
     name = "dali"
+    shares_pipeline = True
 
-    def __init__(self, batches: Batches, device: torch.device, epoch: int = 0, *, threads: int = 2):
-        super().__init__(batches, device, epoch)
+    def __init__(self, spec: BatchSpec, device: torch.device, epoch: int = 0, *, threads: int = 2):
+        super().__init__(spec, device, epoch)
         back_end = f"on {device}" if device.type == "cuda" else "CPU back end"
         self.detail = f"DALI pipeline, {back_end}, {threads} CPU threads"
         self.threads = threads
-        self.labels = shared_tensor(batches.images.labels)
-        self._source = _Source(batches)
+        self.labels = shared_tensor(spec.images.labels)
+        self._source = _Source(spec)
         self._pipeline: Pipeline | None = None
 
-    def serve(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Serve `epoch` from its batch `start_batch` on.
+    def _serve(self, epoch: int, start_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Make the batches of `serve`.
 
-        The pipeline is built at the first use, after a CUDA graph was captured, and used again
-        from epoch to epoch. It runs ahead, so an epoch that was left early leaves batches inside;
-        then a new pipeline is built.
+        The pipeline is built at the first use, so after the capture of a CUDA graph, and kept for
+        later epochs. It prefetches: an epoch that is left early leaves batches in it, and the next
+        epoch builds a new pipeline.
         """
-        plan = self.batches.plan(epoch)
+        plan = self.spec.plan(epoch)
         self._source.start(plan, start_batch)
         pipeline, self._pipeline = self._pipeline, None
         if pipeline is None:
-            pipeline = _build(self.batches, self._source, self.device, self.threads)
+            pipeline = _build(self.spec, self._source, self.device, self.threads)
         else:
             pipeline.reset()
         labels = self.labels[torch.from_numpy(plan.index)].to(self.device, non_blocking=True)
         for batch in range(start_batch, len(self)):
-            rows = self.batches.rows(batch)
+            rows = self.spec.rows(batch)
             yield self._run(pipeline).permute(0, 3, 1, 2), labels[rows]
         if self._drained(pipeline):
             self._pipeline = pipeline
@@ -174,7 +177,7 @@ class DaliLoader(Loader):
         return torch.from_dlpack(images.as_tensor())
 
     def _drained(self, pipeline: Pipeline) -> bool:
-        """Run into the end of the epoch, after which DALI allows a reset."""
+        """Run to the end of the epoch, which DALI requires before a reset."""
         try:
             pipeline.run()
         except StopIteration:
@@ -182,5 +185,5 @@ class DaliLoader(Loader):
         return False
 
     def close(self) -> None:
-        """Give the pipeline back."""
+        """Release the pipeline."""
         self._pipeline = None

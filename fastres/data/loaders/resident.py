@@ -1,4 +1,4 @@
-"""The loader that keeps the whole set as uint8 on the device and augments it there."""
+"""The resident loader: the whole set stays on the device as uint8 and is augmented there."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastres.data.augmentation import TensorPlan, augment, normalize, shared_tensor, to_raw_scale
-from fastres.data.loaders.base import Batches, Loader
+from fastres.data.loaders.base import BatchSpec, Loader
 
 __all__ = ["ResidentLoader"]
 
@@ -22,46 +22,45 @@ def _find_kernel(device: torch.device) -> Callable[..., Tensor] | None:
 
 
 class ResidentLoader(Loader):
-    """Every batch is made on the device: by one kernel on a GPU, else by a few tensor operations.
+    """Makes every batch on the device: by one kernel on a GPU, else by a few tensor operations.
 
-    Nothing crosses the bus but the plan, once an epoch, and nothing waits for the device. CIFAR-10
-    takes 154 MB of device memory as uint8.
+    Only the plan is copied to the device, once an epoch, and nothing waits for the device. The
+    training images of CIFAR-10 take 154 MB of its memory.
 
     Args:
-        batches: what to serve.
+        spec: which batches to serve.
         device: where the set is kept and the batches are made.
         epoch: the first epoch served.
-        dtype: of the images; what is not float32 is rounded from it once.
+        dtype: of the images; they are computed in float32 and rounded once.
     """
 
     name = "resident"
 
     def __init__(
         self,
-        batches: Batches,
+        spec: BatchSpec,
         device: torch.device,
         epoch: int = 0,
         *,
         dtype: torch.dtype = torch.float32,
     ):
-        super().__init__(batches, device, epoch)
+        super().__init__(spec, device, epoch)
         self.dtype = dtype
-        self.images = shared_tensor(batches.images.images).to(device)
-        self.labels = shared_tensor(batches.images.labels).to(device)
-        self.mean = to_raw_scale(batches.mean).to(device)
-        self.std = to_raw_scale(batches.std).to(device)
+        self.images = shared_tensor(spec.images.images).to(device)
+        self.labels = shared_tensor(spec.images.labels).to(device)
+        self.mean = to_raw_scale(spec.mean).to(device)
+        self.std = to_raw_scale(spec.std).to(device)
         self.scale = 1.0 / self.std
-        self.colour = torch.tensor(batches.cutout_colour(), dtype=torch.uint8, device=device)
+        self.colour = torch.tensor(spec.cutout_colour(), dtype=torch.uint8, device=device)
         self._kernel = _find_kernel(device)
         how = "by tensor operations" if self._kernel is None else "by one Triton kernel a batch"
         self.detail = f"the whole set as uint8 on {device}, augmented there {how}"
 
-    def serve(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Serve `epoch` from its batch `start_batch` on."""
-        plan = TensorPlan(self.batches.plan(epoch), self.device)
+    def _serve(self, epoch: int, start_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        plan = TensorPlan(self.spec.plan(epoch), self.device)
         labels = self.labels[plan.index]
         for batch in range(start_batch, len(self)):
-            rows = self.batches.rows(batch)
+            rows = self.spec.rows(batch)
             yield self._make(plan, rows), labels[rows]
 
     def _make(self, plan: TensorPlan, rows: slice) -> Tensor:

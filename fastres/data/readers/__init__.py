@@ -1,1 +1,7 @@
-"""Readers."""
+"""Readers: from files on disk to a `Dataset`.
+
+`cifar.py` reads CIFAR-10 and CIFAR-100: it takes files out of their archives with `archive.py` and
+decodes the python version with `cifar_pickle.py`, which executes nothing. `folder.py` reads folders
+of images. Each offers `find_...`, which looks without decoding, and a `read` that decodes and
+checks.
+"""

@@ -1,8 +1,8 @@
-"""Reading files out of a .tar.gz that a stranger may have made, without unpacking it to disk.
+"""Read files out of an untrusted .tar.gz without unpacking it to disk.
 
-Only plain files are looked at: links, devices and sparse files are passed over, and folder names
-play no part, so nothing in the archive can point anywhere. The decompressed bytes are counted, so
-that a small file that unpacks to terabytes is refused at `MAX_UNPACKED_BYTES`.
+Only regular files are read. Links, devices and sparse files are skipped and folder names are
+ignored, so no entry can refer to a path outside the archive. The decompressed bytes are counted: a
+decompression bomb is refused at `MAX_UNPACKED_BYTES`.
 """
 
 import gzip
@@ -25,7 +25,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 def md5_of(path: Path) -> str:
-    """The MD5 of a file as 32 hex digits: what the authors published, not a proof of identity."""
+    """The MD5 of a file as 32 hex digits, the checksum that the authors of CIFAR published."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
@@ -43,7 +43,7 @@ def read_members(path: Path, wanted: Collection[str]) -> tuple[dict[str, bytes],
         wanted: file names, without folders.
 
     Returns:
-        The content of those that are there, by name, and the names of all plain files.
+        The content of the wanted files that are there, by name, and the names of all regular files.
 
     Raises:
         FailureError: the archive is empty, a web page, not an archive, truncated, damaged, larger
@@ -69,9 +69,9 @@ def read_members(path: Path, wanted: Collection[str]) -> tuple[dict[str, bytes],
                     if name in found:
                         raise FailureError(f"{path} holds {name} twice")
                     content = tar.extractfile(member)
-                    assert content is not None  # plain files always have content
+                    assert content is not None  # regular files always have content
                     found[name] = content.read()
-            # gzip keeps its checksum at the end, behind the last file.
+            # The checksum of gzip stands at the end of the stream, after the last file.
             while stream.read(_BUFFER_BYTES):
                 pass
         except (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile) as error:
@@ -97,7 +97,7 @@ def _open_stream(raw: BinaryIO, path: Path) -> BinaryIO:
 
 
 class _Bounded:
-    """A readable stream that stops a decompression bomb and reports after every read."""
+    """A readable stream that refuses a decompression bomb and reports after every read."""
 
     def __init__(self, stream: BinaryIO, path: Path, report: Callable[[], object]) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from their published archives, packed or unpacked.
+"""Read CIFAR-10 and CIFAR-100 from their published archives, packed or unpacked.
 
     cifar-10-binary.tar.gz    cifar-10-batches-bin/   data_batch_1..5.bin, test_batch.bin
     cifar-10-python.tar.gz    cifar-10-batches-py/    data_batch_1..5, test_batch     (pickles)
@@ -9,11 +9,11 @@ A binary record is 1 label byte (CIFAR-100: coarse, then fine) and 3,072 pixel b
 then green, then blue. Archives are read in one pass and never unpacked to disk. Pickles are read by
 `fastres.data.readers.cifar_pickle`, which executes nothing.
 
-An archive with the published MD5 is taken as it is. Anything else is somebody's own copy and must
-pass structural checks: whole records of the right shape, labels in range, and, where there are
-50,000 training or 10,000 test images, the same number of each class. Fewer or more images are
-accepted with a notice. Such a copy is called `cifar10` only if it has the published number of
-images and, to 4 decimals, the published mean and standard deviation; else it is `cifar10-custom`.
+Every copy must pass structural checks: whole records of the right shape, labels in range, and,
+where there are 50,000 training or 10,000 test images, equally many of each class. Another number of
+images is accepted with a notice. A copy is called `cifar10` if the archive has the published MD5,
+or if the images have the published number and, to 4 decimals, the published mean and standard
+deviation; else it is called `cifar10-custom`.
 
 Source: https://www.cs.toronto.edu/~kriz/cifar.html; A. Krizhevsky, "Learning Multiple Layers of
 Features from Tiny Images", 2009.
@@ -31,9 +31,15 @@ from fastres.data.readers.archive import MAX_UNPACKED_BYTES, md5_of, read_member
 from fastres.data.readers.cifar_pickle import read_batch
 from fastres.errors import FailureError
 
-__all__ = ["CIFAR100_CLASSES", "LAYOUTS", "CifarFiles", "Layout", "find_cifar"]
+__all__ = [
+    "ARCHIVE_FORMATS",
+    "CIFAR100_CLASSES",
+    "ArchiveFormat",
+    "CifarFiles",
+    "archive_formats",
+    "find_cifar",
+]
 
-# Split from a text because a hundred quoted names are hard to read.
 CIFAR100_CLASSES = tuple(
     """
     apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
@@ -54,8 +60,17 @@ _SUBFOLDERS = ("", "cifar10", "cifar-10", "cifar100", "cifar-100", "data")
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One of the two datasets: its names, its classes and the statistics that identify it."""
+class CifarVariant:
+    """CIFAR-10 or CIFAR-100: names, classes, record format and published statistics.
+
+    Attributes:
+        name: as in the options.
+        title: for people.
+        classes: the class names, by label.
+        label_bytes: bytes before the pixels of a binary record; the last one is the label.
+        label_key: of the labels in a pickled batch.
+        mean, std: per channel over the training images, in units of 0..1.
+    """
 
     name: str
     title: str
@@ -71,7 +86,7 @@ class Kind:
         return self.label_bytes + _PIXEL_BYTES
 
 
-_CIFAR10 = Kind(
+_CIFAR10 = CifarVariant(
     name="cifar10",
     title="CIFAR-10",
     classes=CIFAR10_CLASSES,
@@ -80,7 +95,7 @@ _CIFAR10 = Kind(
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2470, 0.2435, 0.2616),
 )
-_CIFAR100 = Kind(
+_CIFAR100 = CifarVariant(
     name="cifar100",
     title="CIFAR-100",
     classes=CIFAR100_CLASSES,
@@ -92,10 +107,19 @@ _CIFAR100 = Kind(
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One published form of a dataset; sizes and MD5s are those of the .tar.gz files."""
+class ArchiveFormat:
+    """One of the two published archives of a dataset.
 
-    kind: Kind
+    Attributes:
+        variant: the dataset.
+        pickled: the python version, not the binary one.
+        stem: the archive's file name without .tar.gz.
+        size, md5: of the .tar.gz file.
+        folder: what it unpacks to.
+        train, test: the files that hold the images.
+    """
+
+    variant: CifarVariant
     pickled: bool
     stem: str
     size: int
@@ -106,19 +130,19 @@ class Layout:
 
     @property
     def archive(self) -> str:
-        """The published file name."""
+        """The file name of the archive."""
         return f"{self.stem}.tar.gz"
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The files that hold the images."""
+        """Training files, then the test file."""
         return (*self.train, self.test)
 
 
 # MD5s: the page above; sizes: the Content-Length of the files there.
-LAYOUTS = (
-    Layout(
-        kind=_CIFAR10,
+ARCHIVE_FORMATS = (
+    ArchiveFormat(
+        variant=_CIFAR10,
         pickled=False,
         stem="cifar-10-binary",
         size=170_052_171,
@@ -127,8 +151,8 @@ LAYOUTS = (
         train=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
         test="test_batch.bin",
     ),
-    Layout(
-        kind=_CIFAR10,
+    ArchiveFormat(
+        variant=_CIFAR10,
         pickled=True,
         stem="cifar-10-python",
         size=170_498_071,
@@ -137,8 +161,8 @@ LAYOUTS = (
         train=tuple(f"data_batch_{i}" for i in range(1, 6)),
         test="test_batch",
     ),
-    Layout(
-        kind=_CIFAR100,
+    ArchiveFormat(
+        variant=_CIFAR100,
         pickled=False,
         stem="cifar-100-binary",
         size=168_513_733,
@@ -147,8 +171,8 @@ LAYOUTS = (
         train=("train.bin",),
         test="test.bin",
     ),
-    Layout(
-        kind=_CIFAR100,
+    ArchiveFormat(
+        variant=_CIFAR100,
         pickled=True,
         stem="cifar-100-python",
         size=169_001_437,
@@ -162,23 +186,23 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class CifarFiles:
-    """A copy of CIFAR on disk, found and not yet read.
+    """A copy of CIFAR on disk, found but not yet read.
 
     Args:
-        layout: which published form it has.
+        format: which of the published archives it is.
         path: the archive, or the folder with the unpacked files.
     """
 
-    layout: Layout
+    format: ArchiveFormat
     path: Path
 
     @property
     def signature(self) -> str:
-        """Changes when one of the files is replaced or written to."""
+        """A text that changes when one of the files is replaced or written to."""
         files = [self.path]
         if self.path.is_dir():
-            files = [self.path / name for name in self.layout.members]
-        facts = [f"cifar\n{self.layout.stem}"]
+            files = [self.path / name for name in self.format.members]
+        facts = [f"cifar\n{self.format.stem}"]
         for file in files:
             if file.exists():
                 status = file.stat()
@@ -192,14 +216,14 @@ class CifarFiles:
         Raises:
             FailureError: naming the file, what is wrong with it and what to do.
         """
-        layout, kind = self.layout, self.layout.kind
+        fmt, variant = self.format, self.format.variant
         packed = not self.path.is_dir()
-        verified = packed and md5_of(self.path) == layout.md5
+        verified = packed and md5_of(self.path) == fmt.md5
         members = _packed_members(self) if packed else _unpacked_members(self)
         with progress_bar() as bar:
             parts = [
                 _decode(self, name, members.pop(name))
-                for name in bar.track(layout.members, description=f"decoding {kind.title}")
+                for name in bar.track(fmt.members, description=f"decoding {variant.title}")
             ]
         train, test = _concatenate(parts[:-1]), parts[-1]
         notices: list[str] = []
@@ -207,15 +231,20 @@ class CifarFiles:
             ("training", train, _TRAIN_COUNT),
             ("test", test, _TEST_COUNT),
         ):
-            notices += _census(self, split, images, count)
+            notices += _check_labels(self, split, images, count)
         if packed and not verified:
             notices.append(
                 f"{self.path} is not the published archive (another MD5); it passed the structural "
                 "checks"
             )
-        source = f"{kind.title} {'pickles' if layout.pickled else 'binary records'} in {self.path}"
-        dataset = Dataset.from_sets(kind.name, kind.classes, train, test, source=source)
-        return _named(dataset, kind, verified, notices)
+        source = f"{variant.title} {'pickles' if fmt.pickled else 'binary records'} in {self.path}"
+        dataset = Dataset.from_sets(variant.name, variant.classes, train, test, source=source)
+        return _named(dataset, variant, verified, notices)
+
+
+def archive_formats(name: str) -> list[ArchiveFormat]:
+    """The published archives of `cifar10` or `cifar100`: the binary version, then python's."""
+    return [fmt for fmt in ARCHIVE_FORMATS if fmt.variant.name == name]
 
 
 def find_cifar(root: Path, name: str) -> CifarFiles | None:
@@ -225,43 +254,47 @@ def find_cifar(root: Path, name: str) -> CifarFiles | None:
         root: the data folder, or an unpacked CIFAR folder itself.
         name: `cifar10` or `cifar100`.
     """
-    layouts = [layout for layout in LAYOUTS if layout.kind.name == name]
+    formats = archive_formats(name)
     folders = [root / sub for sub in _SUBFOLDERS if (root / sub).is_dir()]
     for folder in folders:
-        for layout in layouts:
+        for fmt in formats:
             for suffix in _SUFFIXES:
-                if (archive := folder / f"{layout.stem}{suffix}").is_file():
-                    return CifarFiles(layout, archive)
+                if (archive := folder / f"{fmt.stem}{suffix}").is_file():
+                    return CifarFiles(fmt, archive)
     for folder in folders:
-        for layout in layouts:
-            for unpacked in (folder / layout.folder, folder):
-                if any((unpacked / member).is_file() for member in layout.members):
-                    return CifarFiles(layout, unpacked)
+        for fmt in formats:
+            for unpacked in (folder / fmt.folder, folder):
+                if any((unpacked / member).is_file() for member in fmt.members):
+                    return CifarFiles(fmt, unpacked)
     return None
 
 
 def _packed_members(files: CifarFiles) -> dict[str, bytes]:
-    layout = files.layout
-    members, names = read_members(files.path, layout.members)
-    missing = [name for name in layout.members if name not in members]
+    fmt = files.format
+    members, names = read_members(files.path, fmt.members)
+    missing = [name for name in fmt.members if name not in members]
     if not missing:
         return members
-    for other in LAYOUTS:
+    for other in ARCHIVE_FORMATS:
         if names.issuperset(other.members):
             raise FailureError(
                 f"{files.path} holds what belongs in {other.archive}: rename it to that"
-                + ("" if other.kind is layout.kind else f" and use --dataset {other.kind.name}")
+                + (
+                    ""
+                    if other.variant is fmt.variant
+                    else f" and use --dataset {other.variant.name}"
+                )
             )
-    raise FailureError(f"{files.path} holds no {missing[0]}: it is not {layout.archive}")
+    raise FailureError(f"{files.path} holds no {missing[0]}: it is not {fmt.archive}")
 
 
 def _unpacked_members(files: CifarFiles) -> dict[str, bytes]:
     members = {}
-    for name in files.layout.members:
+    for name in files.format.members:
         path = files.path / name
         if not path.is_file():
             raise FailureError(
-                f"{path} is missing: unpack {files.layout.archive} again, or leave it packed"
+                f"{path} is missing: unpack {files.format.archive} again, or leave it packed"
             )
         if path.stat().st_size > MAX_UNPACKED_BYTES:
             raise FailureError(f"{path} is far larger than any CIFAR file")
@@ -271,47 +304,49 @@ def _unpacked_members(files: CifarFiles) -> dict[str, bytes]:
 
 def _decode(files: CifarFiles, name: str, data: bytes) -> ImageSet:
     where = f"{name} in {files.path}"
-    if files.layout.pickled:
-        pixels, labels = _decode_pickled(files.layout.kind, data, where)
+    if files.format.pickled:
+        pixels, labels = _decode_pickled(files.format.variant, data, where)
     else:
-        pixels, labels = _decode_binary(files.layout.kind, data, where)
+        pixels, labels = _decode_binary(files.format.variant, data, where)
     planes = pixels.reshape(-1, 3, 32, 32)
     return ImageSet(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels.astype(np.int64))
 
 
-def _decode_binary(kind: Kind, data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
-    size = kind.record_bytes
+def _decode_binary(variant: CifarVariant, data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
+    size = variant.record_bytes
     if not data:
         raise FailureError(f"{where} is empty")
     if len(data) % size:
         for other in (_CIFAR10, _CIFAR100):
             if len(data) % other.record_bytes == 0:
                 raise FailureError(
-                    f"{where} holds {other.title}, not {kind.title}: use --dataset {other.name}"
+                    f"{where} holds {other.title}, not {variant.title}: use --dataset {other.name}"
                 )
         raise FailureError(
             f"{where} is truncated: {len(data):,} bytes are not a whole number of records of "
             f"{size:,} bytes"
         )
     records = np.frombuffer(data, dtype=np.uint8).reshape(-1, size)
-    return records[:, kind.label_bytes :], records[:, kind.label_bytes - 1]
+    return records[:, variant.label_bytes :], records[:, variant.label_bytes - 1]
 
 
-def _decode_pickled(kind: Kind, data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
+def _decode_pickled(
+    variant: CifarVariant, data: bytes, where: str
+) -> tuple[np.ndarray, np.ndarray]:
     batch = read_batch(data, where)
     for other in (_CIFAR10, _CIFAR100):
-        if kind.label_key not in batch and other.label_key in batch:
+        if variant.label_key not in batch and other.label_key in batch:
             raise FailureError(
-                f"{where} holds {other.title}, not {kind.title}: use --dataset {other.name}"
+                f"{where} holds {other.title}, not {variant.title}: use --dataset {other.name}"
             )
-    pixels, labels = batch.get("data"), batch.get(kind.label_key)
+    pixels, labels = batch.get("data"), batch.get(variant.label_key)
     if isinstance(labels, list | tuple) and all(type(label) is int for label in labels):
         try:
             labels = np.array(labels, dtype=np.int64)
         except OverflowError as error:
             raise FailureError(f"{where} holds labels beyond 64 bits") from error
     if not isinstance(pixels, np.ndarray) or not isinstance(labels, np.ndarray):
-        raise FailureError(f"{where} has no 'data' array or no list of {kind.label_key!r}")
+        raise FailureError(f"{where} has no 'data' array or no list of {variant.label_key!r}")
     if pixels.dtype != np.uint8 or pixels.shape != (labels.size, _PIXEL_BYTES) or labels.ndim != 1:
         raise FailureError(
             f"{where} holds {pixels.dtype} {pixels.shape} for {labels.shape} labels, not one row "
@@ -329,14 +364,14 @@ def _concatenate(parts: list[ImageSet]) -> ImageSet:
     )
 
 
-def _census(files: CifarFiles, split: str, images: ImageSet, published: int) -> Iterator[str]:
-    """Check the labels of a split; yield a notice when it has another size than published."""
-    classes = len(files.layout.kind.classes)
+def _check_labels(files: CifarFiles, split: str, images: ImageSet, published: int) -> Iterator[str]:
+    """Check the labels of a split; yield a notice when its size is not the published one."""
+    classes = len(files.format.variant.classes)
     low, high = int(images.labels.min()), int(images.labels.max())
     if low < 0 or high >= classes:
         raise FailureError(
             f"the {split} set in {files.path} holds label {low if low < 0 else high}, outside "
-            f"0..{classes - 1}: it is damaged or not {files.layout.kind.title}"
+            f"0..{classes - 1}: it is damaged or not {files.format.variant.title}"
         )
     counts = np.bincount(images.labels, minlength=classes)
     if len(images) != published:
@@ -345,19 +380,19 @@ def _census(files: CifarFiles, split: str, images: ImageSet, published: int) -> 
         label = int(np.argmin(counts))
         raise FailureError(
             f"the {split} set in {files.path} holds {counts[label]:,} images of class "
-            f"{files.layout.kind.classes[label]}, not {published // classes:,}: it is damaged"
+            f"{files.format.variant.classes[label]}, not {published // classes:,}: it is damaged"
         )
 
 
-def _named(dataset: Dataset, kind: Kind, verified: bool, notices: list[str]) -> Dataset:
+def _named(dataset: Dataset, variant: CifarVariant, verified: bool, notices: list[str]) -> Dataset:
     genuine = verified or (
         (len(dataset.train), len(dataset.test)) == (_TRAIN_COUNT, _TEST_COUNT)
-        and (dataset.mean, dataset.std) == (kind.mean, kind.std)
+        and (dataset.mean, dataset.std) == (variant.mean, variant.std)
     )
-    name = kind.name
+    name = variant.name
     if not genuine:
-        name = f"{kind.name}-custom"
+        name = f"{variant.name}-custom"
         notices.append(
-            f"these are not the published {kind.title} images: results are filed under {name}"
+            f"these are not the published {variant.title} images: results are filed under {name}"
         )
     return replace(dataset, name=name, notices=tuple(notices))

@@ -1,22 +1,21 @@
-"""Reading the pickles of CIFAR's python version without ever executing one.
+"""Read the pickles of CIFAR's python version without executing them.
 
-A pickle is a program for a stack machine, and running a stranger's program is how data files run
-`os.system`. The batches need very little of that machine, so this module walks the opcodes
-(`pickletools.genops` only parses), keeps a stack and a memo of its own, and knows a handful of
-globals as *names* that stand for "an array follows" or "a dtype follows". Nothing is imported,
-looked up or called on behalf of the file; every other global and every other opcode ends the
-reading with one sentence.
+A pickle is a program for a stack machine, and an untrusted one may call `os.system`. The batches of
+CIFAR need few of its opcodes. `pickletools.genops` parses the file and this module interprets those
+opcodes, with a stack and a memo of its own. A few globals are known by name and stand for "an array
+follows" or "a dtype follows". Nothing is imported or called for the file; any other global or
+opcode is an error.
 
-What NumPy has written over the years, and what is read here:
+What NumPy has written over the years and this module reads:
 
     Python 2, protocol 2    numpy.core.multiarray._reconstruct, bytes as SHORT_BINSTRING, BINSTRING
     Python 3, protocol 0-2  the same, bytes as _codecs.encode(text, "latin1")
     Python 3, protocol 3-4  the same, bytes as BINBYTES; NumPy 2 says numpy._core.multiarray
     Python 3, protocol 5    numpy._core.numeric._frombuffer(BYTEARRAY8, dtype, shape, order)
 
-Limits: memory stays within a small multiple of the file, whose bytes are copied once, and the time
-is linear in it; at most `_MAX_OPCODES` opcodes are read. Values are only ever passed on, never
-compared, printed or copied, so a memo that refers to itself a billion times over costs nothing.
+Limits: memory is a small multiple of the file size, time is linear in it, and no more than
+`_MAX_OPCODES` opcodes are read. Values are passed on, never compared, printed or copied, so lists
+that hold each other exponentially often cost nothing.
 
 Source: the opcode table in CPython's Lib/pickletools.py.
 """
@@ -34,7 +33,7 @@ from fastres.errors import FailureError
 
 __all__ = ["read_batch"]
 
-# CIFAR-100's training batch, the largest, takes 700,000 where Python 3 rewrote it in protocol 0.
+# The largest, CIFAR-100's training batch rewritten by Python 3 in protocol 0, takes 700,000.
 _MAX_OPCODES = 1_000_000
 _MAX_DIMENSIONS = 4
 
@@ -67,14 +66,14 @@ class _RefusedError(Exception):
 
 @dataclass(frozen=True)
 class _Name:
-    """A global the file mentions: what it would mean, not the object itself."""
+    """A global that the file names: its meaning, not the object itself."""
 
     meaning: str
 
 
 @dataclass
 class _DType:
-    """numpy.dtype(code), still waiting for its byte order."""
+    """numpy.dtype(code); its byte order follows in a BUILD opcode."""
 
     code: str
     order: str = "|"
@@ -82,7 +81,7 @@ class _DType:
 
 @dataclass
 class _Array:
-    """numpy.ndarray, still waiting for its content; the memo may hold it meanwhile."""
+    """numpy.ndarray, whose content follows in a BUILD opcode."""
 
     value: np.ndarray | None = None
 
@@ -92,14 +91,14 @@ def read_batch(data: bytes, where: str) -> dict[str, Any]:
 
     Args:
         data: the whole file.
-        where: how to call the file in an error.
+        where: the file's name in error messages.
 
     Returns:
         Its entries under text keys (Python 2 wrote bytes). Arrays are read-only views of integer
         dtype; the other values are as in the file: int, str, bytes, None, list, tuple, dict.
 
     Raises:
-        FailureError: the bytes are no pickle, or one that is not a plain batch.
+        FailureError: the bytes are not a pickle, or not that of a plain batch.
     """
     machine = _Machine()
     opcodes = pickletools.genops(io.BytesIO(data))
@@ -119,7 +118,7 @@ def read_batch(data: bytes, where: str) -> dict[str, Any]:
 
 
 class _Machine:
-    """The part of the pickle machine that builds dictionaries of lists, texts and arrays."""
+    """The part of the pickle machine that builds dictionaries of lists, strings and arrays."""
 
     def __init__(self) -> None:
         self._stack: list[Any] = []
@@ -272,7 +271,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
 
 
 def _call(meaning: str, arguments: tuple[Any, ...]) -> Any:
-    """What calling the named function would have made, for the five that batches call."""
+    """The result of one of the five calls that batches contain."""
     match meaning, arguments:
         case "reconstruct", (_Name("ndarray"), _, _):
             return _Array()

@@ -1,15 +1,15 @@
-"""Image folders: train/<class>/* and test/<class>/*, any size, any number of classes.
+"""Read image folders: train/<class>/* and test/<class>/*, images of any size.
 
     root/train/<class>/<image>    classes are the folder names, sorted
     root/test/<class>/<image>     the same classes
 
-Where there is no test/, a val/ or valid/ folder is the test set: it is evaluated like any test set
-and never chooses a checkpoint; a validation split, if wanted, is cut from the training images.
+Where there is no test/, a val/ or valid/ folder is the test set. It never chooses a checkpoint: a
+validation split, if wanted, is cut from the training images.
 
-Hidden files are ignored; links are followed. Grey, palette, alpha, CMYK and 16-bit images become
-RGB (alpha is dropped, as torchvision's ImageFolder does), EXIF orientation is honoured, and other
-sizes are resized to 32x32 with Pillow's antialiased bicubic filter, without keeping the aspect
-ratio. A notice counts each of these.
+Hidden files are ignored and links are followed. Grey, palette, alpha, CMYK and 16-bit images are
+converted to RGB; alpha is dropped, as in torchvision's ImageFolder. Images are turned as their EXIF
+orientation says. Other sizes are resized to 32x32 with Pillow's antialiased bicubic filter, without
+keeping the aspect ratio. Notices count the converted and the resized images.
 """
 
 import os
@@ -32,15 +32,14 @@ __all__ = ["ImageFolder", "find_image_folder"]
 _SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
 )  # fmt: skip
-# Naming the formats keeps Pillow from trying its less guarded readers on a user's file.
+# Only these formats, so that Pillow does not try its less tested readers on a user's file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _TEST_NAMES = ("test", "val", "valid")
-_LITTER = frozenset({"Thumbs.db", "desktop.ini"})
+_IGNORED_FILES = frozenset({"Thumbs.db", "desktop.ini"})
 _SIZE = IMAGE_SHAPE[:2]
 _CHUNK = 100
-# Pillow holds the GIL while it decodes, so threads hide the wait for slow disks and little else.
+# Pillow holds the GIL while it decodes: threads only hide the wait for a slow disk.
 _THREADS = min(4, os.cpu_count() or 1)
-_SEVERAL_BITS = "16-bit"
 _MODE_WORDS = {
     "1": "black-and-white",
     "L": "grey",
@@ -63,7 +62,7 @@ class _Split:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A listed image folder, not yet decoded.
+    """An image folder whose files are listed but not yet decoded.
 
     Args:
         root: the folder that holds the splits.
@@ -71,7 +70,7 @@ class ImageFolder:
         classes: the class folders, sorted.
         train: the training files, by class, then by name.
         test: the test files, likewise.
-        signature: changes when a file is added, removed, renamed or written to.
+        signature: a text that changes when a file is added, removed, renamed or written to.
     """
 
     root: Path
@@ -101,7 +100,7 @@ class ImageFolder:
         )
 
     def _record_name(self, seen: Counter[str]) -> str:
-        """`cifar10-jpeg` and `cifar10-png` are re-encoded copies: results on them stay apart."""
+        """The dataset's name; re-encoded copies of CIFAR-10 get names of their own."""
         count = len(self.train.paths) + len(self.test.paths)
         if self.classes == CIFAR10_CLASSES:
             for kind in ("JPEG", "PNG"):
@@ -140,7 +139,7 @@ def find_image_folder(root: Path) -> ImageFolder | None:
 
     Raises:
         UsageError: a split is missing.
-        FailureError: a class folder is empty or missing in one split, or a file is no image.
+        FailureError: a class folder is empty or missing in one split, or a file is not an image.
     """
     root = root.resolve()
     test_name = next((name for name in _TEST_NAMES if (root / name).is_dir()), None)
@@ -181,7 +180,7 @@ def _check_same_classes(
 
 
 def _list_split(split: Path, facts: list[str]) -> dict[str, list[str]]:
-    """Class name -> sorted paths of its images; what identifies the files goes into `facts`."""
+    """Class name -> sorted paths of its images; `facts` collects the lines of the signature."""
     classes = {}
     for entry in _visible(split):
         if entry.is_dir():
@@ -212,7 +211,7 @@ def _list_class(folder: str, facts: list[str]) -> list[str]:
 
 def _visible(folder: str | Path) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
-        kept = [e for e in entries if not e.name.startswith(".") and e.name not in _LITTER]
+        kept = [e for e in entries if not e.name.startswith(".") and e.name not in _IGNORED_FILES]
     return sorted(kept, key=lambda entry: entry.name)
 
 
@@ -234,7 +233,7 @@ def _decode_split(split: _Split, title: str, seen: Counter[str]) -> ImageSet:
 
 
 def _decode(path: str, seen: Counter[str]) -> np.ndarray:
-    """(32, 32, 3) uint8 RGB; what had to be done to get there is counted in `seen`."""
+    """The image as (32, 32, 3) uint8 RGB; `seen` counts its format and conversions."""
     try:
         with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
             image.load()
@@ -248,14 +247,14 @@ def _decode(path: str, seen: Counter[str]) -> np.ndarray:
             return np.asarray(rgb)
     except Image.UnidentifiedImageError as error:
         raise FailureError(f"{path} is not an image in a format that is read here") from error
-    except Exception as error:  # Pillow's readers raise whatever a broken file makes them trip over
+    except Exception as error:  # a broken file makes Pillow raise errors of any type
         raise FailureError(f"{path} cannot be decoded: {error}") from error
 
 
 def _to_rgb(image: Image.Image, seen: Counter[str]) -> Image.Image:
     if image.mode.startswith("I"):
-        # Pillow clips 16-bit values at 255 when it converts them; the upper byte is what is meant.
-        seen[f"mode {_SEVERAL_BITS}"] += 1
+        # Pillow would clip 16-bit values at 255; the upper byte is the 8-bit value.
+        seen["mode 16-bit"] += 1
         upper = np.clip(np.asarray(image), 0, 65535).astype(np.uint16) >> 8
         return Image.fromarray(upper.astype(np.uint8)).convert("RGB")
     if image.mode == "F":

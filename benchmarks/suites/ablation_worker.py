@@ -1,6 +1,6 @@
-"""One rung of the ladder in its own process, training on real batches of a loader.
+"""One configuration of the ladder in its own process, training on real batches of a loader.
 
-`python -m benchmarks.harness.ablation_worker --rung fast --rounds 4` answers a `Worker`.
+`python -m benchmarks.suites.ablation_worker --configuration fast --rounds 4` answers a `Worker`.
 """
 
 import argparse
@@ -15,8 +15,9 @@ from torch import Tensor
 
 import fastres
 from benchmarks.harness import ablation
+from benchmarks.harness.records import WorkerReady
 from benchmarks.harness.worker_pool import serve, wait_for_start
-from benchmarks.peers import parts
+from benchmarks.peers import common
 from fastres.data.dataset import Dataset
 from fastres.engine import machine
 
@@ -24,19 +25,19 @@ __all__ = ["main"]
 
 
 def _batches(
-    options: argparse.Namespace, data: Dataset, rung: ablation.Rung
+    options: argparse.Namespace, data: Dataset, configuration: ablation.Configuration
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield training batches for ever."""
-    loader = rung.runtime.loader if options.loader == "auto" else options.loader
+    loader = configuration.runtime.loader if options.loader == "auto" else options.loader
     if loader == "none":
-        yield from itertools.repeat(rung.batch)
+        yield from itertools.repeat(configuration.batch)
     if loader == "torchvision":
-        yield from _torchvision_batches(options, rung.runtime.device)
+        yield from _torchvision_batches(options, configuration.runtime.device)
     served = fastres.make_loader(
         data,
         batch_size=options.batch_size,
-        loader=loader,  # type: ignore[arg-type]
-        device=rung.runtime.device,
+        loader=loader,
+        device=configuration.runtime.device,
     )
     while True:
         yield from served
@@ -47,8 +48,8 @@ def _torchvision_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of the peers: epochs of one round, so that none is prefetched for free."""
     num_samples = options.rounds * options.batch_size
-    data = parts.load_data(options.data_dir)
-    served = parts.make_train_loader(data.train, options.batch_size, options.workers, num_samples)
+    data = common.load_data(options.data_dir)
+    served = common.make_train_loader(data.train, options.batch_size, options.workers, num_samples)
     while True:
         for images, labels in served:
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -56,9 +57,9 @@ def _torchvision_batches(
 
 def _parse(argv: Sequence[str] | None) -> Any:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.harness.ablation_worker", description=__doc__
+        prog="python -m benchmarks.suites.ablation_worker", description=__doc__
     )
-    parser.add_argument("--rung", choices=ablation.RUNGS, default="fast")
+    parser.add_argument("--configuration", choices=ablation.CONFIGURATIONS, default="fast")
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--batch-size", type=int, default=128)
     loaders = ("auto", "none", "torchvision", "torch", "resident", "dali")
@@ -71,9 +72,9 @@ def _parse(argv: Sequence[str] | None) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build the rung and serve rounds."""
+    """Build the configuration and serve rounds."""
     options = _parse(argv)
-    if options.rung == "fast":
+    if options.configuration == "fast":
         machine.keep_freed_memory()
     device = torch.device(options.device)
     source = "auto" if options.data_dir else "synthetic"
@@ -82,27 +83,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     wait_for_start()
     started = time.perf_counter()
     try:
-        rung = ablation.build(options.rung, options.model, options.batch_size, device, classes)
+        configuration = ablation.build(
+            options.configuration, options.model, options.batch_size, device, classes
+        )
     except ablation.Unavailable as error:
         print(error, file=sys.stderr)
         return 3
     build_seconds = time.perf_counter() - started
-    batches = _batches(options, data, rung)
+    batches = _batches(options, data, configuration)
 
     def train_round(steps: int) -> int:
         for images, labels in itertools.islice(batches, steps):
-            rung.train_on(images, labels)
+            configuration.train_on(images, labels)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return steps * options.batch_size
 
-    choices = {choice.piece: choice.value for choice in rung.runtime.choices}
-    hello = {
-        "loss": rung.loss,
+    settings = {setting.name: setting.value for setting in configuration.runtime.settings}
+    hello: WorkerReady = {
+        "loss": configuration.loss,
         "data": data.name,
-        "dtype": rung.runtime.precision,
+        "dtype": configuration.runtime.precision,
         "build_seconds": build_seconds,
-        "choices": choices,
+        "choices": settings,
     }
     serve(train_round, hello)
     return 0

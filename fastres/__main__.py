@@ -1,0 +1,48 @@
+"""All commands under one name: `fastres COMMAND ...`, or `python -m fastres COMMAND ...`.
+
+Exit codes: those of the command; 0 after help, 2 for an unknown command.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+__all__ = ["COMMANDS", "main"]
+
+# Name: module, what it does.
+COMMANDS = {
+    "train": ("fastres.train", "train a ResNet on CIFAR"),
+    "evaluate": ("fastres.evaluate", "recompute the accuracy of a run from its checkpoint"),
+    "tune": ("fastres.kernels.tools.tune", "measure this GPU and write its launch table"),
+    "codegen": ("fastres.kernels.tools.codegen", "what the Triton kernels compile to"),
+}
+
+
+def _help() -> str:
+    lines = [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
+    usage = ["usage: fastres COMMAND [OPTION ...]", ""]
+    return "\n".join([*usage, *lines, "", "fastres COMMAND --help lists the options of one."])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"error: unknown command {name!r}; the commands are {known}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(COMMANDS[name][0])
+    # Records name the command line that repeats them, which is the command's own.
+    before, sys.argv = sys.argv, [name, *rest]
+    try:
+        return command.main(rest)
+    finally:
+        sys.argv = before
+
+
+if __name__ == "__main__":
+    sys.exit(main())

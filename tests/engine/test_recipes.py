@@ -1,0 +1,123 @@
+"""Recipes: a named network is that network, and the first screen says what came from where."""
+
+import json
+
+import pytest
+import torch
+
+from fastres import train as train_command
+from fastres.config import Config
+from fastres.engine.console import RunConsole
+from fastres.engine.run_dir import RunDir
+from fastres.engine.state import TrainingState
+from fastres.engine.trainer import Trainer
+from fastres.model.resnet import MODELS, create_model
+from fastres.model.summary import summarize
+from fastres.recipes import RECIPES, from_recipe, origins
+
+DRY = ("--dataset", "synthetic", "--limit-train", "400", "--dry-run")
+
+
+def dry_run(capsys, *arguments) -> str:
+    assert train_command.main([*DRY, *arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_named_model_is_that_model_under_every_recipe(recipe, model):
+    config = from_recipe(recipe, model)
+    assert (config.model, config.width) == (model, 1.0)
+    named = summarize(create_model(config.model, width=config.width, shortcut=config.shortcut))
+    assert named.params == summarize(create_model(model, shortcut=config.shortcut)).params
+
+
+def test_the_small_net_is_resnet9_with_a_quarter_of_the_filters():
+    small, narrow = (
+        create_model("resnet9_small", seed=0),
+        create_model("resnet9", width=0.25, seed=0),
+    )
+    assert small.state_dict().keys() == narrow.state_dict().keys()
+    assert all(torch.equal(t, narrow.state_dict()[k]) for k, t in small.state_dict().items())
+
+
+def test_the_default_net_and_its_options_are_those_of_before():
+    config = from_recipe("quick")
+    assert (config.model, config.lr, config.whiten) == ("resnet9_small", 0.25, True)
+    assert from_recipe("standard") == Config(
+        recipe="standard", model="resnet20", epochs=30, batch_size=256, lr=0.4
+    )
+    assert from_recipe("paper").shortcut == "A"
+
+
+def test_what_suits_one_family_alone_is_left_to_it():
+    assert not from_recipe("quick", "resnet20").whiten
+    assert from_recipe("quick", "resnet20").lr == 0.2
+    assert from_recipe("quick", "resnet18").lr == 0.1
+    assert from_recipe("paper", "resnet18").shortcut == "A"
+    assert from_recipe("paper", "resnet50").shortcut == "B"
+    assert from_recipe("standard", "resnet110").lr == 0.2
+    assert 0 < from_recipe("paper", "resnet110").warmup < 0.01
+
+
+def test_resnet20_by_name_has_its_parameters(capsys):
+    screen = dry_run(capsys, "--model", "resnet20")
+    assert "resnet20: 272,474 parameters" in screen
+    assert "recipe quick for resnet20: lr 0.2" in screen
+
+
+def test_the_first_screen_says_what_was_taken_from_where(capsys):
+    lines = dry_run(capsys, "--epochs", "3", "--flip", "none", "--threads", "1").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("options"))
+    recipe, of_model, given = (line.removeprefix("options").strip() for line in lines[first:][:3])
+    assert recipe == "recipe quick: batch-size 128, warmup 0.2, label-smoothing 0.1, crop-padding 2"
+    assert of_model == "recipe quick for resnet9_small: lr 0.25, whiten on"
+    source, _, values = given.partition(": ")
+    assert source == "the command line"
+    wanted = {"dataset synthetic", "limit-train 400", "epochs 3", "flip none"}
+    assert set(values.split(", ")) == wanted
+
+
+def test_values_of_a_file_are_named_after_it():
+    base = Config(model="resnet8", lr=0.3, epochs=2.0)
+    found = origins(base.replace(lr=0.4, threads=1), base, "run/config.json")
+    assert found == {"run/config.json": {"epochs": 2.0}, "the command line": {"lr": 0.4}}
+
+
+def test_a_files_width_stays_with_its_model(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model": "resnet9", "width": 0.25}))
+    narrow = summarize(create_model("resnet9_small")).params
+    assert f"resnet9: {narrow:,} parameters" in dry_run(capsys, "--config", str(file))
+    other = dry_run(capsys, "--config", str(file), "--model", "resnet20")
+    assert "resnet20: 272,474 parameters" in other
+    asked = dry_run(capsys, "--config", str(file), "--model", "resnet20", "--width", "0.5")
+    assert "resnet20: 272,474 parameters" not in asked
+
+
+def test_the_state_in_a_checkpoint_reads_as_it_always_did():
+    old = {"step": 3, "rows": [], "best_val_accuracy": -1.0, "way": {"route": "eager"}}
+    state = TrainingState.from_json(old)
+    assert state.execution_mode == {"route": "eager"}
+    state.add_mode({"route": "fused"})
+    assert state.to_json()["way"] == {"route": "mixed"}
+    assert TrainingState.from_json(state.to_json()) == state
+
+
+def test_a_trainer_changes_nothing_global_until_it_prepares(tmp_path):
+    config = Config(
+        dataset="synthetic", limit_train=40, batch_size=8, model="resnet8", width=0.25,
+        threads=1, deterministic=True, shortcut="A",
+    )  # fmt: skip
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(2)
+    try:
+        trainer = Trainer(config, RunDir(tmp_path), RunConsole(silent=True))
+        assert torch.get_num_threads() == 2
+        assert not torch.are_deterministic_algorithms_enabled()
+        trainer.prepare().close()
+        assert torch.get_num_threads() == 1
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
