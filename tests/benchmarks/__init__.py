@@ -1,1 +1,1 @@
-"""Tests."""
+"""The measurements: what they time is checked first, and no number stands without its row."""

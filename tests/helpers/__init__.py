@@ -1,1 +1,1 @@
-"""Helpers."""
+"""What tests share: where kernels run, tolerances, seeded inputs, fake datasets."""

@@ -1,1 +1,5 @@
-"""Tests."""
+"""Networks: the reference, and that a fused net computes the same in every mode.
+
+test_resnet.py is about the reference; test_fuse.py, test_fuse_edges.py and test_fuse_changed.py
+about fused nets; test_fused_nets.py about whole steps and trainings.
+"""
