@@ -165,7 +165,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]])
 
 
 def _differentiate(backward_op: Callable[..., list[Tensor]]) -> Callable[..., tuple]:
-    """The autograd formula of a training op: its second half, gradients dealt to the inputs."""
+    """The autograd formula of a training op: its second half, gradients handed to the inputs."""
 
     def run(spec: BlockSpec, *tensors: Any, need_dx: bool) -> list[Tensor]:
         return backward_op(*tensors, *spec, need_dx)

@@ -2,7 +2,7 @@
 
 A suite's test asks for its provider's times; the first to ask has its whole group measured, with
 all providers of it that were selected. A group's share of the budget is its weight's: what early
-groups leave over, or overdraw, is dealt to the later ones.
+groups leave over, or overdraw, goes to the later ones.
 """
 
 import contextlib

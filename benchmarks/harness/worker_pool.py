@@ -26,7 +26,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def wait_for_start() -> None:
-    """Wait until the near side wants this process to get ready, or has gone."""
+    """Wait until the parent wants this process to get ready, or has gone."""
     sys.stdin.readline()
 
 
@@ -51,7 +51,7 @@ def _say(message: Mapping[str, object]) -> None:
 
 
 class Worker:
-    """The near side: starts a module as `python -m MODULE ARGUMENTS`.
+    """The parent's end: starts a module as `python -m MODULE ARGUMENTS`.
 
     Args:
         module: one whose command line ends in `serve`.

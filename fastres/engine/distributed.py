@@ -47,11 +47,11 @@ class Processes:
         """Return this process's part of every training batch.
 
         Raises:
-            UsageError: when a batch cannot be dealt out evenly.
+            UsageError: when a batch cannot be split evenly.
         """
         if batches.batch_size % self.size:
             raise UsageError(
-                f"a batch of {batches.batch_size} images cannot be dealt out to {self.size} "
+                f"a batch of {batches.batch_size} images cannot be split over {self.size} "
                 "processes evenly; choose a multiple with --batch-size"
             )
         return replace(batches, rank=self.rank, world_size=self.size)

@@ -159,10 +159,10 @@ def test_the_parts_of_a_batch_are_the_batch(name):
         assert torch.equal(parts, served[0][kind])
 
 
-def test_a_batch_that_cannot_be_dealt_out_is_one_sentence():
+def test_a_batch_that_cannot_be_split_is_one_sentence():
     data = fastres.load_dataset("synthetic")
     batches = BatchSpec(data.train, data.mean, data.std, 50, 0, Augmentation(), True)
-    with pytest.raises(UsageError, match="50 images cannot be dealt out to 3 processes evenly"):
+    with pytest.raises(UsageError, match="50 images cannot be split over 3 processes evenly"):
         Processes(0, 3).share(batches)
 
 

@@ -14,7 +14,7 @@ from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, create_model
 from tests.helpers.interpreter import DEVICE, HAS_GPU
 from tests.helpers.numerics import UNIT_ROUNDOFF, PooledErrorBound
 
-# Draws of images on which a net that the referee refuses is judged.
+# Draws of images on which a net that the error bound refuses is judged.
 MOST_DRAWS = 9
 
 
@@ -61,7 +61,7 @@ def train_once(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> dict[st
 
 def check_step(model: nn.Module, dtype: torch.dtype, batch: int, size: int) -> None:
     """Every tensor of a step is as near to fp64 as eager's, in the median of a few batches."""
-    referee = PooledErrorBound(dtype, has_relu=True)
+    bound = PooledErrorBound(dtype, has_relu=True)
     faster = fuse(model, verbose=False)
     for seed in range(MOST_DRAWS):
         generator = torch.Generator().manual_seed(seed)
@@ -71,10 +71,10 @@ def check_step(model: nn.Module, dtype: torch.dtype, batch: int, size: int) -> N
         nhwc = train_once(model, x.contiguous(memory_format=torch.channels_last), dtype)
         assert got.keys() == truth.keys()
         for name, value in got.items():
-            referee.add(name, value, [eager[name], nhwc[name]], truth[name])
-        if not referee.refused():
+            bound.add(name, value, [eager[name], nhwc[name]], truth[name])
+        if not bound.refused():
             return
-    raise AssertionError("\n".join(referee.refused()))
+    raise AssertionError("\n".join(bound.refused()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
