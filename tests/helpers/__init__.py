@@ -1,1 +1,6 @@
-"""What tests share: where kernels run, tolerances, seeded inputs, fake datasets."""
+"""What tests share: where kernels run, tolerances, seeded inputs, fake datasets.
+
+Read numerics.py first: every tolerance comes from its error bounds. interpreter.py says where the
+kernels run; kernel_cases.py, head_cases.py, cpu_cases.py and property_cases.py draw their inputs;
+data_fixtures.py writes small datasets; stop_one_process.py is a script that a test starts.
+"""
