@@ -59,11 +59,6 @@ class OpCase:
         return f"{self.op} {self.net} {self.layer}"
 
     @property
-    def num_out(self) -> int:
-        """Elements of the result."""
-        return self.layers[-1].num_y
-
-    @property
     def shortcut(self) -> Shortcut:
         """What is added before the last ReLU, as `kernels.block.Block` says it."""
         if self.projection is not None:
