@@ -4,6 +4,10 @@ A registered op takes and returns flat lists; `BlockSpec` is the rest of a block
 and `run_backward` are its two halves for whoever calls them: the registered ops (ops.py), and here
 `run_eager`, the same node of autograd without torch's dispatcher.
 
+Where a graph of the gradients is wanted (`create_graph=True`), kernels would end it: then both have
+`recompute_gradients`, the formulas of reference/ from the inputs on, which autograd differentiates
+as often as is asked.
+
 A registered op costs about 0.3 ms a call in Python, forward and backward, which is nothing beside a
 captured or compiled step and 5 % of a ResNet-20 step on a CPU. So CPU kernels in eager mode run as
 a plain autograd function; whatever traces or fakes tensors still sees the registered op.
@@ -15,20 +19,30 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastres.kernels.block import Backend, Block, Shortcut, backward, forward
+from fastres.kernels.block import (
+    Backend,
+    Block,
+    BlockGrads,
+    Shortcut,
+    backward,
+    forward,
+    layer_states,
+)
 from fastres.kernels.conv_types import ConvBN, LayerState
 from fastres.kernels.cpu import backend as cpu_backend
 from fastres.kernels.dispatch import choose_backend, no_autocast
 from fastres.kernels.layout import to_channels_last
+from fastres.kernels.reference import backend as reference_backend
 
 __all__ = [
     "BlockSpec",
     "block_gradients",
     "eager_backend",
     "flat_params",
+    "recompute_gradients",
     "run_backward",
     "run_eager",
     "run_forward",
@@ -36,7 +50,6 @@ __all__ = [
     "to_states",
 ]
 
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 _NUM_STATE = len(LayerState._fields)
 
 
@@ -123,6 +136,34 @@ def run_backward(
             backend,
             need_dx=need_dx,
         )
+    return _flat_grads(grads)
+
+
+def recompute_gradients(
+    spec: BlockSpec,
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    need_dx: bool,
+) -> list[Tensor]:
+    """`run_backward` as a function of dout, x and params that autograd can differentiate.
+
+    The states of the layers are computed again, in plain torch; out decides the ReLU's mask alone.
+    """
+    with no_autocast(x):
+        block = spec.to_block(params)
+        dout, x = to_channels_last(dout), to_channels_last(x)
+        states = layer_states(block, x, reference_backend)
+        mask = None if out is None else out.detach()
+        return _flat_grads(
+            backward(block, dout, x, mask, states, reference_backend, need_dx=need_dx)
+        )
+
+
+def _flat_grads(grads: BlockGrads) -> list[Tensor]:
+    """Return dx where wanted, dresidual where there is one, then the gradients of all params."""
     inputs = [t for t in (grads.dx, grads.dresidual) if t is not None]
     return [*inputs, *(tensor for layer in grads.layers for tensor in layer)]
 
@@ -148,27 +189,32 @@ def block_gradients(
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Gradients of x, of a given residual and of the params, from what `save_block` kept.
 
-    run: called with spec, dout, x, out, params, saved and need_dx as `run_backward` is.
+    run: called with spec, dout, x, out, params, saved and need_dx as `run_backward` is, unless a
+        graph of the gradients is wanted.
     """
     if dout is None:
         return None, None, [None] * ctx.num_params
     x, out, *rest = ctx.saved_tensors
     params, saved = rest[: ctx.num_params], rest[ctx.num_params :]
-    grads: list[Any] = run(ctx.spec, dout, x, out, params, saved, need_dx=need_dx)
+    # Autograd has gradients on in a backward pass where it is to build a graph of them.
+    if torch.is_grad_enabled():
+        grads = recompute_gradients(ctx.spec, dout, x, out, params, need_dx=need_dx)
+    else:
+        grads = run(ctx.spec, dout, x, out, params, saved, need_dx=need_dx)
     dx = grads.pop(0) if need_dx else None
     dresidual = grads.pop(0) if ctx.spec.shortcut == "given" else None
-    return dx, dresidual, grads
+    return dx, dresidual, [*grads]
 
 
 def eager_backend(x: Tensor, *others: Tensor | None) -> Backend | None:
     """The back end to call without a registered op, or None where one is wanted.
 
-    It is the CPU kernels', where they compute on x, all are ordinary tensors and nobody traces.
+    It is the CPU kernels', where they compute on x, all hold numbers and nobody traces.
     """
     is_traced = (
         torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
     )
-    if is_traced or not all(type(t) in _PLAIN_TENSORS for t in (x, *others) if t is not None):
+    if is_traced or any(isinstance(t, FakeTensor) for t in (x, *others)):
         return None
     backend = choose_backend(x)
     return backend if backend is cpu_backend else None
@@ -195,7 +241,6 @@ class _EagerBlock(torch.autograd.Function):
         return out, *stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Gradients of x, the residual and the parameters."""
         run = functools.partial(run_backward, backend=ctx.backend)

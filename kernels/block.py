@@ -34,6 +34,7 @@ __all__ = [
     "check_layer",
     "check_shortcut",
     "forward",
+    "layer_states",
 ]
 
 Shortcut = Literal["none", "input", "given", "projected"]
@@ -162,14 +163,10 @@ def check_shortcut(shortcut: Tensor | None, x: Tensor, size: Sequence[int]) -> N
         )
 
 
-def forward(
-    block: Block, x: Tensor, residual: Tensor | None, backend: Backend
-) -> tuple[Tensor, list[LayerState]]:
-    """Run the block with the statistics of this batch.
+def layer_states(block: Block, x: Tensor, backend: Backend) -> list[LayerState]:
+    """Run all convolutions of the block with the statistics of this batch, the projection last.
 
-    Returns: out; the state of every layer, that of the projection last.
-
-    Raises: ValueError: when a layer does not fit its input, or the shortcut out.
+    Raises: ValueError: when a layer does not fit its input.
     """
     states: list[LayerState] = []
     for layer in block.layers:
@@ -180,11 +177,25 @@ def forward(
             producer = states[-1]
             check_layer(producer.y, layer)
             states.append(backend.conv_bn(producer.y, layer, producer.scale_shift))
-    last = states[-1]
-    shortcut, shortcut_scale_shift = (x if block.shortcut == "input" else residual), None
     if block.projection is not None:
         check_layer(x, block.projection)
         states.append(backend.conv_bn(x, block.projection, None))
+    return states
+
+
+def forward(
+    block: Block, x: Tensor, residual: Tensor | None, backend: Backend
+) -> tuple[Tensor, list[LayerState]]:
+    """Run the block with the statistics of this batch.
+
+    Returns: out; the state of every layer, that of the projection last.
+
+    Raises: ValueError: when a layer does not fit its input, or the shortcut out.
+    """
+    states = layer_states(block, x, backend)
+    last = states[len(block.layers) - 1]
+    shortcut, shortcut_scale_shift = (x if block.shortcut == "input" else residual), None
+    if block.projection is not None:
         shortcut, shortcut_scale_shift = states[-1].y, states[-1].scale_shift
     check_shortcut(shortcut, x, last.y.shape)
     return backend.apply(last, shortcut, shortcut_scale_shift, block.relu), states

@@ -1,20 +1,28 @@
-"""Memory layout of images and filters: channels_last, as every kernel reads and writes it."""
+"""Memory layout of images and filters: channels_last, as every kernel reads and writes it.
+
+Under a transform of torch.func tensors have no layout that could be asked for or changed; the plain
+formulas, which alone run there, want none.
+"""
 
 import torch
 from torch import Tensor
+
+from fastres.kernels.plain_tensors import has_functorch_levels
 
 __all__ = ["empty_channels_last", "to_channels_last", "to_dense_channels_last"]
 
 
 def to_channels_last(t: Tensor) -> Tensor:
     """Return t with unit channel stride, as the kernels read it; gaps between pixels may stay."""
-    return t if t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
+    if has_functorch_levels() or t.stride(1) == 1:
+        return t
+    return t.contiguous(memory_format=torch.channels_last)
 
 
 def to_dense_channels_last(t: Tensor) -> Tensor:
     """Return t in the strides that `torch.empty` gives a dense channels_last tensor."""
     _, c, h, w = t.shape
-    if t.stride() == (h * w * c, 1, w * c, c):
+    if has_functorch_levels() or t.stride() == (h * w * c, 1, w * c, c):
         return t
     return empty_channels_last(t, *t.shape).copy_(t)
 

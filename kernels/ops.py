@@ -13,7 +13,8 @@ compiles a model on machines without a GPU driver too.
 
 CUDA tensors go through the Triton kernels, CPU tensors too under TRITON_INTERPRET=1; other CPU
 tensors in bf16 and fp32 through the CPU kernels where there is a compiler for them; everything else
-is computed in plain torch. Gradients of gradients are not defined.
+is computed in plain torch, and so are tensors that are not plain (plain_tensors.py) and gradients
+of which a graph is wanted: higher derivatives, tangents and transforms are those of plain torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,10 +35,13 @@ from fastres.kernels.autograd import (
     save_block,
     to_states,
 )
-from fastres.kernels.block import Block, Shortcut, check_layer, check_shortcut
+from fastres.kernels.block import Backend, Block, Shortcut, check_layer, check_shortcut, forward
 from fastres.kernels.conv_types import ConvBN, stat_dtype
 from fastres.kernels.dispatch import choose_backend, no_autocast
+from fastres.kernels.flops import block_backward_flops, block_flops, conv_flops, count_flops
 from fastres.kernels.layout import empty_channels_last, to_channels_last
+from fastres.kernels.plain_tensors import are_plain
+from fastres.kernels.reference import backend as reference_backend
 
 __all__ = [
     "BatchStats",
@@ -189,6 +193,8 @@ def _register(name: str) -> Callable[..., tuple[Tensor, list[Tensor]]]:
     )
     forward_op.register_fake(_forward_fake)
     forward_op.register_autograd(_differentiate(backward_op), setup_context=_setup_context)
+    count_flops(f"{name}_fwd", block_flops)
+    count_flops(f"{name}_bwd", block_backward_flops)
     return forward_op
 
 
@@ -202,8 +208,12 @@ def _run(
     x: Tensor,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, list[BatchStats]]:
-    """Compute a block by a training op, or by the same without torch's dispatcher."""
+    """Compute a block by a training op, the same without torch's dispatcher, or plain torch."""
     params = flat_params(block)
+    if not are_plain(x, residual, *params):
+        with no_autocast(x):
+            out, states = forward(block, x, residual, reference_backend)
+        return out, [BatchStats(s.mean.detach(), s.unbiased_var.detach()) for s in states]
     backend = eager_backend(x, residual, *params)
     if backend is not None:
         out, stats = run_eager(block, x, residual, backend)
@@ -267,6 +277,31 @@ def residual_block(
     return _run(_residual_block, Block(layers, projection, shortcut), x, residual)
 
 
+def _fold(
+    backend: Backend,
+    x: Tensor,
+    w: Tensor,
+    scale_shift: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    relu: bool,
+) -> Tensor:
+    """Compute `conv_bn_folded` of tensors in any layout by a back end."""
+    wanted = (2, *w.shape[:1])
+    if scale_shift.shape != wanted:
+        raise ValueError(f"scale_shift must have shape {wanted}, got {tuple(scale_shift.shape)}")
+    layer = ConvBN(w, scale_shift[0], scale_shift[1], stride, padding)
+    check_layer(x, layer)
+    layer = layer._replace(w=to_channels_last(w))
+    given = None if residual is None else to_channels_last(residual)
+    check_shortcut(given, x, _output_size(x, w, stride, padding))
+    with no_autocast(x):
+        return backend.conv_folded(
+            to_channels_last(x), layer, scale_shift.contiguous(), given, relu
+        )
+
+
 def _folded_impl(
     x: Tensor,
     w: Tensor,
@@ -276,19 +311,7 @@ def _folded_impl(
     padding: int,
     relu: bool,
 ) -> Tensor:
-    filters = w.contiguous(memory_format=torch.channels_last)
-    if scale_shift.shape != (2, w.shape[0]):
-        raise ValueError(
-            f"scale_shift must have shape {(2, w.shape[0])}, got {tuple(scale_shift.shape)}"
-        )
-    layer = ConvBN(filters, scale_shift[0], scale_shift[1], stride, padding)
-    check_layer(x, layer)
-    given = None if residual is None else to_channels_last(residual)
-    check_shortcut(given, x, _output_size(x, w, stride, padding))
-    with no_autocast(x):
-        return choose_backend(x).conv_folded(
-            to_channels_last(x), layer, scale_shift.contiguous(), given, relu
-        )
+    return _fold(choose_backend(x), x, w, scale_shift, residual, stride, padding, relu)
 
 
 def _folded_fake(
@@ -307,6 +330,7 @@ _conv_bn_folded = custom_op(
     "fastres::conv_bn_folded", _folded_impl, mutates_args=(), schema=_FOLDED_SCHEMA
 )
 _conv_bn_folded.register_fake(_folded_fake)
+count_flops("conv_bn_folded", conv_flops)
 
 
 def conv_bn_folded(
@@ -317,7 +341,9 @@ def conv_bn_folded(
     residual: Tensor | None = None,
     relu: bool = True,
 ) -> Tensor:
-    """`out = relu(a * conv(x) + b + residual)`: a layer of inference in one kernel; no gradient.
+    """`out = relu(a * conv(x) + b + residual)`: a layer of inference in one kernel.
+
+    Where a gradient is wanted it is computed in plain torch, which differentiates it.
 
     Args:
         x: (N, C, H, W) channels_last; bf16, fp16, fp32, or fp64 in plain torch.
@@ -330,9 +356,21 @@ def conv_bn_folded(
 
     Raises: ValueError: when a tensor's shape, dtype or layout is not as above.
     """
-    is_eager = eager_backend(x, layer.w, scale_shift, residual) is not None
-    run = _folded_impl if is_eager else _conv_bn_folded
-    return run(x, layer.w, scale_shift, residual, layer.stride, layer.padding, relu)
+    operands = (x, layer.w, scale_shift, residual)
+    geometry = (layer.stride, layer.padding, relu)
+    if not _is_constant(*operands):
+        return _fold(reference_backend, *operands, *geometry)
+    backend = eager_backend(*operands)
+    if backend is not None:
+        return _fold(backend, *operands, *geometry)
+    return _conv_bn_folded(*operands, *geometry)
+
+
+def _is_constant(*tensors: Tensor | None) -> bool:
+    """Whether all are plain and none wants a gradient: what the ops of inference are for."""
+    if not are_plain(*tensors):
+        return False
+    return not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors if t is not None)
 
 
 def residual_block_folded(
@@ -343,7 +381,7 @@ def residual_block_folded(
     projection: ConvBN | None = None,
     add_input: bool = True,
 ) -> Tensor:
-    """`residual_block` for inference, each layer as in `conv_bn_folded`; no gradient.
+    """`residual_block` for inference, each layer as in `conv_bn_folded`.
 
     Args:
         x: as in `conv_bn_folded`, as are the layers.
@@ -359,7 +397,8 @@ def residual_block_folded(
     filters = [layer.w for layer in block.all_layers]
     if not layers or len(scale_shifts) != len(filters):
         raise ValueError(f"got {len(scale_shifts)} scale_shifts for {len(filters)} layers")
-    backend = eager_backend(x, *filters, *scale_shifts)
+    operands = (x, *filters, *scale_shifts)
+    backend = eager_backend(*operands) if _is_constant(*operands) else None
     if backend is not None:
         out = backend.block_folded(x, block, scale_shifts)
         if out is not None:

@@ -5,7 +5,8 @@
 
 Conventions as in ops.py: ops change none of their inputs and are opaque to torch.compile; CUDA
 tensors go through the Triton kernels, CPU tensors too under TRITON_INTERPRET=1; all others, and
-float64, are computed in plain torch. Gradients of gradients are not defined.
+float64, are computed in plain torch, as are tensors that are not plain and gradients of which a
+graph is wanted.
 """
 
 import importlib
@@ -18,7 +19,14 @@ from torch.library import custom_op
 
 from fastres.kernels.conv_types import stat_dtype
 from fastres.kernels.dispatch import no_autocast, runs_on_triton
+from fastres.kernels.flops import (
+    count_flops,
+    no_flops,
+    pool_linear_backward_flops,
+    pool_linear_flops,
+)
 from fastres.kernels.layout import to_channels_last
+from fastres.kernels.plain_tensors import are_plain
 from fastres.kernels.reference.head import (
     pool_linear_backward_ref,
     pool_linear_ref,
@@ -48,7 +56,7 @@ def is_worth_an_op(x: Tensor) -> bool:
     In plain torch an op computes what the reference does, and costs Python a fraction of a
     millisecond.
     """
-    return torch.compiler.is_compiling() or runs_on_triton(x)
+    return are_plain(x) and (torch.compiler.is_compiling() or runs_on_triton(x))
 
 
 def _pool_linear_impl(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -107,25 +115,34 @@ def _pool_linear_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -
     _, pooled = output
     ctx.mark_non_differentiable(pooled)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(pooled, weight)
-    ctx.size = tuple(x.shape[2:])
+    ctx.save_for_backward(x, pooled, weight)
     ctx.has_bias = bias is not None
 
 
 def _pool_linear_formula(ctx: Any, dlogits: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dlogits is None:
         return None, None, None
-    dx, dw, dbias = _pool_linear_bwd(dlogits, *ctx.saved_tensors, *ctx.size)
+    x, pooled, weight = ctx.saved_tensors
+    size = x.shape[2], x.shape[3]
+    # Autograd has gradients on in a backward pass where it is to build a graph of them.
+    if torch.is_grad_enabled():
+        with no_autocast(x):
+            pooled = pool_linear_ref(x, weight, None)[1]
+            dx, dw, dbias = pool_linear_backward_ref(dlogits, pooled, weight, size)
+    else:
+        dx, dw, dbias = _pool_linear_bwd(dlogits, pooled, weight, *size)
     return dx, dw, dbias if ctx.has_bias else None
 
 
 _pool_linear.register_autograd(_pool_linear_formula, setup_context=_pool_linear_setup)
+count_flops("pool_linear_fwd", pool_linear_flops)
+count_flops("pool_linear_bwd", pool_linear_backward_flops)
 
 
 def pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`logits = mean over pixels of x @ weight.T + bias`; differentiable.
 
-    Saved for backward: the means, and not x.
+    Saved for backward: the means; x for gradients of gradients alone.
 
     Args:
         x: (N, C, H, W) channels_last; bf16, fp16, fp32, or fp64 in plain torch.
@@ -140,6 +157,9 @@ def pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """
     if x.dim() != 4 or x.numel() == 0:
         raise ValueError(f"x must have shape (N, C, H, W) and elements, got {list(x.shape)}")
+    if not are_plain(x, weight, bias):
+        with no_autocast(x):
+            return pool_linear_ref(x, weight, bias)[0]
     return _pool_linear(x, weight, bias)[0]
 
 
@@ -189,11 +209,11 @@ _cross_entropy.register_fake(_cross_entropy_fake)
 
 
 def _cross_entropy_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    logits, labels, ctx.label_smoothing = inputs
     _, grad = output
     ctx.mark_non_differentiable(grad)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad)
-    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(logits, labels, grad)
 
 
 def _cross_entropy_formula(
@@ -201,17 +221,23 @@ def _cross_entropy_formula(
 ) -> tuple[Tensor | None, None, None]:
     if dloss is None:
         return None, None, None
-    (grad,) = ctx.saved_tensors
-    return _cross_entropy_bwd(dloss, grad, ctx.dtype), None, None
+    logits, labels, grad = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        grad = smooth_cross_entropy_ref(logits, labels, ctx.label_smoothing)[1]
+        return smooth_cross_entropy_backward_ref(dloss, grad, logits.dtype), None, None
+    return _cross_entropy_bwd(dloss, grad, logits.dtype), None, None
 
 
 _cross_entropy.register_autograd(_cross_entropy_formula, setup_context=_cross_entropy_setup)
+count_flops("smooth_cross_entropy_fwd", no_flops)
+count_flops("smooth_cross_entropy_bwd", no_flops)
 
 
 def smooth_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """`F.cross_entropy(logits, labels, label_smoothing=...)` under autocast; differentiable.
 
-    Saved for backward: the gradient by the logits, made in the same pass as the loss.
+    Saved for backward: the gradient by the logits, made in the same pass as the loss; the logits
+    for gradients of gradients alone.
 
     Args:
         logits: (N, classes); bf16, fp16, fp32, or fp64 in plain torch.
@@ -234,4 +260,6 @@ def smooth_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float 
         raise ValueError(
             f"labels must be ({logits.shape[0]},) int64, got {list(labels.shape)} {labels.dtype}"
         )
+    if not are_plain(logits, labels):
+        return smooth_cross_entropy_ref(logits, labels, label_smoothing)[0]
     return _cross_entropy(logits, labels, label_smoothing)[0]

@@ -55,7 +55,7 @@ def smooth_cross_entropy_ref(
     on_target = torch.arange(num_classes, device=labels.device) == labels[:, None]
     # Chosen, not multiplied by 0: the other classes may stand at minus infinity.
     losses = -(1 - label_smoothing) * torch.where(on_target, logp, 0).sum(1, keepdim=True)
-    grad = logp.exp() - torch.where(on_target, 1 - label_smoothing, 0.0).to(wide.dtype)
+    grad = logp.exp() - on_target.to(wide.dtype) * (1 - label_smoothing)
     if label_smoothing > 0:
         share = label_smoothing / num_classes
         losses = losses - share * logp.sum(1, keepdim=True)

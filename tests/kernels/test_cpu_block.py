@@ -193,7 +193,8 @@ def test_evaluated_nets_have_blocks_of_one_kernel(name, called):
 @pytest.mark.usefixtures("cpu_route")
 def test_results_lie_on_the_cpu_whatever_the_default_device():
     t = BlockCase("projected")
-    wanted, layer = t.run(), t.layers[1]._replace(w=t.layers[1].w.requires_grad_())
+    wanted = t.run()
+    layer = t.layers[1]._replace(w=t.layers[1].w.clone().requires_grad_())
     out, _ = ops.conv_bn_relu(wanted, layer)
     (grad,) = torch.autograd.grad(out.float().sum(), layer.w)
     with torch.device("meta"):
