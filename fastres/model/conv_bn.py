@@ -6,7 +6,7 @@ autocast activations and filters are cast to its dtype; parameters and statistic
 used in float32.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from fastres.kernels import ops
 from fastres.kernels.conv_types import ConvBN, stat_dtype
 from fastres.kernels.ops import BatchStats
+from fastres.kernels.plain_tensors import are_plain
 from fastres.kernels.reference.block import bn_fold_ref
+from fastres.model.interception import is_overridden
 
 __all__ = [
     "ConvBNModules",
@@ -30,9 +32,9 @@ __all__ = [
     "constant_parameters",
     "conv_bn",
     "conv_bn_folded",
-    "has_hooks",
     "is_unmodified_relu",
     "layer_params",
+    "recomputed_to_here",
     "to_compute_dtype",
     "update_running_stats",
     "why_not_fused",
@@ -45,8 +47,6 @@ _pending_updates: ContextVar[list[tuple[nn.BatchNorm2d, BatchStats]] | None] = C
     "fastres_pending_updates", default=None
 )
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 class ConvBNModules(NamedTuple):
     """One layer of a net: a convolution and the batch norm that reads it."""
@@ -55,14 +55,9 @@ class ConvBNModules(NamedTuple):
     bn: nn.BatchNorm2d
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks or a forward of its own, so that it must be called itself."""
-    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
-
-
 def is_unmodified_relu(module: Any) -> bool:
     """Whether a module is a ReLU that an op may take over."""
-    return type(module) is nn.ReLU and not has_hooks(module)
+    return type(module) is nn.ReLU and not is_overridden(module)
 
 
 def _is_cast(x: Tensor) -> bool:
@@ -181,6 +176,32 @@ def batched_running_stats() -> Iterator[None]:
     _apply_updates(updates)
 
 
+class _SaveAnEmptyTensor(torch.autograd.Function):
+    """The identity, with something kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        ctx.save_for_backward(out.new_empty(0))
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        return dout
+
+
+def recomputed_to_here(out: Tensor) -> Tensor:
+    """Return out, having torch.utils.checkpoint recompute all that came before.
+
+    Without reentrance it leaves a segment, by an exception, at the last tensor that backward needs.
+    A plain batch norm has then moved its running statistics for the second time; a fused block
+    saves its last tensor before it can.
+    """
+    if torch.compiler.is_compiling() or not out.requires_grad:
+        return out
+    has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return _SaveAnEmptyTensor.apply(out) if has_hooks else out
+
+
 def _can_update_together(norms: Sequence[nn.BatchNorm2d]) -> bool:
     """Whether one call can update all: they have one momentum, and none occurs twice."""
     # A compiler would guard on these very norms, and compile anew for every other net.
@@ -224,8 +245,8 @@ def why_not_fused(conv: Any, bn: Any) -> str | None:
     """
     if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
         return f"{type(conv).__name__} before {type(bn).__name__}"
-    if has_hooks(conv) or has_hooks(bn):
-        return "a hook on convolution or batch norm"
+    if is_overridden(conv) or is_overridden(bn):
+        return "a hook or a replaced method on convolution or batch norm"
     if conv.groups != 1:
         return f"{conv.groups} groups"
     if conv.dilation != (1, 1):
@@ -251,22 +272,34 @@ def _are_square(*sizes: Any) -> bool:
 
 
 def _computes(x: Tensor, layer: ConvBNModules) -> bool:
-    """Whether an op computes on x what calling the two modules would.
+    """Whether an op computes on activations like x what calling the two modules would.
 
     Images of another dtype are left to the modules, which raise what they raise.
     """
-    has_dtype = x.dtype == layer.conv.weight.dtype or _is_cast(x)
-    return has_dtype and why_not_fused(*layer) is None
+    conv, bn = layer
+    return (
+        (x.dtype == conv.weight.dtype or _is_cast(x))
+        and why_not_fused(conv, bn) is None
+        and are_plain(conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    )
 
 
-def can_train(x: Tensor, layers: Iterable[ConvBNModules]) -> bool:
+def _are_images(x: Tensor, layers: Sequence[ConvBNModules]) -> bool:
+    """Whether x holds images for the first layer; to all else the modules say what is wrong."""
+    return x.dim() == 4 and x.shape[0] > 0 and x.shape[1] == layers[0].conv.in_channels
+
+
+def can_train(x: Tensor, layers: Sequence[ConvBNModules]) -> bool:
     """Whether all batch norms use the statistics of a batch that is not empty."""
-    return x.shape[0] > 0 and all(layer.bn.training and _computes(x, layer) for layer in layers)
+    is_training = all(layer.bn.training and _computes(x, layer) for layer in layers)
+    return is_training and _are_images(x, layers)
 
 
 def can_fold(x: Tensor, layers: Sequence[ConvBNModules], residual: Tensor | None = None) -> bool:
     """Whether all batch norms use running statistics and nobody wants a gradient."""
-    if x.shape[0] == 0 or any(layer.bn.training or not _computes(x, layer) for layer in layers):
+    if any(layer.bn.training or not _computes(x, layer) for layer in layers):
+        return False
+    if not _are_images(x, layers):
         return False
     if not torch.is_grad_enabled():
         return True
@@ -295,7 +328,7 @@ def conv_bn(
             given = residual.to(operand.dtype)
             out, stats = ops.residual_block(operand, [params], residual=given)
         update_running_stats([layer], stats)
-        return out
+        return recomputed_to_here(out)
     if can_fold(x, [layer], residual):
         return conv_bn_folded(x, layer, relu=relu, residual=residual)
     z = layer.bn(layer.conv(x))

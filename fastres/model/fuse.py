@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from fastres.model.conv_bn import (
     ConvBNModules,
     conv_bn,
-    has_hooks,
     is_unmodified_relu,
     why_not_fused,
 )
@@ -26,11 +25,13 @@ from fastres.model.fused_modules import (
     FusedBasicBlock,
     FusedBlock,
     FusedBottleneck,
+    FusedModule,
     FusedResNet,
     FusedResNet9,
     FusedSequential,
     pool_classify,
 )
+from fastres.model.interception import is_overridden, replaced_functions
 from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, ResNet9
 
 __all__ = ["fuse"]
@@ -38,11 +39,13 @@ __all__ = ["fuse"]
 _TORCHVISION = "torchvision.models.resnet"
 
 
-class TorchvisionStem(nn.Module):
+class TorchvisionStem(FusedModule):
     """The fused stem and head of torchvision's ResNet; mixed in before the class of the net."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         net = cast(Any, self)
+        if self.must_call_modules(x):
+            return cast(Any, super())._forward_impl(x)
         has_relu = is_unmodified_relu(net.relu)
         x = conv_bn(x, ConvBNModules(net.conv1, net.bn1), relu=has_relu)
         x = net.maxpool(x if has_relu else net.relu(x))
@@ -57,8 +60,10 @@ def fuse(model: nn.Module, *, verbose: bool = True) -> nn.Module:
 
     Parameters, buffers and state_dict keys are the model's; nothing is shared with it, so an
     optimizer must be made for the copy. Training, evaluation, autocast and torch.compile work as
-    before. Left as they are: grouped, dilated and biased convolutions, other norms and activations,
-    modules with hooks, batch norms without parameters or running statistics.
+    before, higher derivatives too. Left as they are: grouped, dilated and biased convolutions, other
+    norms and activations, modules with hooks, batch norms without parameters or running statistics.
+    Under transforms of torch.func, forward-mode differentiation, tracers, exporters, global hooks
+    and tensor subclasses the plain modules run, see interception.py.
 
     Args:
         model: any module; the ResNets of fastres and torchvision and nn.Sequentials are recognised.
@@ -81,6 +86,8 @@ def _report(model: nn.Module, absorbed: dict[str, str], reasons: dict[str, str])
     # A projection is absorbed under the name of its Sequential, `downsample`.
     fused_in = {name: absorbed.get(name) or absorbed.get(name.rpartition(".")[0]) for name in convs}
     yield f"fuse: {sum(map(bool, fused_in.values()))} of {len(convs)} convolutions run fused"
+    if replaced_functions():
+        yield f"  none of them while {', '.join(replaced_functions())} is not torch's own"
     for name, owner in fused_in.items():
         reason = reasons.get(name, "batch norm does not follow it in a pattern known here")
         yield f"  {'fused     ' if owner else 'left alone'}  {name}: {owner or reason}"
@@ -94,7 +101,8 @@ def _visit(module: nn.Module, name: str, absorbed: dict[str, str], reasons: dict
     """
     kind: Any = type(module)
     fused_class: Any = _fused_class(kind)
-    if fused_class is not None and "forward" not in vars(module):
+    is_known = fused_class is not None and fused_class.is_plain_as_defined()
+    if is_known and "forward" not in vars(module):
         against = _reasons_against(module)
         reasons.update({_join(name, part): reason for part, reason in against.items()})
         if isinstance(module, nn.Sequential):
@@ -200,13 +208,13 @@ def _reasons_against(module: nn.Module) -> dict[str, str]:
 
 def _is_global_mean(pool: nn.Module) -> bool:
     """Whether a pool is an AdaptiveAvgPool2d(1) without hooks."""
-    is_plain = type(pool) is nn.AdaptiveAvgPool2d and not has_hooks(pool)
+    is_plain = type(pool) is nn.AdaptiveAvgPool2d and not is_overridden(pool)
     return is_plain and pool.output_size in (1, (1, 1))
 
 
 def _is_projection(downsample: Any) -> bool:
     """Whether a shortcut is a convolution and a batch norm that the block can absorb."""
-    if type(downsample) is not nn.Sequential or len(downsample) != 2 or has_hooks(downsample):
+    if type(downsample) is not nn.Sequential or len(downsample) != 2 or is_overridden(downsample):
         return False
     return why_not_fused(downsample[0], downsample[1]) is None
 

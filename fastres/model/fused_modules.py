@@ -2,7 +2,8 @@
 
 A fused module is a subclass of the module that it speeds up and overrides `forward` alone. It has
 the same children, parameters, buffers and state_dict keys, because it inherits them, and where it
-cannot fuse it falls back to `super().forward`: the reference itself.
+cannot fuse it falls back to `super().forward`: the reference itself. So it does wherever something
+stands between a module's call and what it computes, see interception.py.
 
     training     one op a block, statistics of the batch; the running ones are moved here
     evaluation   batch norms folded into their convolutions, where no gradient is wanted
@@ -11,8 +12,9 @@ cannot fuse it falls back to `super().forward`: the reference itself.
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,18 +29,20 @@ from fastres.model.conv_bn import (
     cast_dtype,
     conv_bn,
     conv_bn_folded,
-    has_hooks,
     is_unmodified_relu,
     layer_params,
+    recomputed_to_here,
     to_compute_dtype,
     update_running_stats,
 )
+from fastres.model.interception import is_as_defined, is_intercepted, is_overridden
 from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, ResNet9
 
 __all__ = [
     "FusedBasicBlock",
     "FusedBlock",
     "FusedBottleneck",
+    "FusedModule",
     "FusedResNet",
     "FusedResNet9",
     "FusedSequential",
@@ -47,7 +51,55 @@ __all__ = [
 ]
 
 
-class FusedSequential(nn.Sequential):
+class FusedModule(nn.Module):
+    """What all fused modules share; mixed in before the class that is sped up."""
+
+    _plain: ClassVar[type[nn.Module]]
+    _plain_functions: ClassVar[dict[str, Any]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        kinds = cast(tuple[type[nn.Module], ...], cls.__mro__)
+        cls._plain = next(kind for kind in kinds if not issubclass(kind, FusedModule))
+        names = [name for name in ("forward", "_forward_impl") if hasattr(cls._plain, name)]
+        cls._plain_functions = {name: getattr(cls._plain, name) for name in names}
+
+    @classmethod
+    def is_plain_as_defined(cls) -> bool:
+        """Whether nobody has replaced what the plain class computes."""
+        return all(is_as_defined(cls._plain, name) for name in cls._plain_functions)
+
+    def must_call_modules(self, x: Any) -> bool:
+        """Whether only the plain module, which calls all others, does what is wanted of x."""
+        return is_intercepted(x) or any(
+            getattr(self._plain, name) is not function
+            for name, function in self._plain_functions.items()
+        )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return what torch.jit.script compiles in place of this module."""
+        return _to_plain(self, {})
+
+
+def _to_plain(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    """The same parameters and buffers in modules of the plain classes; `module` stays as it is.
+
+    done: {id of a module: what became of it}, for those that occur twice.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return module
+    if id(module) not in done:
+        kind = module._plain if isinstance(module, FusedModule) else type(module)
+        plain = done[id(module)] = kind.__new__(kind)
+        children = {
+            name: child if child is None else _to_plain(child, done)
+            for name, child in module._modules.items()
+        }
+        plain.__dict__ = {**vars(module), "_modules": children}
+    return done[id(module)]
+
+
+class FusedSequential(FusedModule, nn.Sequential):
     """A Sequential in which every run of conv, bn (, relu) of `fused_runs` is one op.
 
     Attributes:
@@ -57,9 +109,11 @@ class FusedSequential(nn.Sequential):
 
     fused_runs: Mapping[int, int] = MappingProxyType({})
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the modules in order."""
-        modules = list(self)
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the modules in order; the argument is called as in nn.Sequential."""
+        if self.must_call_modules(input):
+            return super().forward(input)
+        x, modules = input, list(self)
         i = 0
         while i < len(modules):
             run = modules[i : i + self.fused_runs.get(i, 1)]
@@ -73,7 +127,7 @@ class FusedSequential(nn.Sequential):
         return x
 
 
-class FusedBlock(nn.Module):
+class FusedBlock(FusedModule):
     """The fused forward pass of a residual block; mixed in before the class of the block.
 
     Attributes:
@@ -91,13 +145,16 @@ class FusedBlock(nn.Module):
             for i in range(1, self.depth + 1)
         ]
         downsample: Any = self.downsample
-        is_layer = isinstance(downsample, nn.Sequential) and len(downsample) == 2
-        if self.fused_downsample and is_layer and not has_hooks(downsample):
+        # No other class: one derived from it may compute something else.
+        is_layer = type(downsample) is nn.Sequential and len(downsample) == 2
+        if self.fused_downsample and is_layer and not is_overridden(downsample):
             return layers, ConvBNModules(*downsample)
         return layers, None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x as the block does."""
+        if self.must_call_modules(x):
+            return super().forward(x)
         layers, projection = self._layers()
         all_layers = [*layers, projection] if projection is not None else layers
         if hasattr(self, "relu") and not is_unmodified_relu(self.relu):
@@ -129,7 +186,7 @@ class FusedBlock(nn.Module):
             add_input=self._has_shortcut(),
         )
         update_running_stats([*layers, projection] if projection else layers, stats)
-        return out
+        return recomputed_to_here(out)
 
     def _evaluate(
         self, x: Tensor, layers: list[ConvBNModules], projection: ConvBNModules | None
@@ -167,7 +224,7 @@ def pool_classify(x: Tensor, fc: nn.Module) -> Tensor:
 
     Returns: (N, classes) in the dtype that autocast gives a linear layer.
     """
-    if type(fc) is nn.Linear and not has_hooks(fc) and x.shape[0] > 0 and is_worth_an_op(x):
+    if type(fc) is nn.Linear and not is_overridden(fc) and x.shape[0] > 0 and is_worth_an_op(x):
         return pool_linear(x, fc.weight, fc.bias).to(cast_dtype(x))
     return fc(x.mean(dim=(2, 3)))
 
@@ -194,22 +251,26 @@ class SmoothCrossEntropy(nn.Module):
         return F.cross_entropy(wide, labels, label_smoothing=self.label_smoothing)
 
 
-class FusedResNet(ResNet):
+class FusedResNet(FusedModule, ResNet):
     """`ResNet` with a fused stem and head; its blocks are fused on their own."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""
+        if self.must_call_modules(x):
+            return super().forward(x)
         x = conv_bn(x, ConvBNModules(self.conv1, self.bn1))
         for stage in self.stages:
             x = getattr(self, stage)(x)
         return pool_classify(x, self.fc)
 
 
-class FusedResNet9(ResNet9):
+class FusedResNet9(FusedModule, ResNet9):
     """`ResNet9` with a fused stem; its blocks are fused on their own."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""
+        if self.must_call_modules(x):
+            return super().forward(x)
         x = conv_bn(x, ConvBNModules(self.conv1, self.bn1))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.amax(dim=(2, 3))) * self.logit_scale
