@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fastres.output import reader_may_leave
+
 __all__ = ["COMMANDS", "main"]
 
 # Name: module, what it does.
@@ -18,17 +20,18 @@ COMMANDS = {
 }
 
 
-def _help() -> str:
+@reader_may_leave()
+def _print_help() -> None:
     lines = [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
     usage = ["usage: fastres COMMAND [OPTION ...]", ""]
-    return "\n".join([*usage, *lines, "", "fastres COMMAND --help lists the options of one."])
+    print("\n".join([*usage, *lines, "", "fastres COMMAND --help lists the options of one."]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help())
+        _print_help()
         return 0
     name, *rest = arguments
     if name not in COMMANDS:

@@ -1,17 +1,20 @@
 """What the commands share: options from a dataclass, one sentence for an error, exit codes."""
 
-import io
+import json
 import logging
+import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import tyro
 
-from fastres.errors import FastresError
+from fastres.errors import FastresError, sentence_for
+from fastres.output import reader_may_leave
 
-__all__ = ["guarded", "parse", "value_of"]
+__all__ = ["guarded", "parse", "tell_launcher", "value_of"]
 
 T = TypeVar("T")
 
@@ -42,32 +45,49 @@ def value_of(option: str, argv: Sequence[str]) -> str | None:
     return value
 
 
-def guarded(command: Callable[[], int], *, debug: bool) -> int:
-    """Run `command`; print a FastresError as one sentence and return its exit code.
+def guarded(command: Callable[[], int], *, debug: bool, result_is_printed: bool = True) -> int:
+    """Run `command`; print what a user can mend as one sentence and return its exit code.
 
-    With `debug` its traceback is printed too, and what the package logs. An interrupt returns 130.
+    An interrupt returns 130. A reader of stdout or stderr may leave: see output.py.
+
+    Args:
+        command: returns an exit code.
+        debug: print the traceback of an error too, and what the package logs.
+        result_is_printed: fail where stdout could not be written.
     """
-    if debug:
-        logging.basicConfig(format="%(name)s: %(message)s")
-        logging.getLogger("fastres").setLevel(logging.DEBUG)
-    # A path may hold what the terminal's encoding lacks; printing it is no reason to fail.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    with reader_may_leave(result_is_printed=result_is_printed):
+        if debug:
+            logging.basicConfig(format="%(name)s: %(message)s")
+            logging.getLogger("fastres").setLevel(logging.DEBUG)
+        try:
+            return command()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            sentence = sentence_for(error)
+            if sentence is None:
+                raise
+            if debug:
+                traceback.print_exc()
+            if not tell_launcher(f"error: {sentence}"):
+                print(f"error: {sentence}", file=sys.stderr)
+            return error.exit_code if isinstance(error, FastresError) else 1
+
+
+def tell_launcher(sentence: str) -> bool:
+    """Have torchrun end its report on a failed run with `sentence`.
+
+    The report names a reason for every process, the first one last, and comes after whatever the
+    processes printed. Returns whether it stands for what this process would print itself.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return False
+    reason = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
     try:
-        return command()
-    except FastresError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        # The operating system's refusals are the user's to mend: a full disk, a folder of others.
-        if debug:
-            traceback.print_exc()
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        with open(file, "w") as stream:
+            json.dump({"message": {"message": sentence, "extraInfo": reason}}, stream)
+    except OSError:
+        return False
+    return True

@@ -1,10 +1,22 @@
-"""The two kinds of error a command reports in one sentence instead of a traceback.
+"""The errors that a command reports in one sentence instead of a traceback.
 
-Everything a user can cause (a wrong option, a truncated file, a full disk) is raised as one of
-these; any other exception is a bug in fastres and keeps its traceback.
+Everything a user can cause (a wrong option, a truncated file, a full disk) is raised as one of the
+two kinds here, or comes from the system: `sentence_for` puts those into words. Any other exception
+is a bug in fastres and keeps its traceback.
 """
 
-__all__ = ["FailureError", "FastresError", "UsageError"]
+import errno
+import re
+
+__all__ = ["FailureError", "FastresError", "UsageError", "sentence_for"]
+
+# What allocators of Python, torch, CUDA, cuBLAS and oneDNN say, each in its own class.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|(can't|cannot|failed to) allocate|not enough memory|bad_alloc|ALLOC_FAILED",
+    re.IGNORECASE,
+)
+_AMOUNT = re.compile(r"tried to allocate ([\d.]+) ?(\w+)", re.IGNORECASE)
+_WORKER_DIED = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal: [^.]*)")
 
 
 class FastresError(Exception):
@@ -23,3 +35,46 @@ class UsageError(FastresError, ValueError):
     """The request itself is wrong: an unknown name, a contradiction, a refused overwrite."""
 
     exit_code = 2
+
+
+def sentence_for(error: Exception) -> str | None:
+    """Return what went wrong and what would help, or None for a bug in fastres.
+
+    Known are the errors above, the operating system's refusals (a full disk, a folder of others),
+    too little memory, and a worker process of torch's DataLoader that was killed.
+    """
+    if isinstance(error, FastresError):
+        return str(error)
+    text = str(error)
+    if _is_out_of_memory(error, text):
+        return (
+            f"out of memory{_amount_asked(text)}; a smaller --batch-size needs less, and a smaller "
+            "--eval-batch-size where a run evaluates"
+        )
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    if isinstance(error, RuntimeError) and (death := _WORKER_DIED.search(text)):
+        return (
+            f"a worker process of the loader has ended ({death[1]}), often for lack of memory; "
+            "fewer --workers need less, and --workers 0 has none"
+        )
+    return None
+
+
+def _is_out_of_memory(error: Exception, text: str) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text) is not None
+    )
+
+
+def _amount_asked(text: str) -> str:
+    found = _AMOUNT.search(text)
+    if found is None:
+        return ""
+    number, unit = found.groups()
+    if unit == "bytes":
+        number, unit = f"{int(number) / 2**20:,.0f}", "MiB"
+    return f" ({number} {unit} more were asked for)"

@@ -1,6 +1,7 @@
 """Train a ResNet on CIFAR: `python -m fastres.train [--fast]`, or `fastres train`.
 
-Exit codes: 0 done, 1 failure, 2 bad use, 130 and 143 stopped by Ctrl-C and SIGTERM after saving.
+Exit codes: 0 done, 1 failure, 2 bad use; 129, 130 and 143 stopped after saving, by a closed
+terminal (SIGHUP), Ctrl-C (SIGINT) and SIGTERM.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from fastres.cli import guarded, parse, value_of
+from fastres.cli import guarded, parse, tell_launcher, value_of
 from fastres.config import (
     Config,
     DataOptions,
@@ -101,8 +102,12 @@ class TrainOptions:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    return guarded(lambda: _run(arguments), debug=debug)
+    return guarded(
+        lambda: _run(arguments),
+        debug="--debug" in arguments,
+        # Otherwise the result is the run folder, and the rows are there too.
+        result_is_printed="--json" in arguments,
+    )
 
 
 def _run(argv: list[str]) -> int:
@@ -188,7 +193,9 @@ def _train_with(
                 folder.write_json("config.json", config.to_json())
             summary = trainer.run(prepared, resume=options.resume)
     except Stopped as stopped:
-        console.line(f"{stopped}; go on with: python -m fastres.train --resume --out {folder.path}")
+        advice = f"{stopped}; go on with: python -m fastres.train --resume --out {folder.path}"
+        console.line(advice)
+        tell_launcher(advice)
         return stopped.exit_code
     _report(summary, folder, console, as_json=options.json and processes.is_main)
     return 0

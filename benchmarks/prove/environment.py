@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.rows import make_provenance
+from fastres.output import reader_may_leave
 
 __all__ = ["find_problems", "is_installed", "main"]
 
@@ -71,6 +72,7 @@ def find_problems(found: dict[str, Any]) -> list[str]:
     return faults
 
 
+@reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> int:
     """Describe the machine and return 0 where a proof can run."""
     parser = argparse.ArgumentParser(

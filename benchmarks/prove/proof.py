@@ -27,6 +27,7 @@ from benchmarks.harness.rows import write_results
 from benchmarks.prove.environment import is_installed
 from benchmarks.prove.parts import ROOT, Part, plan_parts
 from benchmarks.report.collect import rows_of_report
+from fastres.output import reader_may_leave
 
 __all__ = ["Outcome", "judge", "main"]
 
@@ -253,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@reader_may_leave(result_is_printed=False)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the proof and return its exit code."""
     options = _parser().parse_args(argv)

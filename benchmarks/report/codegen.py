@@ -26,6 +26,7 @@ from benchmarks.harness.rows import (
     write_results,
 )
 from fastres.kernels.tools import codegen
+from fastres.output import reader_may_leave
 
 __all__ = ["fill", "main", "rows_of"]
 
@@ -166,6 +167,7 @@ def fill(page: str, results: Sequence[Result]) -> str:
     return _BLOCK.sub(block, page)
 
 
+@reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> int:
     """Write rows, or write or check the page."""
     parser = argparse.ArgumentParser(

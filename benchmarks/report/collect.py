@@ -34,6 +34,7 @@ from benchmarks.harness.rows import (
     write_results,
 )
 from fastres.engine.summary import Summary
+from fastres.output import reader_may_leave
 
 __all__ = ["PeakRates", "main", "peak_rates_of", "rows_of", "rows_of_report"]
 
@@ -221,6 +222,7 @@ def _collect_proof(folder: Path) -> list[Path]:
     return written
 
 
+@reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> int:
     """Write results and print the paths of their files."""
     parser = argparse.ArgumentParser(

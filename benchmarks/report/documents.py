@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks.harness.rows import Result, read_results
 from benchmarks.report.plots import Picture, pictures
 from benchmarks.report.tables import choose, cross_table, table
+from fastres.output import reader_may_leave
 
 __all__ = ["fill", "loose_numbers", "main"]
 
@@ -113,6 +114,7 @@ def _write_plots(wanted: Sequence[Picture], folder: Path, *, check: bool) -> lis
     return stale
 
 
+@reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> int:
     """Write or check the documents."""
     parser = argparse.ArgumentParser(

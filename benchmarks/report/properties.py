@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 from benchmarks.harness.records import RowProvenance
 from benchmarks.harness.rows import Row, summarize, write_results
 from fastres import host
+from fastres.output import reader_may_leave
 
 __all__ = ["main", "rows_of_reports"]
 
@@ -49,6 +50,7 @@ def rows_of_reports(paths: Iterable[Path]) -> tuple[list[Row], dict[str, list[in
     return rows, dict(seeds)
 
 
+@reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the rows and print the path of their file."""
     parser = argparse.ArgumentParser(

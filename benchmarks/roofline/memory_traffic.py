@@ -27,6 +27,7 @@ from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu.launch import Launch, num_bytes, recording
 from fastres.model.fuse import fuse
 from fastres.model.resnet import create_model
+from fastres.output import reader_may_leave
 
 __all__ = ["BlockTraffic", "block_table", "count_net", "fill", "main", "record_op"]
 
@@ -188,6 +189,7 @@ def _net_table(name: str, batch: int) -> Iterator[str]:
     yield f"  an image: {sum(block.bytes for block in blocks) / batch / 1e6:.2f} MB"
 
 
+@reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables, or write the block's into a document."""
     parser = argparse.ArgumentParser(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastres.host import usable_cores
+from fastres.output import reader_may_leave
 
 if TYPE_CHECKING:
     from fastres.kernels.tools.codegen_report import CodegenEntry
@@ -176,6 +177,7 @@ def _write(entries: "Sequence[CodegenEntry]", options: argparse.Namespace) -> No
             writer.writerows(records)
 
 
+@reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print, write; 1 where an entry has a violation, 2 where nothing can be compiled."""
     options = _parser().parse_args(argv)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastres.host import provenance
+from fastres.output import reader_may_leave
 
 if TYPE_CHECKING:
     import torch
@@ -167,6 +168,7 @@ def _measure(options: argparse.Namespace) -> int:
     return 0
 
 
+@reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune or list; 2 where nothing can be measured."""
     options = _parser().parse_args(argv)

@@ -1,0 +1,47 @@
+"""A training run of seconds as a process of its own, for tests that signal, kill or unplug it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (
+    *("--dataset", "synthetic", "--limit-train", "100", "--batch-size", "10", "--threads", "1"),
+    *("--model", "resnet8", "--width", "0.25", "--shortcut", "A", "--no-whiten"),
+)
+ENDLESS = (*TINY, "--epochs", "100000")
+
+
+def start(command, **options):
+    """Start `python COMMAND ...` from the root of the repository; pipes unless `options` differ."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "bufsize": 1}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=env, **(pipes | options)
+    )
+
+
+def wait_for_epoch(lines):
+    """Read what a run prints until the row of its first epoch."""
+    for line in lines:
+        if line.split()[:1] == ["1.00"]:
+            return
+    raise AssertionError("the run ended before its first epoch")
+
+
+def is_running(pid):
+    """Tell whether a process is there and more than a zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def children(pid):
+    """Return the process ids of all children."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(child) for child in (task / "children").read_text().split()]
+    return found
