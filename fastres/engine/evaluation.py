@@ -1,5 +1,6 @@
 """Accuracy of a network on a whole set, every image counted exactly once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,7 @@ def evaluate(
     *,
     flip_tta: bool = False,
     processes: Processes = ALONE,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Score:
     """Evaluate `model` on everything that `loader` serves, in evaluation mode.
 
@@ -64,6 +66,7 @@ def evaluate(
         runtime: precision and layout.
         flip_tta: average the class probabilities of each image and of its mirror image.
         processes: whose loaders serve the rest of the set.
+        after_batch: called after every batch; what it raises ends the evaluation.
     """
     was_training = model.training
     model.eval()
@@ -75,6 +78,7 @@ def evaluate(
                 pair = torch.stack([log_probs, _log_probs(model, images.flip(3), runtime)])
                 log_probs = pair.logsumexp(dim=0) - pair.new_tensor(2.0).log()
             totals.add(F.nll_loss(log_probs, labels), log_probs, labels)
+            after_batch()
     model.train(was_training)
     loss, accuracy, count = totals.read(processes)
     return Score(loss, accuracy, count)

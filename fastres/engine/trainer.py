@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -173,24 +174,31 @@ class Trainer:
             self._restore(prepared)
         self.console.line("")
         stop = StopSignal()
-        with stop.caught():
-            while prepared.state.step < prepared.total_steps:
-                number = self.processes.any(stop.number)
-                if number is not None:
-                    raise Stopped(number)
-                self._train_epoch(prepared, stop)
-        summary = self._finish(prepared)
-        prepared.close()
-        return summary
+        with stop.caught(), closing(prepared):
+            try:
+                while len(prepared.state.rows) * prepared.steps_per_epoch < prepared.total_steps:
+                    self._train_epoch(prepared, stop)
+            except Stopped:
+                self._save(prepared)
+                raise
+            return self._finish(prepared)
 
     def _train_epoch(self, run: PreparedRun, stop: StopSignal) -> None:
-        """Train to the end of the epoch, or of the run; evaluate, record and save."""
+        """Train to the end of the epoch, or of the run; evaluate, save and report.
+
+        A resumed run may have none of the epoch's steps left to do, or only the evaluation.
+
+        Raises:
+            Stopped: between two steps or during the evaluation; the state is one to go on from.
+        """
         state = run.state
         state.add_mode(self._execution_mode())
-        epoch, first = divmod(state.step, run.steps_per_epoch)
+        epoch = len(state.rows)
+        first = state.step - epoch * run.steps_per_epoch
         last = min(run.steps_per_epoch, run.total_steps - epoch * run.steps_per_epoch)
         batches = _EpochSlice(run.train_loader, epoch, first, last)
         started = time.perf_counter() - state.epoch_seconds
+        self._heed(stop)
         for images, labels in self.console.progress(
             batches, f"epoch {epoch + 1}", self.config.batch_size
         ):
@@ -199,26 +207,39 @@ class Trainer:
             if state.first_step_seconds is None:
                 self._wait()
                 state.first_step_seconds = machine.process_seconds()
-            number = self.processes.any(stop.number)
-            if number is not None and state.step < epoch * run.steps_per_epoch + last:
-                state.epoch_seconds = time.perf_counter() - started
-                self._save(run)
-                raise Stopped(number)
+            state.epoch_seconds = time.perf_counter() - started
+            self._heed(stop)
         self._wait()
-        seconds = time.perf_counter() - started
+        state.epoch_seconds = time.perf_counter() - started
         loss, accuracy, count = run.step.totals.read(self.processes)
         if not math.isfinite(loss):
             raise FailureError(
                 f"the loss is {loss} in epoch {epoch + 1}: the run has diverged; lower --lr. "
                 f"{self.folder.path} keeps the checkpoint of the epoch before, if there was one"
             )
-        run.step.totals.values.zero_()
-        state.train_seconds += seconds
+        scores = self._scores(run, stop)
+        rate = count / state.epoch_seconds
+        state.train_seconds += state.epoch_seconds
         state.epoch_seconds = 0.0
-        self._end_epoch(run, loss, accuracy, count / seconds)
+        run.step.totals.values.zero_()
+        self._end_epoch(run, loss, accuracy, rate, scores)
 
-    def _end_epoch(self, run: PreparedRun, loss: float, accuracy: float, rate: float) -> None:
-        state, scores = run.state, self._scores(run)
+    def _heed(self, stop: StopSignal) -> None:
+        """Raise Stopped, in all processes together, once one of them was asked to stop."""
+        number = self.processes.any(stop.number)
+        if number is not None:
+            raise Stopped(number)
+
+    def _end_epoch(
+        self,
+        run: PreparedRun,
+        loss: float,
+        accuracy: float,
+        rate: float,
+        scores: dict[str, Score],
+    ) -> None:
+        """Record the epoch: first what a resumed run needs, then what people read."""
+        state = run.state
         row: dict[str, float] = {
             "epoch": round(state.step / run.steps_per_epoch, 4),
             "train_loss": loss,
@@ -228,20 +249,30 @@ class Trainer:
             row |= {f"{split}_loss": score.loss, f"{split}_accuracy": score.accuracy}
         row |= {"images_per_second": rate, "train_seconds": state.train_seconds}
         state.rows.append(cast(MetricsRow, row))
-        self.console.row(row)
-        if self.processes.is_main:
-            self.folder.write_metrics(state.rows)
         if "val" in scores and scores["val"].accuracy > state.best_val_accuracy:
             state.best_val_accuracy = scores["val"].accuracy
             self._save_weights(run, self.folder.file("best"))
         self._save(run)
+        if self.processes.is_main:
+            self.folder.write_metrics(state.rows)
+        self.console.row(row)
 
-    def _scores(self, run: PreparedRun) -> dict[str, Score]:
-        """Evaluate on every held-out split, with the averaged weights where there are any."""
+    def _scores(self, run: PreparedRun, stop: StopSignal) -> dict[str, Score]:
+        """Evaluate on every held-out split, with the averaged weights where there are any.
+
+        Several processes have no common moment to stop at before the end of the evaluation.
+        """
         started = time.perf_counter()
+        after_batch = (lambda: None) if self.processes.size > 1 else (lambda: self._heed(stop))
         with run.step.evaluated_weights():
             scores = {
-                split: evaluate(self.model, loader, self.runtime, processes=self.processes)
+                split: evaluate(
+                    self.model,
+                    loader,
+                    self.runtime,
+                    processes=self.processes,
+                    after_batch=after_batch,
+                )
                 for split, loader in run.eval_loaders.items()
             }
         images = sum(score.images for score in scores.values())
@@ -249,15 +280,15 @@ class Trainer:
         return scores
 
     def _finish(self, run: PreparedRun) -> Summary:
-        """Write weights, curves and summary."""
+        """Write weights, summary and curves."""
         self._save_weights(run, self.folder.file("model"))
         summary = self._summarize(run)
         if not self.processes.is_main:
             return summary
+        self.folder.write_json("summary.json", summary)
         title = f"{summary['model']} on {summary['dataset']}, {summary['epochs']:g} epochs"
         picture = draw_curves(run.state.rows, title, label_smoothing=self.config.label_smoothing)
         checkpoint.replace_file(self.folder.path / "curves.png", picture)
-        self.folder.write_json("summary.json", summary)
         return summary
 
     def _execution_mode(self) -> ExecutionMode:
@@ -361,6 +392,8 @@ class _EpochSlice:
         return self.last - self.first
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if self.first == self.last:
+            return
         for number, batch in enumerate(self.loader.serve(self.epoch, self.first), self.first + 1):
             yield batch
             # A whole epoch is walked past its last batch, so that the loader can wind up.

@@ -17,8 +17,12 @@ from PIL import Image
 from fastres import evaluate as evaluate_command
 from fastres import train as train_command
 from fastres.data.loaders import dali_missing
-from fastres.engine import checkpoint
+from fastres.engine import checkpoint, trainer
+from fastres.engine.console import RunConsole
+from fastres.engine.evaluation import evaluate
+from fastres.engine.run_dir import RunDir
 from fastres.engine.step import TrainStep
+from fastres.errors import FailureError
 from fastres.kernels.cpu import build as cpu_build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,9 +134,9 @@ RESUMED = [
 
 
 @pytest.mark.parametrize("options", RESUMED)
-@pytest.mark.parametrize("last_step", [2, 7, 12])
+@pytest.mark.parametrize("last_step", [2, 7, 15])
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(options, last_step, tmp_path, monkeypatch):
-    """Ctrl-C within an epoch, and in its last step, then --resume: the same bits and rows."""
+    """Ctrl-C within an epoch, in its last step or the run's: the same bits and rows."""
     arguments = [*TINY, "--limit-train", "480", "--batch-size", "54", "--deterministic", *options]
     assert train(*arguments, "--out", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
@@ -149,6 +153,50 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(options, last_step, tmp_
     assert train("--resume", "--out", tmp_path / "stopped") == 0
     assert same_weights(tmp_path / "whole", tmp_path / "stopped")
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_stopped_evaluation_keeps_its_epoch(epoch, run, tmp_path, monkeypatch, capsys):
+    """It may take longer than whoever sent the signal waits; resuming begins with it."""
+    evaluated = []
+
+    def interrupted(*arguments, **options):
+        evaluated.append(arguments)
+        if len(evaluated) == epoch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments, **options)
+
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate", interrupted)
+        assert train(*TINY, "--out", out) == 143
+    progress = checkpoint.read(out / "last.safetensors")[1]["progress"]
+    assert (progress["step"], len(progress["rows"])) == (8 * epoch, epoch - 1)
+    assert train("--resume", "--out", out) == 0
+    assert same_weights(run, out)
+    assert metrics(run) == metrics(out)
+
+
+def fails(*_arguments, **_options):
+    raise FailureError("this failed")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "saved"),
+    [
+        (RunConsole, "row", ("last.safetensors", "metrics.csv")),
+        (RunDir, "write_metrics", ("last.safetensors",)),
+        (trainer, "draw_curves", ("last.safetensors", "model.safetensors", "summary.json")),
+    ],
+)
+def test_nothing_is_reported_before_it_is_saved(where, name, saved, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, fails)
+        assert train(*TINY, "--epochs", "1", "--out", tmp_path) == 1
+    assert capsys.readouterr().err == "error: this failed\n"
+    assert {"config.json", *saved} <= {path.name for path in tmp_path.iterdir()}
+    progress = checkpoint.read(tmp_path / "last.safetensors")[1]["progress"]
+    assert [row["epoch"] for row in progress["rows"]] == [1]
 
 
 def test_a_signal_from_outside_saves_and_ends_with_its_code(tmp_path):

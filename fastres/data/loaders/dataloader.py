@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastres.data.augmentation import TensorPlan, augment, normalize, shared_tensor, to_raw_scale
 from fastres.data.loaders.base import BatchSpec, Loader
+from fastres.data.loaders.worker_signals import obey_trainer, signals_held
 from fastres.data.plan import Plan
 
 __all__ = ["TorchLoader"]
@@ -75,11 +76,14 @@ class TorchLoader(Loader):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
+            worker_init_fn=obey_trainer,
         )
 
     def _serve(self, epoch: int, start_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         self.sampler.epoch, self.sampler.start_batch = epoch, start_batch
-        for images, labels in self.loader:
+        with signals_held():
+            batches = iter(self.loader)
+        for images, labels in batches:
             yield (
                 images.to(self.device, non_blocking=True),
                 labels.to(self.device, non_blocking=True),
