@@ -4,9 +4,16 @@ Every process takes its share of each batch, and after every step all of them ho
 and running statistics, bit for bit. So any of them can save for all, and a run may be resumed by
 another number of processes. Batch norm sees the share of a process, as with torch's
 DistributedDataParallel; the pixels of a batch are those of a run by one process.
+
+The processes end together: when torchrun ends, each of them is asked to save and stop, and when one
+of them ends, the others fail in their next exchange with it.
 """
 
+import ctypes
 import os
+import re
+import signal
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,9 +25,12 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fastres.data.dataset import ImageSet
 from fastres.data.loaders import BatchSpec
-from fastres.errors import UsageError
+from fastres.errors import FailureError, UsageError, sentence_for
 
 __all__ = ["ALONE", "Processes", "join_processes"]
+
+# From sys/prctl.h.
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,8 @@ class Processes:
     def _averages(self, tensors: Sequence[Tensor]) -> Iterable[Tensor]:
         """Return the mean over the processes of every tensor, exchanged as one."""
         flat = _flatten_dense_tensors(list(tensors))
-        dist.all_reduce(flat)
+        with _named_failures():
+            dist.all_reduce(flat)
         return _unflatten_dense_tensors(flat.div_(self.size), list(tensors))
 
     def total(self, values: Tensor) -> Tensor:
@@ -86,7 +97,8 @@ class Processes:
         if self.size == 1:
             return values
         summed = values.clone()
-        dist.all_reduce(summed)
+        with _named_failures():
+            dist.all_reduce(summed)
         return summed
 
     def any(self, number: int | None) -> int | None:
@@ -94,20 +106,44 @@ class Processes:
         if self.size == 1:
             return number
         largest = torch.tensor(number or 0)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        with _named_failures():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest) or None
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Let process 0 of this machine go through the context before the others."""
         if self.size > 1 and self.local_rank:
-            dist.barrier()
+            self._wait_for_all()
         yield
         if self.size > 1 and not self.local_rank:
+            self._wait_for_all()
+
+    def _wait_for_all(self) -> None:
+        with _named_failures():
             dist.barrier()
 
 
 ALONE = Processes()
+
+
+@contextmanager
+def _named_failures() -> Iterator[None]:
+    """Put into words what the back ends raise when another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if sentence_for(error) is not None:
+            raise
+        # Without the line of the back end's source before it, and its advice after it.
+        reason = re.sub(r"^\[\S+\] ", "", str(error)).splitlines()[0].partition(". ")[0]
+        raise FailureError(f"another process of this run cannot be reached: {reason}") from error
+
+
+def _stop_with_launcher() -> None:
+    """Get a SIGTERM when the process that started this one ends, be it by SIGKILL; Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager
@@ -119,7 +155,10 @@ def join_processes(device: str) -> Iterator[Processes]:
 
     Raises:
         UsageError: when there are fewer GPUs than processes.
+        FailureError: when the others cannot be reached.
     """
+    if dist.is_torchelastic_launched():
+        _stop_with_launcher()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_torchelastic_launched():
         yield ALONE
         return
@@ -133,7 +172,8 @@ def join_processes(device: str) -> Iterator[Processes]:
                 f"{torch.cuda.device_count()}; start fewer, or give --device cpu"
             )
         torch.cuda.set_device(processes.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+    with _named_failures():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     try:
         yield processes
     finally:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastres.engine import checkpoint
 from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.optim import lr_factor
 from fastres.errors import UsageError
+from tests.helpers.tiny_run import children, is_running, start, wait_for_epoch
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -164,6 +166,59 @@ def test_a_batch_that_cannot_be_split_is_one_sentence():
     batches = BatchSpec(data.train, data.mean, data.std, 50, 0, Augmentation(), True)
     with pytest.raises(UsageError, match="50 images cannot be split over 3 processes evenly"):
         Processes(0, 3).share(batches)
+
+
+def reasons(report):
+    """Return the reason of every process from the report of torchrun, which ends with a rule."""
+    assert report.rstrip().splitlines()[-1].strip("=") == ""
+    return [line.partition(" : ")[2] for line in report.splitlines() if "traceback : " in line]
+
+
+def test_torchrun_ends_with_the_sentence(tmp_path):
+    command = ["-m", "fastres.train", *TINY, "--batch-size", "25", "--out", tmp_path / "run"]
+    refused = torchrun(2, command)
+    sentence = (
+        "error: a batch of 25 images cannot be split over 2 processes evenly; choose a multiple "
+        "with --batch-size"
+    )
+    assert refused.returncode == 1
+    assert refused.stderr.count(sentence) == 2
+    assert reasons(refused.stderr) == [sentence] * 2
+    assert not (tmp_path / "run").exists()
+
+
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+@pytest.mark.parametrize(
+    ("count", "number"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGINT)]
+)
+def test_the_processes_save_and_end_with_torchrun(count, number, tmp_path):
+    command = [*LAUNCHER, count, "-m", "fastres.train", *TINY, "--epochs", 100000]
+    with start([*command, "--out", tmp_path / "run"]) as launcher:
+        wait_for_epoch(launcher.stdout)
+        ranks = children(launcher.pid)
+        assert len(ranks) == count
+        launcher.send_signal(number)
+        try:
+            # The end of the stream that all of them print to.
+            printed, _ = launcher.communicate(timeout=60)
+        finally:
+            for rank in filter(is_running, ranks):
+                os.kill(rank, signal.SIGKILL)
+    assert "; go on with: python -m fastres.train --resume" in printed
+    assert checkpoint.read(tmp_path / "run" / "last.safetensors")[1]["progress"]["step"] >= 4
+
+
+def test_a_process_that_is_killed_ends_the_others_in_one_sentence(tmp_path):
+    command = [*LAUNCHER, 2, "-m", "fastres.train", *TINY, "--epochs", 100000]
+    with start([*command, "--out", tmp_path / "run"]) as launcher:
+        wait_for_epoch(launcher.stdout)
+        victim = children(launcher.pid)[1]
+        os.kill(victim, signal.SIGKILL)
+        _, report = launcher.communicate(timeout=60)
+    assert report.count("Traceback") == 1  # torchrun's own
+    assert f"Signal 9 (SIGKILL) received by PID {victim}" in reasons(report)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
