@@ -3,13 +3,14 @@
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
-
-import tyro
 
 from fastres.errors import FastresError, sentence_for
 from fastres.output import reader_may_leave
@@ -21,6 +22,9 @@ T = TypeVar("T")
 
 def parse(options: type[T], prog: str, description: str, argv: Sequence[str], default: T) -> T:
     """Read `argv` into the dataclass `options`; wrong use ends the process with exit code 2."""
+    # Here, since an interrupt before `guarded` is Python's to report, with a traceback.
+    import tyro
+
     return tyro.cli(
         options,
         prog=prog,
@@ -55,16 +59,16 @@ def guarded(command: Callable[[], int], *, debug: bool, result_is_printed: bool 
         debug: print the traceback of an error too, and what the package logs.
         result_is_printed: fail where stdout could not be written.
     """
-    with reader_may_leave(result_is_printed=result_is_printed):
+    with reader_may_leave(result_is_printed=result_is_printed), _noting_interrupts() as interrupts:
         if debug:
             logging.basicConfig(format="%(name)s: %(message)s")
             logging.getLogger("fastres").setLevel(logging.DEBUG)
         try:
             return command()
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
+            if interrupts or isinstance(error, KeyboardInterrupt):
+                print("interrupted", file=sys.stderr)
+                return 130
             sentence = sentence_for(error)
             if sentence is None:
                 raise
@@ -73,6 +77,29 @@ def guarded(command: Callable[[], int], *, debug: bool, result_is_printed: bool 
             if not tell_launcher(f"error: {sentence}"):
                 print(f"error: {sentence}", file=sys.stderr)
             return error.exit_code if isinstance(error, FastresError) else 1
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Raise KeyboardInterrupt on Ctrl-C as Python does, and keep a list of those raised.
+
+    While a library is imported, it may be swallowed there, and an odd error follows.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, _frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield received
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tell_launcher(sentence: str) -> bool:

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from fastres import train
+from fastres import cli, train
 from fastres.data.loaders import dali_missing
 from fastres.engine import checkpoint
 from fastres.engine.signals import StopSignal
@@ -113,6 +113,21 @@ def test_a_request_that_nobody_hears_of_is_one_too(monkeypatch):
         with stop.caught():
             signal.raise_signal(signal.SIGHUP)
     assert stop.number == signal.SIGHUP
+
+
+def test_an_interrupt_that_a_library_swallows_is_one(capsys):
+    """As numpy does while it is imported, and torch goes on without it until something fails."""
+
+    def start_up():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("cannot load module more than once per process") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    assert cli.guarded(start_up, debug=False) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_training_in_a_thread_catches_no_signals(tmp_path, capsys):
