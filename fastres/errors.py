@@ -16,7 +16,6 @@ _OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 _AMOUNT = re.compile(r"tried to allocate ([\d.]+) ?(\w+)", re.IGNORECASE)
-_WORKER_DIED = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal: [^.]*)")
 
 
 class FastresError(Exception):
@@ -40,8 +39,8 @@ class UsageError(FastresError, ValueError):
 def sentence_for(error: Exception) -> str | None:
     """Return what went wrong and what would help, or None for a bug in fastres.
 
-    Known are the errors above, the operating system's refusals (a full disk, a folder of others),
-    too little memory, and a worker process of torch's DataLoader that was killed.
+    Known are the errors above, the operating system's refusals (a full disk, a folder of others)
+    and too little memory.
     """
     if isinstance(error, FastresError):
         return str(error)
@@ -54,11 +53,6 @@ def sentence_for(error: Exception) -> str | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}"
-    if isinstance(error, RuntimeError) and (death := _WORKER_DIED.search(text)):
-        return (
-            f"a worker process of the loader has ended ({death[1]}), often for lack of memory; "
-            "fewer --workers need less, and --workers 0 has none"
-        )
     return None
 
 

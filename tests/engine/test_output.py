@@ -114,14 +114,6 @@ SENTENCES = [
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "out of memory; a smaller --batch-si"),
     (RuntimeError("std::bad_alloc"), "out of memory; a smaller --batch-size"),
     (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory; a smaller --batch-size"),
-    (
-        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-        "a worker process of the loader has ended (killed by signal: Killed), often for lack",
-    ),
-    (
-        RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"),
-        "a worker process of the loader has ended (exited unexpectedly), often for lack",
-    ),
 ]
 
 
