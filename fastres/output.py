@@ -10,7 +10,7 @@ import os
 import select
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 __all__ = ["reader_may_leave"]
@@ -57,6 +57,8 @@ def _lossy(stream: TextIO | None) -> tuple[TextIO, _LossyFile | None]:
     stream.reconfigure(errors="backslashreplace")
     if stream not in (sys.__stdout__, sys.__stderr__):
         return stream, None
+    with suppress(OSError):
+        stream.flush()
     file = _LossyFile(stream.fileno())
     text = io.TextIOWrapper(
         io.BufferedWriter(file),

@@ -94,6 +94,15 @@ def test_streams_of_a_caller_are_left_to_it(capsys):
     assert capsys.readouterr().out == "\\udcff is no character\n"
 
 
+def test_what_a_caller_printed_before_comes_before():
+    code = (
+        "from fastres.output import reader_may_leave\n"
+        "print(1)\nwith reader_may_leave(): print(2)\nprint(3)"
+    )
+    with start(["-c", code]) as child:
+        assert child.stdout.read() == "1\n2\n3\n"
+
+
 CPU_ALLOCATOR = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
     "tried to allocate 2147483648 bytes. Error code 12 (Cannot allocate memory)"
