@@ -110,6 +110,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     from fastres.data.source import load_dataset
     from fastres.engine import checkpoint
+    from fastres.engine.checkpoint_schema import read_weights
     from fastres.engine.evaluation import evaluate, evaluation_loader
     from fastres.engine.runtime import resolve_runtime
     from fastres.errors import FailureError
@@ -117,7 +118,7 @@ def _evaluate(
     from fastres.model.resnet import create_model
 
     path = folder.result() if options.checkpoint == "auto" else folder.file(options.checkpoint)
-    tensors, meta = checkpoint.read(path)
+    weights, meta = read_weights(path)
     data = load_dataset(config.dataset, config.data_dir)
     if list(data.classes) != meta["classes"]:
         raise FailureError(
@@ -128,7 +129,7 @@ def _evaluate(
         config.model, len(data.classes), width=config.width, shortcut=config.shortcut
     )
     runtime = resolve_runtime(config, model)
-    checkpoint.load_weights(model, checkpoint.evaluated_weights(tensors), path)
+    checkpoint.load_weights(model, weights, path)
     if runtime.route == "fused":
         model = fuse(model, verbose=False)
     runtime.configure_torch()

@@ -19,14 +19,14 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fastres.errors import FailureError
 
 __all__ = [
     "FORMAT",
-    "evaluated_weights",
+    "check_tensors",
     "load_weights",
     "read",
     "replace_file",
@@ -92,26 +92,42 @@ def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) ->
     replace_file(path, save(stored, metadata=header))
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: Path) -> tuple[dict[str, Tensor], Any]:
     """Read back what `write` wrote, after checking that not a byte of it has changed.
 
+    The file is opened once, so a writer that replaces it meanwhile does no harm.
+
+    Returns:
+        The tensors, and the JSON value as it stands in the file.
+
     Raises:
-        FailureError: when the file is missing, cut off, changed or not written by fastres.
+        FailureError: when the file is missing, unreadable, cut off, changed or not of fastres.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = path.read_bytes()
     except FileNotFoundError:
         raise FailureError(f"there is no checkpoint at {path}") from None
-    except (OSError, safetensors.SafetensorError, ValueError, RuntimeError) as error:
+    except OSError as error:
+        raise FailureError(f"cannot read {path}: {error.strerror or error}") from None
+    try:
+        tensors, header = load(content), _header(content)
+    except (safetensors.SafetensorError, LookupError, ValueError, RuntimeError) as error:
         raise FailureError(f"{path} is no readable checkpoint: {error}") from None
     if header.get("format") != FORMAT:
         raise FailureError(f"{path} was not written by fastres (its header names no {FORMAT!r})")
     text = header.get("meta", "")
     if _digest(tensors, text) != header.get("sha256"):
         raise FailureError(f"{path} is damaged: its content does not match its SHA-256")
-    return tensors, json.loads(text)
+    try:
+        return tensors, json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FailureError(f"{path} is no readable checkpoint: its JSON: {error}") from None
+
+
+def _header(content: bytes) -> dict[str, str]:
+    """The strings that a safetensors file, found sound before, carries beside its tensors."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]).get("__metadata__") or {}
 
 
 def take_section(tensors: Mapping[str, Tensor], section: str) -> dict[str, Tensor]:
@@ -120,33 +136,35 @@ def take_section(tensors: Mapping[str, Tensor], section: str) -> dict[str, Tenso
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def evaluated_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state_dict to evaluate, from a weights file or a training checkpoint.
+def check_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path
+) -> None:
+    """Compare names, shapes and dtypes; those of `expected` may be on any device, meta included.
 
-    The moving average takes the place of the weights where a training checkpoint holds one.
+    Raises:
+        FailureError: naming the first differences.
     """
-    weights = take_section(tensors, "model")
-    return weights | take_section(tensors, "average") if weights else dict(tensors)
+    both = sorted(expected.keys() & found.keys())
+    differences = {
+        "lacks": sorted(expected.keys() - found.keys()),
+        "has besides": sorted(found.keys() - expected.keys()),
+        "has in another shape": [k for k in both if expected[k].shape != found[k].shape],
+        "has in another dtype": [k for k in both if expected[k].dtype != found[k].dtype],
+    }
+    parts = [
+        f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for what, names in differences.items()
+        if names
+    ]
+    if parts:
+        raise FailureError(f"{source} is a checkpoint of another model: it {'; it '.join(parts)}")
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Copy `weights` into `model`; names and shapes must agree exactly.
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy `weights` into `model`; names, shapes and dtypes must agree exactly.
 
     Raises:
         FailureError: naming the first differences, when they are of another model.
     """
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    other = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
-    if missing or extra or other:
-        found = [
-            f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-            for what, names in (
-                ("lacks", missing),
-                ("has besides", extra),
-                ("has in another shape", sorted(other)),
-            )
-            if names
-        ]
-        raise FailureError(f"{source} is a checkpoint of another model: it {'; it '.join(found)}")
+    check_tensors(weights, model.state_dict(), source)
     model.load_state_dict(dict(weights))

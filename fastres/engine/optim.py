@@ -5,6 +5,7 @@ torch's plain SGD is given a number: it would read the tensor back once a parame
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,10 @@ def lr_factor(schedule: str, progress: float, warmup: float) -> float:
     if schedule == "steps":
         return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
     return 1.0
+
+
+def _scalar(like: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.float32, device=like.device)
 
 
 class Optimizer:
@@ -91,9 +96,24 @@ class Optimizer:
             if isinstance(value, Tensor)
         }
 
+    def layout(self) -> dict[str, Tensor]:
+        """Return what `state_dict` names after a step of every parameter, as tensors on meta."""
+        entries: dict[str, Callable[[Tensor], Tensor]]
+        if isinstance(self.rule, torch.optim.AdamW):
+            entries = {"step": _scalar, "exp_avg": torch.empty_like, "exp_avg_sq": torch.empty_like}
+        else:
+            has_momentum = self.rule.defaults["momentum"] > 0
+            entries = {"momentum_buffer": torch.empty_like} if has_momentum else {}
+        return {
+            f"{self.names[id(param)]}.{entry}": like(param.detach().to("meta"))
+            for group in self.rule.param_groups
+            for param in group["params"]
+            for entry, like in entries.items()
+        }
+
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put tensors of `state_dict` back, in place where a captured graph may point at them."""
+        """Put tensors that agree with `layout` back, in place where a graph may point at them."""
         params = {
             self.names[id(param)]: param
             for group in self.rule.param_groups

@@ -4,7 +4,7 @@ Nothing in a step waits for the device: losses and hits are added up there, and 
 is a tensor, so the whole step can be captured and replayed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastres.config import Config
-from fastres.engine.checkpoint import load_weights, take_section
+from fastres.engine.checkpoint import check_tensors, load_weights, take_section
+from fastres.engine.checkpoint_schema import check_values
 from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.ema import WeightAverage
 from fastres.engine.optim import Optimizer, lr_factor
@@ -48,6 +49,10 @@ class Totals:
         """
         loss, right, count = processes.total(self.values).tolist()
         return loss / max(count, 1), 100 * right / max(count, 1), int(count)
+
+
+def _named(sections: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{s}.{k}": v for s, tensors in sections.items() for k, v in tensors.items()}
 
 
 class TrainStep:
@@ -156,7 +161,7 @@ class TrainStep:
 
         All processes call it together, and each gets the state of all.
         """
-        sections = {
+        sections: dict[str, Mapping[str, Tensor]] = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.average if self.average is not None else {},
@@ -165,14 +170,17 @@ class TrainStep:
                 name: torch.tensor(value) for name, value in self.scaler.state_dict().items()
             },
         }
-        return {f"{s}.{k}": v for s, tensors in sections.items() for k, v in tensors.items()}
+        return _named(sections)
 
     def load_state_dict(self, tensors: dict[str, Tensor], source: Path) -> None:
         """Go on from what `state_dict` returned.
 
         Raises:
-            FailureError: when it is of another model.
+            FailureError: when it is of another model or optimizer, or holds what training cannot
+                go on from; then nothing has changed.
         """
+        check_tensors(tensors, self._layout(tensors), source)
+        check_values(tensors, source)
         load_weights(self.model, take_section(tensors, "model"), source)
         self.optimizer.load_state_dict(take_section(tensors, "optimizer"))
         average = take_section(tensors, "average")
@@ -184,6 +192,23 @@ class TrainStep:
         scaler = {k: v.item() for k, v in take_section(tensors, "scaler").items()}
         if scaler:
             self.scaler.load_state_dict(scaler)
+
+    def _layout(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return names, shapes and dtypes that `saved` must have to be a state of this step."""
+        scaler = torch.amp.GradScaler("cpu").state_dict()
+        sections: dict[str, Mapping[str, Tensor]] = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.layout(),
+            "average": self.average.average if self.average is not None else {},
+            "totals": {"values": self.totals.values},
+            "scaler": {name: torch.tensor(value) for name, value in scaler.items()},
+        }
+        if not take_section(saved, "scaler"):
+            del sections["scaler"]
+        # A loss scaler may skip the first steps, and torch makes the state of SGD in a real one.
+        if not take_section(saved, "optimizer") and "scaler" in sections:
+            del sections["optimizer"]
+        return _named(sections)
 
     @contextmanager
     def _preserved(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from fastres.data.loaders import BatchSpec, Loader, build_loader
 from fastres.data.plan import Augmentation
 from fastres.data.source import load_dataset, split_validation
 from fastres.engine import checkpoint, machine
+from fastres.engine.checkpoint_schema import check_progress, read_training
 from fastres.engine.console import RunConsole
 from fastres.engine.curves import draw_curves
 from fastres.engine.distributed import ALONE, Processes
@@ -358,10 +359,10 @@ class Trainer:
             checkpoint.write(self.last, tensors, meta)
 
     def _restore(self, run: PreparedRun) -> None:
-        tensors, meta = checkpoint.read(self.last)
-        if meta.get("dataset_fingerprint") != self.data.fingerprint:
+        tensors, meta = read_training(self.last)
+        if meta["dataset_fingerprint"] != self.data.fingerprint:
             raise FailureError(
-                f"{self.last} was trained on other data ({meta.get('dataset')}) than "
+                f"{self.last} was trained on other data ({meta['dataset']}) than "
                 f"{self.data.source} holds; pass its --data-dir"
             )
         if changed := changed_options(meta["config"], self.config):
@@ -369,6 +370,7 @@ class Trainer:
                 f"{self.last} is of a run with other options than its config.json names: "
                 f"{', '.join(changed)}"
             )
+        check_progress(meta["progress"], run.steps_per_epoch, run.total_steps, self.last)
         run.step.load_state_dict(tensors, self.last)
         run.state = TrainingState.from_json(meta["progress"])
         done = run.state.step / run.steps_per_epoch

@@ -1,8 +1,11 @@
 """Checkpoints: whole or refused, atomic, safe, and free of route-specific names."""
 
+import errno
+import io
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -85,6 +88,82 @@ def test_foreign_safetensors_are_named_as_such(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FailureError, match="no checkpoint at"):
         checkpoint.read(tmp_path / "none.safetensors")
+
+
+UNREADABLE = {
+    "Too many levels of symbolic links": lambda path: path.symlink_to(path),
+    "Is a directory": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("reason", UNREADABLE)
+def test_what_the_system_says_is_passed_on(reason, tmp_path):
+    path = tmp_path / "last.safetensors"
+    UNREADABLE[reason](path)
+    with pytest.raises(FailureError, match=re.escape(f"cannot read {path}: {reason}")):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("last.safetensors/x", "Not a directory"), (300 * "a", "File name too long")],
+)
+def test_a_path_that_leads_nowhere(name, reason, saved):
+    with pytest.raises(FailureError, match=f"cannot read .*: {reason}"):
+        checkpoint.read(saved.parent / name)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE])
+def test_a_file_that_may_not_be_read(number, saved, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    # Root may read everything, so that the system's answer is made up here.
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(
+        FailureError, match=re.escape(f"cannot read {saved}: {os.strerror(number)}")
+    ):
+        checkpoint.read(saved)
+
+
+def test_a_reader_during_a_save_sees_the_old_file_or_the_new_one(saved, monkeypatch):
+    """Every name that the reader opens is replaced right after: it must need no second look."""
+    opened = io.open
+
+    def replaced_meanwhile(file, *arguments, **options):
+        stream = opened(file, *arguments, **options)
+        if str(file) == str(saved) and not META.get("new"):
+            checkpoint.write(saved, {"model.weight": torch.ones(1)}, {"new": True})
+        return stream
+
+    monkeypatch.setattr("io.open", replaced_meanwhile)
+    assert checkpoint.read(saved)[1] == META
+    assert checkpoint.read(saved)[1] == {"new": True}
+
+
+def test_a_reader_beside_a_busy_writer(saved):
+    """Two processes: none of many reads meets a file that is not whole."""
+    code = f"""
+import torch
+from pathlib import Path
+from fastres.engine import checkpoint
+checkpoint.os.fsync = lambda _: None
+for step in range(10**9):
+    tensors = {{str(i): torch.full((20_000,), step) for i in range(8)}}
+    checkpoint.write(Path({str(saved)!r}), tensors, {{"step": step}})
+    print(flush=True) if step == 0 else None
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        steps = set()
+        try:
+            while len(steps) < 200:
+                tensors, meta = checkpoint.read(saved)
+                assert all((value == meta["step"]).all() for value in tensors.values())
+                steps.add(meta["step"])
+        finally:
+            writer.kill()
 
 
 def test_a_full_disk_leaves_the_old_file(saved):
