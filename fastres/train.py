@@ -173,7 +173,7 @@ def _train_with(
     from fastres.engine.trainer import Trainer
 
     console = RunConsole(quiet_stdout=options.json, silent=not processes.is_main)
-    folder = RunDir(Path(options.out) if options.out else default_folder(config))
+    folder = RunDir(Path(options.out)) if options.out else default_folder(config)
     if processes.is_main and not (options.dry_run or options.resume):
         folder.check_free(overwrite=options.overwrite)
     trainer = Trainer(config, folder, console, processes)
@@ -188,9 +188,7 @@ def _train_with(
         with folder.claimed() if processes.is_main else nullcontext():
             if processes.is_main and not options.resume:
                 # Again, now that nobody else can start a run in it.
-                folder.check_free(overwrite=options.overwrite)
-                folder.clear()
-                folder.write_json("config.json", config.to_json())
+                folder.begin(config.to_json(), overwrite=options.overwrite)
             summary = trainer.run(prepared, resume=options.resume)
     except Stopped as stopped:
         advice = f"{stopped}; go on with: python -m fastres.train --resume --out {folder.path}"

@@ -1,43 +1,51 @@
-"""The run folder: what a run leaves behind, each file complete at every moment."""
+"""The run folder: what a run leaves behind, each file complete at every moment.
+
+A process may be killed between any two steps here, and the folder it leaves is accepted again. From
+config.json on, which is written first and only ever replaced, the folder is that of a run: to be
+resumed or overwritten. Before it, there is at most litter: files that a killed writer left unnamed.
+"""
 
 import csv
 import fcntl
+import functools
 import io
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fastres.config import Config
+from fastres.config import Config, from_json
 from fastres.engine.checkpoint import replace_file
 from fastres.errors import FailureError, UsageError
 
 __all__ = ["RunDir", "default_folder"]
 
-_FILES = (
-    "config.json",
-    "metrics.jsonl",
-    "metrics.csv",
+_CONFIG = "config.json"
+# In the order in which overwriting removes them: what is left is never more than a run that has
+# come less far, and its newest checkpoint goes last.
+_RESULTS = (
     "summary.json",
     "curves.png",
-    "last.safetensors",
-    "best.safetensors",
     "model.safetensors",
+    "best.safetensors",
+    "metrics.csv",
+    "metrics.jsonl",
+    "last.safetensors",
 )
+# What `replace_file` writes before it renames.
+_LITTER = re.compile(rf"({'|'.join(map(re.escape, (_CONFIG, *_RESULTS)))})[a-z0-9_]{{8}}\.part")
 
 
-def default_folder(config: Config) -> Path:
-    """Name a folder under runs/ after the model and the time."""
+def default_folder(config: Config) -> "RunDir":
+    """Return a new folder under runs/, named after the model and the time."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{config.model}-{config.recipe}-{stamp}"
-    folder, count = Path("runs") / name, 1
-    while folder.exists():
-        count += 1
-        folder = Path("runs") / f"{name}-{count}"
-    return folder
+    return RunDir(Path("runs") / f"{config.model}-{config.recipe}-{stamp}", numbered=True)
 
 
 class RunDir:
@@ -45,10 +53,13 @@ class RunDir:
 
     Args:
         path: need not exist for a new run.
+        numbered: claim the first of `path`, `path`-2, `path`-3, ... that does not exist yet, so
+            that two runs never meet. Until then the attribute `path` is the first of them.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, numbered: bool = False):
         self.path = path
+        self._numbered = numbered
 
     def file(self, name: str) -> Path:
         """Return the path of a checkpoint.
@@ -64,7 +75,8 @@ class RunDir:
         A run that did not finish has its last checkpoint.
         """
         made = (self.file(name) for name in ("best", "model"))
-        return next((path for path in made if path.exists()), self.file("last"))
+        # One that is there and cannot be followed or read is for its reader to complain of.
+        return next((path for path in made if os.path.lexists(path)), self.file("last"))
 
     def check_free(self, *, overwrite: bool) -> None:
         """Refuse a folder that a new run may not use, before anything slow happens.
@@ -73,59 +85,115 @@ class RunDir:
             UsageError: when something is there and may not be replaced.
             FailureError: when the folder cannot be read or written.
         """
-        if self.path.exists() and not self.path.is_dir():
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UsageError(f"--out {self.path} is a file, not a folder")
+        names = [] if self._numbered else self._names()
+        if any(not _LITTER.fullmatch(name) for name in names):
+            if not self._is_of_a_run(names):
+                raise UsageError(f"--out {self.path} holds files of something else; choose another")
+            if not overwrite:
+                raise UsageError(
+                    f"{self.path} already holds a run; continue it with --resume, replace it with "
+                    "--overwrite, or choose another --out"
+                )
+        self._check_writable()
+
+    def _names(self) -> list[str]:
         try:
-            used = self.path.exists() and any(self.path.iterdir())
+            return os.listdir(self.path)
+        except FileNotFoundError:
+            return []
         except OSError as error:
             raise FailureError(f"cannot use {self.path}: {error.strerror}") from None
-        if used and not (self.path / "config.json").exists():
-            raise UsageError(f"--out {self.path} holds files of something else; choose another")
-        if used and not overwrite:
-            raise UsageError(
-                f"{self.path} already holds a run; continue it with --resume, replace it with "
-                "--overwrite, or choose another --out"
-            )
-        nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise FailureError(f"cannot write into {nearest}: it is read-only")
+
+    def _is_of_a_run(self, names: Sequence[str]) -> bool:
+        """Tell whether the options of a run are there; other programs have a config.json too."""
+        if _CONFIG not in names:
+            return False
+        content = self.read_bytes(_CONFIG)
+        try:
+            from_json(content, self.path / _CONFIG)
+        except UsageError:
+            return False
+        return True
+
+    def _check_writable(self) -> None:
+        """Make a file without a name in the folder, or where the folder will be made."""
+        nearest = self.path
+        try:
+            folders = (self.path, *self.path.absolute().parents)
+            nearest = next(folder for folder in folders if os.path.lexists(folder))
+            with tempfile.TemporaryFile(dir=nearest):
+                pass
+        except OSError as error:
+            raise FailureError(f"cannot write into {nearest}: {error.strerror or error}") from None
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Make the folder if need be and keep other processes out of it.
+        """Make the folder if need be, keep other processes out of it and remove old litter.
+
+        The claim ends with the context or with this process, whatever it has forked.
 
         Raises:
             UsageError: when another process is training in it.
             FailureError: when the folder cannot be made.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._make()
             handle = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise FailureError(f"cannot use {self.path}: {error.strerror}") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise UsageError(f"another process is training in {self.path}") from None
-        except OSError:
-            pass  # A network file system without locks: two runs at once are the user's to avoid.
-        try:
+        with _closed_in_children(handle):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"another process is training in {self.path}") from None
+            except OSError:
+                # A network file system without locks: two runs at once are the user's to avoid.
+                pass
+            else:
+                self._remove(name for name in self._names() if _LITTER.fullmatch(name))
             yield
-        finally:
-            os.close(handle)
 
-    def clear(self) -> None:
-        """Remove the files of a run that was there; all others stay.
+    def _make(self) -> None:
+        if not self._numbered:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return
+        first = self.path
+        first.parent.mkdir(parents=True, exist_ok=True)
+        for count in itertools.count(2):
+            with suppress(FileExistsError):
+                self.path.mkdir()
+                return
+            self.path = first.with_name(f"{first.name}-{count}")
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for path in (self.path / name for name in names):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise FailureError(f"cannot remove {path}: {error.strerror or error}") from None
+
+    def begin(self, options: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Give the claimed folder to a new run with these options.
+
+        The files of a run that was there go; all others stay.
 
         Raises:
-            FailureError: when one cannot be removed.
+            UsageError, FailureError: as `check_free`, or when a file cannot be removed or written.
         """
-        try:
-            for name in _FILES:
-                (self.path / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise FailureError(f"cannot use {self.path}: {error.strerror}") from None
+        self.check_free(overwrite=overwrite)
+        self._remove(_RESULTS)
+        self.write_json(_CONFIG, options)
+
+    def has_only_begun(self) -> bool:
+        """Tell whether the run was killed before its first checkpoint: nothing is lost from it."""
+        names = self._names()
+        if {"last.safetensors", "model.safetensors", "summary.json"} & set(names):
+            return False
+        # The row of an epoch is written before its checkpoint.
+        rows = self.read_bytes("metrics.jsonl") if "metrics.jsonl" in names else b""
+        return rows.count(b"\n") <= 1
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write `value` to the file `name`."""
@@ -136,11 +204,15 @@ class RunDir:
 
         Raises:
             UsageError: when there is no such file.
+            FailureError: when it cannot be read.
         """
+        path = self.path / name
         try:
-            return (self.path / name).read_bytes()
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise UsageError(f"{self.path} is no run folder: it has no {name}") from None
         except OSError as error:
-            raise UsageError(f"{self.path} is no run folder: {name}: {error.strerror}") from None
+            raise FailureError(f"cannot read {path}: {error.strerror or error}") from None
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write one row an epoch as metrics.jsonl and metrics.csv."""
@@ -151,3 +223,32 @@ class RunDir:
         writer.writeheader()
         writer.writerows(rows)
         replace_file(self.path / "metrics.csv", table.getvalue().encode())
+
+
+# Open descriptors whose locks belong to this process and not to those that it forks.
+_own_descriptors: set[int] = set()
+
+
+@contextmanager
+def _closed_in_children(descriptor: int) -> Iterator[None]:
+    """Close `descriptor` after the context, and in every process forked inside it at once.
+
+    A lock lives as long as a copy of its descriptor, and a loader's workers outlive a killed run.
+    """
+    _close_after_forks()
+    _own_descriptors.add(descriptor)
+    try:
+        yield
+    finally:
+        if descriptor in _own_descriptors:
+            _own_descriptors.remove(descriptor)
+            os.close(descriptor)
+
+
+@functools.cache
+def _close_after_forks() -> None:
+    def close() -> None:
+        while _own_descriptors:
+            os.close(_own_descriptors.pop())
+
+    os.register_at_fork(after_in_child=close)

@@ -103,7 +103,11 @@ class Trainer:
         self.model_summary: ModelSummary = summarize(self.model)
         if self.runtime.route == "fused":
             self.model = fuse(self.model, verbose=False)
-        self.last = folder.file("last")
+
+    @property
+    def last(self) -> Path:
+        """Return the path of the checkpoint that a resumed run goes on from."""
+        return self.folder.file("last")
 
     def _split(self) -> None:
         """Cut the training images down and hold some out, the test set untouched."""
@@ -359,6 +363,11 @@ class Trainer:
             checkpoint.write(self.last, tensors, meta)
 
     def _restore(self, run: PreparedRun) -> None:
+        if self.folder.has_only_begun():
+            self.console.line(
+                f"resume     {self.folder.path} has no checkpoint yet: from the start"
+            )
+            return
         tensors, meta = read_training(self.last)
         if meta["dataset_fingerprint"] != self.data.fingerprint:
             raise FailureError(
