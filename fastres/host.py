@@ -57,15 +57,21 @@ class Provenance(TypedDict):
 def cache_folder() -> Path:
     """$FASTRES_CACHE, else $XDG_CACHE_HOME/fastres, else ~/.cache/fastres.
 
+    As its specification asks, an $XDG_CACHE_HOME that is no absolute path does not count.
+
     Raises:
-        FailureError: neither is set and this user has no home folder.
+        FailureError: neither is set and this user has no home folder, or the one named is below a
+            home folder that nobody has.
     """
     if named := os.environ.get("FASTRES_CACHE"):
-        return Path(os.path.expanduser(named))
-    if shared := os.environ.get("XDG_CACHE_HOME"):
+        folder = os.path.expanduser(named)
+        if folder.startswith("~"):
+            raise FailureError(f"the cache folder FASTRES_CACHE={named} is in nobody's home folder")
+        return Path(folder)
+    if os.path.isabs(shared := os.environ.get("XDG_CACHE_HOME", "")):
         return Path(shared) / "fastres"
     home = os.path.expanduser("~")
-    if home == "~":
+    if not os.path.isabs(home):
         raise FailureError("this user has no home folder: name a cache folder with FASTRES_CACHE")
     return Path(home) / ".cache" / "fastres"
 

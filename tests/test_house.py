@@ -14,8 +14,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"kernels": 0, "fastres": 1, "benchmarks": 2, "tests": 3}
 MAY_USE_KERNELS = ("fastres/model/", "fastres/data/loaders/resident.py")
-# Below everything: what the machine is, how an error is reported, how a command prints.
-FOR_ALL = ("fastres.host", "fastres.errors", "fastres.output")
+# Below everything: what the machine is, how an error is reported, how a command prints, what a
+# cache holds.
+FOR_ALL = (
+    "fastres.host",
+    "fastres.errors",
+    "fastres.output",
+    "fastres.cache_file",
+)
 
 
 def sources():

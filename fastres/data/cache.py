@@ -1,13 +1,14 @@
 """The cache of decoded datasets: the second run maps what the first one decoded.
 
-An entry is a folder named by the fingerprint of its content, with four .npy files:
+An entry is a folder named by the fingerprint of its content, with four files of plain numbers:
 
-    <cache>/datasets/<fingerprint>/{train,test}_{images,labels}.npy
+    <cache>/datasets/<fingerprint>/{train,test}_{images,labels}.bin
     <cache>/index/<SHA-256 of a source's signature>.json    -> fingerprint, name, classes, ...
 
 The signature identifies the source from paths, sizes and times; the fingerprint identifies the
 content. Two sources with the same content share an entry. Entries are memory-mapped, so processes
-share one copy. They are hashed in full before use and compared with the fingerprint.
+share one copy. They are hashed in full before use and compared with the fingerprint. The files have
+no headers, so there is no byte of an entry that the hash does not cover.
 
 A broken cache never stops a run. An entry that fails its check is built again, and where the folder
 cannot be written the dataset is used without a cache; a notice says so. Entries and index files
@@ -17,29 +18,31 @@ are written under a temporary name and renamed, so two processes may write at on
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-import time
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastres.data.dataset import Dataset, ImageSet, content_fingerprint
+from fastres.cache_file import (
+    DamagedError,
+    read_cache_file,
+    remove,
+    remove_stale,
+    unfinished,
+    write_cache_file,
+)
+from fastres.data.dataset import IMAGE_SHAPE, Dataset, ImageSet, content_fingerprint
+from fastres.errors import FailureError
 from fastres.host import cache_folder
 
 __all__ = ["cached"]
 
 # Increase with any change to the fields of Dataset or to the files of an entry.
-_FORMAT = 1
-_STALE_S = 24 * 3600
-_UNFINISHED = ".unfinished-"
-
-
-class _DamagedError(Exception):
-    """An index file or an entry fails its check."""
+_FORMAT = 2
+_SPLITS = ("train", "test")
+_LABEL = np.dtype("<i8")
 
 
 def cached(signature: str, build: Callable[[], Dataset]) -> Dataset:
@@ -53,7 +56,10 @@ def cached(signature: str, build: Callable[[], Dataset]) -> Dataset:
     Returns:
         The dataset; its arrays are memory-mapped when they came from the cache.
     """
-    root = cache_folder()
+    try:
+        root = cache_folder()
+    except FailureError as error:
+        return _with_notice(build(), f"no cache: {error}; every start decodes again")
     key = hashlib.sha256(f"{_FORMAT}\n{signature}".encode(errors="surrogateescape")).hexdigest()
     index = root / "index" / f"{key}.json"
     notice = None
@@ -61,7 +67,8 @@ def cached(signature: str, build: Callable[[], Dataset]) -> Dataset:
         return _read(root, index)
     except FileNotFoundError:
         pass
-    except (_DamagedError, OSError) as error:
+    # Whatever is wrong with a cache, the source is there to be read again.
+    except Exception as error:
         notice = f"the cached copy in {root} was unusable ({error}) and has been built again"
     dataset = build()
     try:
@@ -69,8 +76,10 @@ def cached(signature: str, build: Callable[[], Dataset]) -> Dataset:
     except OSError as error:
         reason = error.strerror or error
         notice = f"no cache: {root} cannot be written ({reason}), so every start decodes again"
-    if notice is None:
-        return dataset
+    return _with_notice(dataset, notice) if notice else dataset
+
+
+def _with_notice(dataset: Dataset, notice: str) -> Dataset:
     return dataclasses.replace(dataset, notices=(*dataset.notices, notice))
 
 
@@ -79,85 +88,65 @@ def _read(root: Path, index: Path) -> Dataset:
 
     Raises:
         FileNotFoundError: this source was never stored.
-        _DamagedError: the stored copy failed its check and has been removed.
+        Exception: what is stored cannot be used; such an entry has been removed.
     """
-    facts = _read_index(index)
+    facts = _facts(json.loads(read_cache_file(index)))
+    if not re.fullmatch("[0-9a-f]{64}", facts["fingerprint"]):
+        raise DamagedError("its index names no fingerprint")
     entry = root / "datasets" / facts["fingerprint"]
     try:
-        sets = [
-            ImageSet(_map(entry / f"{split}_images.npy"), _map(entry / f"{split}_labels.npy"))
-            for split in ("train", "test")
-        ]
-        train, test = sets
-        if content_fingerprint(tuple(facts["classes"]), train, test) != facts["fingerprint"]:
-            raise _DamagedError("its content does not match its fingerprint")
-    except (_DamagedError, ValueError, EOFError, FileNotFoundError) as error:
-        shutil.rmtree(entry, ignore_errors=True)
-        raise _DamagedError(error) from error
-    facts = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()
-    }
+        train, test = (_map(entry, split) for split in _SPLITS)
+        if content_fingerprint(facts["classes"], train, test) != facts["fingerprint"]:
+            raise DamagedError("its content does not match its fingerprint")
+    except Exception as error:
+        remove(entry)
+        raise DamagedError(error) from error
     return Dataset(train=train, test=test, **facts)
 
 
-def _map(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+def _facts(stored: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a Dataset, of which JSON has made lists where they were tuples."""
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    text = path.read_bytes()
-    try:
-        check, facts = text.decode().split("\n", 1)
-        if hashlib.sha256(facts.encode()).hexdigest() != check:
-            raise ValueError("checksum mismatch")
-        return json.loads(facts)
-    except ValueError as error:
-        path.unlink(missing_ok=True)
-        raise _DamagedError(f"index: {error}") from error
+def _map(entry: Path, split: str) -> ImageSet:
+    images, labels = (
+        np.memmap(entry / f"{split}_{what}.bin", dtype, mode="r")
+        for what, dtype in (("images", np.uint8), ("labels", _LABEL))
+    )
+    return ImageSet(images.reshape(-1, *IMAGE_SHAPE), labels.astype(np.int64, copy=False))
 
 
 def _write(root: Path, index: Path, dataset: Dataset) -> None:
     datasets = root / "datasets"
     datasets.mkdir(parents=True, exist_ok=True)
-    index.parent.mkdir(exist_ok=True)
-    _remove_stale(datasets)
+    remove_stale(datasets)
     entry = datasets / dataset.fingerprint
-    if not entry.exists():
-        _write_entry(datasets, entry, dataset)
+    if not (entry / "test_labels.bin").exists():
+        _write_entry(entry, dataset)
     facts = {
         field.name: getattr(dataset, field.name)
         for field in dataclasses.fields(dataset)
-        if field.name not in ("train", "test")
+        if field.name not in _SPLITS
     }
-    text = json.dumps(facts)
-    check = hashlib.sha256(text.encode()).hexdigest()
-    with tempfile.NamedTemporaryFile(
-        "w", dir=index.parent, prefix=_UNFINISHED, delete=False
-    ) as file:
-        file.write(f"{check}\n{text}")
-    os.replace(file.name, index)
+    write_cache_file(index, json.dumps(facts).encode())
 
 
-def _write_entry(datasets: Path, entry: Path, dataset: Dataset) -> None:
-    unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=datasets))
+def _write_entry(entry: Path, dataset: Dataset) -> None:
+    folder = unfinished(entry.parent)
     try:
+        folder.mkdir()
         for split, images in (("train", dataset.train), ("test", dataset.test)):
-            np.save(unfinished / f"{split}_images.npy", images.images)
-            np.save(unfinished / f"{split}_labels.npy", images.labels)
+            labels = np.ascontiguousarray(images.labels, dtype=_LABEL)
+            (folder / f"{split}_images.bin").write_bytes(images.images.data)
+            (folder / f"{split}_labels.bin").write_bytes(labels.data)
+        # What has the name and is no entry, or one of another format, is in the way.
+        if not (entry / "test_labels.bin").exists():
+            remove(entry)
         # When two processes write the same entry, the second rename fails, since the target is no
         # empty folder. The first entry stays; its content is the same.
-        unfinished.rename(entry)
+        folder.rename(entry)
     except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove(folder)
         if not entry.exists():
             raise
-
-
-def _remove_stale(datasets: Path) -> None:
-    """Delete unfinished entries of killed processes: those too old for a running one."""
-    for left in datasets.glob(f"{_UNFINISHED}*"):
-        try:
-            if time.time() - left.stat().st_mtime > _STALE_S:
-                shutil.rmtree(left, ignore_errors=True)
-        except FileNotFoundError:
-            continue

@@ -36,7 +36,7 @@ def load_dataset(
     Args:
         name: one of `DATASET_NAMES`.
         data_dir: where to look; by default $FASTRES_DATA, which counts as named by the user, else
-            `data` in the cache folder.
+            `data` in the cache folder. Where there is no cache folder, `auto` is synthetic.
         download: whether the network may be used; $FASTRES_OFFLINE=1 forbids it as well.
 
     Returns:
@@ -51,7 +51,10 @@ def load_dataset(
     if name == "synthetic":
         return _synthetic()
     try:
-        root, named = _data_folder(data_dir)
+        try:
+            root, named = _data_folder(data_dir)
+        except FailureError as error:
+            return _synthetic_instead(name, error)
         return _load(name, root, named, download)
     except OSError as error:
         where = error.filename or "the data"
@@ -118,13 +121,18 @@ def _fetch(name: str, root: Path, download: bool) -> Dataset:
             raise not_downloaded(wanted, root, "not allowed")
         download_cifar(wanted, root)
     except FailureError as error:
-        if name != "auto":
-            raise
-        dataset = _synthetic()
-        return dataclasses.replace(dataset, notices=(f"SYNTHETIC DATA: {error}", *dataset.notices))
+        return _synthetic_instead(name, error)
     found = find_cifar(root, wanted)
     assert found is not None  # the download ended with the archive in place
     return cached(found.signature, found.read)
+
+
+def _synthetic_instead(name: str, error: FailureError) -> Dataset:
+    """The synthetic dataset where `auto` finds nothing else; other names raise `error`."""
+    if name != "auto":
+        raise error
+    dataset = _synthetic()
+    return dataclasses.replace(dataset, notices=(f"SYNTHETIC DATA: {error}", *dataset.notices))
 
 
 def _synthetic() -> Dataset:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastres.cache_file import DamagedError, read_cache_file, write_cache_file
 from fastres.errors import FailureError
 from fastres.host import cache_folder
 
@@ -64,37 +65,77 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith("flags")), "")
 
 
-def _build(compiler: list[str]) -> Path:
-    """Return the path of the library, compiled unless the cache has it.
+def _compile(compiler: list[str], folder: Path) -> Path:
+    """Return the library, compiled in `folder`.
 
-    Raises: OSError, subprocess.SubprocessError: when it cannot be compiled or stored.
+    Raises: OSError, subprocess.SubprocessError: when it cannot be compiled.
     """
-    sources = [_FOLDER / name for name in _SOURCES]
-    runtime = _openmp_runtime()
+    objects = {_FOLDER / name: folder / f"{name}.o" for name in _SOURCES}
+    compiled = [
+        [*compiler, *_FLAGS, "-fPIC", "-c", str(source), "-o", str(made)]
+        for source, made in objects.items()
+    ]
+    with ThreadPoolExecutor(len(compiled)) as pool:
+        list(pool.map(_run, compiled))
+    made = folder / "cpu.so"
+    link = ["-shared", "-Wl,--as-needed", *map(str, objects.values()), *_openmp_runtime()]
+    _run([*compiler, *link, "-o", str(made)])
+    return made
+
+
+def _file_name(compiler: list[str]) -> str:
+    """Name the library after all that it depends on.
+
+    Raises: OSError, subprocess.SubprocessError: when the compiler does not say what it is.
+    """
     key = hashlib.sha256(_run([*compiler, "--version"]))
     # The library asks for its OpenMP runtime by name, and another torch may bring another name.
-    for text in (*_FLAGS, _processor(), *map(os.path.basename, runtime)):
+    for text in (*_FLAGS, _processor(), *map(os.path.basename, _openmp_runtime())):
         key.update(text.encode())
-    for path in (*sources, *(_FOLDER / name for name in _HEADERS)):
-        key.update(path.read_bytes())
-    target = cache_folder() / "kernels" / f"cpu-{key.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    print("fastres: compiling the CPU kernels, once on this machine", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
-        compiled = [
-            [*compiler, *_FLAGS, "-fPIC", "-c", str(source), "-o", made]
-            for source, made in zip(sources, objects, strict=True)
-        ]
-        with ThreadPoolExecutor(len(compiled)) as pool:
-            list(pool.map(_run, compiled))
-        link = ["-shared", "-Wl,--as-needed", *objects, *runtime]
-        _run([*compiler, *link, "-o", str(made)])
-        made.replace(target)
-    return target
+    for name in (*_SOURCES, *_HEADERS):
+        key.update((_FOLDER / name).read_bytes())
+    return f"libcpu-{key.hexdigest()[:16]}.so"
+
+
+def _open(compiler: list[str]) -> ctypes.CDLL:
+    """Load the library from the cache if it is there as it was stored, else compile and store it.
+
+    The loader of the system maps what it is given and runs it: a damaged library would kill the
+    process, or lack functions. A cache that cannot be used costs a compilation at every start.
+
+    Raises: OSError, subprocess.SubprocessError: when it cannot be compiled or loaded.
+    """
+    name, stored, why = _file_name(compiler), None, "once on this machine"
+    try:
+        stored = cache_folder() / "kernels" / name
+        read_cache_file(stored)
+        return ctypes.CDLL(str(stored))
+    except FileNotFoundError:
+        pass
+    except DamagedError as error:
+        why = f"again: {error}"
+    except (FailureError, OSError) as error:
+        why = f"for this process: {error}"
+    _say(f"compiling the CPU kernels, {why}")
+    with tempfile.TemporaryDirectory() as folder:
+        made = _compile(compiler, Path(folder))
+        if stored is not None:
+            try:
+                write_cache_file(stored, made.read_bytes())
+            except OSError as error:
+                _say(f"the CPU kernels cannot be kept, so every start compiles: {error}")
+                stored = None
+        try:
+            return ctypes.CDLL(str(made))
+        except OSError:
+            # Nothing may be run from many a folder of temporary files.
+            if stored is None:
+                raise
+            return ctypes.CDLL(str(stored))
+
+
+def _say(line: str) -> None:
+    print(f"fastres: {line}", file=sys.stderr, flush=True)
 
 
 def _run(command: list[str]) -> bytes:
@@ -117,13 +158,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if shutil.which(compiler[0]) is None:
         return None, f"no C++ compiler ({compiler[0]}) here"
     try:
-        loaded = ctypes.CDLL(str(_build(compiler)))
+        loaded = _open(compiler)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").splitlines()
         why = next((line for line in lines if "error" in line), lines[-1] if lines else str(error))
         return None, f"{compiler[0]} failed: {why.strip()}"
-    # A user without a home folder has no cache folder either.
-    except (OSError, FailureError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.SubprocessError) as error:
         return None, f"they cannot be built: {error}"
     for name, letters in _SIGNATURES.items():
         names = [f"{name}_{t}" for t in _TYPE_NAMES.values()] if name in _TYPED else [name]

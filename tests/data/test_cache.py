@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastres.data import cache
+from fastres.cache_file import write_cache_file
 from fastres.data.cache import cached
 from fastres.data.dataset import Dataset, ImageSet
+from fastres.data.source import load_dataset
 from fastres.errors import FailureError
 from fastres.host import cache_folder
-from tests.helpers.data_fixtures import images, labels
+from tests.helpers.data_fixtures import image_folder, images, labels
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,17 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
+def header_of(path: Path) -> None:
+    """A header where plain numbers are wanted: of 18 bytes that no parser of it gets over."""
+    path.write_bytes(b"\x93NUMPY\x01\x00\x08\x00{'a': (\n" + path.read_bytes())
+
+
 DAMAGES = {
+    "a header": header_of,
+    "all bytes zero": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a record less": lambda path: path.write_bytes(path.read_bytes()[:-3072]),
+    "a folder": lambda path: [path.unlink(), path.mkdir()],
+    "a loop": lambda path: [path.unlink(), path.symlink_to(path)],
     "first byte flipped": lambda path: flip(path, 0),
     "middle byte flipped": lambda path: flip(path, path.stat().st_size // 2),
     "last byte flipped": lambda path: flip(path, -1),
@@ -145,8 +156,9 @@ def test_objects_in_an_entry_are_never_loaded(root: Path, tmp_path: Path) -> Non
 
     build = Builder()
     cached("one", build)
-    victim = next(path for path in entry_files(root) if path.name == "train_labels.npy")
-    np.save(victim, np.array([Bomb()], dtype=object), allow_pickle=True)
+    victim = next(path for path in entry_files(root) if path.name == "train_labels.bin")
+    with victim.open("wb") as file:
+        np.save(file, np.array([Bomb()], dtype=object), allow_pickle=True)
     expect_equal(cached("one", build), build.dataset)
     assert build.calls == 2
     assert not (tmp_path / "marker").exists()
@@ -161,7 +173,7 @@ def test_folder_that_cannot_be_written(
 
     build = Builder()
     with monkeypatch.context() as patch:
-        patch.setattr(cache.np, "save", fail)
+        patch.setattr(Path, "write_bytes", fail)
         answer = cached("one", build)
     expect_equal(answer, build.dataset)
     assert answer.notices == (
@@ -185,7 +197,7 @@ def test_cache_folder_in_the_way_of_a_file(root: Path) -> None:
 
 def test_what_a_killed_process_left_is_removed_when_old(root: Path) -> None:
     cached("one", Builder())
-    left = root / "datasets" / f"{cache._UNFINISHED}x"
+    left = root / "datasets" / ".unfinished-x"
     shutil.copytree(next((root / "datasets").iterdir()), left)
     cached("two", Builder(seed=1))
     assert left.exists()
@@ -203,14 +215,14 @@ def test_the_other_process_was_faster(
     cached("one", build)
     (entry,) = (root / "datasets").iterdir()
     entry.rename(tmp_path / "theirs")
-    save = cache.np.save
+    write = Path.write_bytes
 
-    def save_last(path: Path, array: np.ndarray) -> None:
-        save(path, array)
-        if path.name == "test_labels.npy":
+    def write_last(path: Path, content: bytes) -> None:
+        write(path, content)
+        if path.name == "test_labels.bin":
             shutil.copytree(tmp_path / "theirs", entry)
 
-    monkeypatch.setattr(cache.np, "save", save_last)
+    monkeypatch.setattr(Path, "write_bytes", write_last)
     assert cached("two", build).notices == ("resized 3",)
     assert list((root / "datasets").iterdir()) == [entry]
 
@@ -236,6 +248,79 @@ def test_two_processes_at_once(root: Path) -> None:
         assert build.calls == 0
 
 
+@pytest.mark.parametrize(
+    "facts", [b"[]", b"{}", b"7", b'{"fingerprint": 1}', b'{"fingerprint": ".."}', b"[" * 10**5]
+)
+def test_an_index_with_a_right_hash_and_other_content(facts: bytes, root: Path) -> None:
+    build = Builder()
+    cached("one", build)
+    (index,) = (root / "index").iterdir()
+    write_cache_file(index, facts)
+    for _ in range(2):
+        expect_equal(cached("one", build), build.dataset)
+    assert build.calls == 2
+
+
+def test_an_entry_that_is_a_file_is_replaced(root: Path) -> None:
+    build = Builder()
+    cached("one", build)
+    (entry,) = (root / "datasets").iterdir()
+    shutil.rmtree(entry)
+    entry.write_text("in the way")
+    for _ in range(2):
+        expect_equal(cached("one", build), build.dataset)
+    assert build.calls == 2
+
+
+def test_a_run_needs_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """HOME unset and a user without a passwd entry, as in many containers."""
+    image_folder(tmp_path / "mine")
+    without_a_home(monkeypatch)
+    data = load_dataset("auto", tmp_path / "mine")
+    assert data.name == "folder-mine"
+    assert data.notices == (
+        "no cache: this user has no home folder: name a cache folder with FASTRES_CACHE; "
+        "every start decodes again",
+    )
+    assert load_dataset("auto").name == "synthetic"
+    with pytest.raises(FailureError, match="no home folder"):
+        load_dataset("cifar10")
+
+
+def test_a_training_run_needs_no_home_folder(tmp_path: Path) -> None:
+    """The whole command, with everything that it imports."""
+    image_folder(tmp_path / "mine", per_class=10)
+    words = ["--data-dir", str(tmp_path / "mine"), "--out", str(tmp_path / "run"), "--fast"]
+    words += ["--model", "resnet8", "--width", "0.25", "--shortcut", "A", "--no-whiten"]
+    words += ["--batch-size", "10", "--epochs", "1", "--threads", "1", "--amp", "bf16"]
+    code = f"""
+import os, pwd, sys
+def nobody(_): raise KeyError("no such user")
+pwd.getpwuid = nobody
+from fastres import evaluate, train
+assert train.main({words!r}) == 0
+assert evaluate.main([{str(tmp_path / "run")!r}]) == 0
+"""
+    kept = {k: v for k, v in os.environ.items() if k not in ("HOME", *CACHE_VARIABLES)}
+    kept["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no cache: this user has no home folder" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+CACHE_VARIABLES = "FASTRES_CACHE", "XDG_CACHE_HOME"
+
+
+def without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: int) -> None:
+        raise KeyError("no such user")
+
+    for name in ("HOME", *CACHE_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+
+
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
@@ -247,10 +332,28 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path("/home/someone/.cache/fastres")
 
 
-def test_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("relative", ["", "cache", "./x", "~/.cache"])
+def test_a_relative_xdg_folder_does_not_count(
+    relative: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FASTRES_CACHE")
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("XDG_CACHE_HOME", relative)
+    assert cache_folder() == Path("/home/someone/.cache/fastres")
+
+
+@pytest.mark.parametrize("named", [None, "~/cache", "~no-such-user/cache"])
+def test_without_a_home_folder(named: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a user that a container knows by number alone."""
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    for name in ("FASTRES_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
+    without_a_home(monkeypatch)
+    if named:
+        monkeypatch.setenv("FASTRES_CACHE", named)
     with pytest.raises(FailureError, match="FASTRES_CACHE"):
+        cache_folder()
+
+
+def test_a_home_that_is_no_path_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_a_home(monkeypatch)
+    monkeypatch.setenv("HOME", "home")
+    with pytest.raises(FailureError, match="no home folder"):
         cache_folder()

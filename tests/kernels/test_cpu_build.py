@@ -1,5 +1,7 @@
 """The build of the CPU kernels: where they cannot be had, and what they are kept as."""
 
+import ctypes
+import errno
 import os
 import re
 import shutil
@@ -80,7 +82,7 @@ def test_with_a_compiler_that_fails(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
     assert cpu_build.library() is None
     assert "failed: x: error: no" in cpu_build.unavailable()
-    assert list((tmp_path / "kernels").iterdir()) == []
+    assert not (tmp_path / "kernels").exists()
 
 
 def test_switched_off(monkeypatch):
@@ -136,14 +138,6 @@ def test_a_compiler_may_have_a_launcher(monkeypatch, compiler):
     assert "-shared" in link
 
 
-def test_without_a_home_folder(monkeypatch):
-    monkeypatch.delenv("FASTRES_CACHE")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert cpu_build.library() is None
-    assert "no home folder" in cpu_build.unavailable()
-
-
 def test_the_cache_may_be_named_by_a_tilde(monkeypatch, compiler, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("FASTRES_CACHE", "~/named")
@@ -151,11 +145,149 @@ def test_the_cache_may_be_named_by_a_tilde(monkeypatch, compiler, tmp_path):
     assert len(list((tmp_path / "named" / "kernels").iterdir())) == 1
 
 
-def test_with_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "file"))
-    assert cpu_build.library() is None
-    assert "cannot be built" in cpu_build.unavailable()
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
+    """The real library, compiled once for the tests below."""
+    if shutil.which(os.environ.get("CXX") or "g++") is None:
+        pytest.skip("no C++ compiler here")
+    return cpu_build._compile(["g++"], tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture
+def compilations(compiled, monkeypatch, tmp_path) -> list[Path]:
+    """The folders of compilations, which copy the compiled library; the cache is `tmp_path`."""
+    folders: list[Path] = []
+
+    def compile_by_copying(_, folder):
+        folders.append(folder)
+        return Path(shutil.copy(compiled, folder / "cpu.so"))
+
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpu_build, "_compile", compile_by_copying)
+    return folders
+
+
+def load_as_a_new_process() -> bool:
+    cpu_build._load.cache_clear()
+    return cpu_build.library() is not None
+
+
+def loads_in_a_child() -> bool:
+    """Load in a forked process, which a damaged library could kill."""
+    child = os.fork()
+    if not child:
+        os._exit(0 if load_as_a_new_process() else 1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+DAMAGES = {
+    **{
+        f"cut to {part}/12": lambda content, part=part: content[: len(content) * part // 12]
+        for part in range(12)
+    },
+    **{
+        f"zeros from {part}/12 on": lambda content, part=part: content[
+            : len(content) * part // 12
+        ].ljust(len(content), b"\0")
+        for part in range(12)
+    },
+    "a byte longer": lambda content: content + b"x",
+    "another file": lambda content: b"#!/bin/sh\n",
+    "without its digest": lambda content: content[:-64],
+    "a flipped bit in the middle": lambda content: (
+        content[: len(content) // 2]
+        + bytes([content[len(content) // 2] ^ 1])
+        + content[len(content) // 2 + 1 :]
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_library_is_built_again_with_one_line(damage, compilations, tmp_path, capfd):
+    assert load_as_a_new_process()
+    (stored,) = (tmp_path / "cache" / "kernels").iterdir()
+    whole = stored.read_bytes()
+    # As damage comes about; the library that this process has mapped is another file.
+    stored.write_bytes(DAMAGES[damage](whole))
+    capfd.readouterr()
+    assert loads_in_a_child()
+    line = f"fastres: compiling the CPU kernels, again: {stored.name} does not match its SHA-256\n"
+    assert capfd.readouterr().err == line
+    assert stored.read_bytes() == whole
+    assert loads_in_a_child()
+    assert capfd.readouterr().err == ""
+
+
+UNUSABLE = {
+    "File exists": lambda cache: cache.write_text("no folder"),
+    "Not a directory": lambda cache: [cache.mkdir(), (cache / "kernels").write_text("no folder")],
+    "Too many levels": lambda cache: cache.symlink_to(cache),
+}
+
+
+@pytest.mark.parametrize("reason", UNUSABLE)
+def test_a_cache_that_cannot_be_used_stops_nothing(reason, compilations, tmp_path, capsys):
+    UNUSABLE[reason](tmp_path / "cache")
+    for _ in range(2):
+        assert load_as_a_new_process()
+    assert len(compilations) == 2
+    assert not any(folder.exists() for folder in compilations)
+    assert "cannot be kept, so every start compiles" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_cache_that_cannot_be_written_stops_nothing(number, compilations, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(cpu_build, "write_cache_file", refuse)
+    assert load_as_a_new_process()
+    assert os.strerror(number) in capsys.readouterr().err
+
+
+def test_without_a_home_folder(compilations, monkeypatch, capsys):
+    monkeypatch.delenv("FASTRES_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert load_as_a_new_process()
+    assert "for this process: this user has no home folder" in capsys.readouterr().err
+
+
+def test_a_folder_in_the_place_of_the_library_makes_way(compilations, tmp_path):
+    assert load_as_a_new_process()
+    (stored,) = (tmp_path / "cache" / "kernels").iterdir()
+    stored.unlink()
+    (stored / "x").mkdir(parents=True)
+    assert load_as_a_new_process()
+    assert stored.is_file()
+
+
+def test_where_nothing_may_be_run_from_temporary_files(compilations, monkeypatch, tmp_path):
+    load = ctypes.CDLL
+
+    def load_elsewhere(path):
+        if not path.startswith(str(tmp_path)):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(cpu_build.ctypes, "CDLL", load_elsewhere)
+    assert load_as_a_new_process()
+    monkeypatch.setattr(cpu_build, "write_cache_file", lambda *_: os.listdir(tmp_path / "none"))
+    shutil.rmtree(tmp_path / "cache")
+    assert not load_as_a_new_process()
+    assert "failed to map segment" in cpu_build.unavailable()
+
+
+def test_what_killed_processes_left_is_removed_when_old(compilations, tmp_path):
+    folder = tmp_path / "cache" / "kernels"
+    folder.mkdir(parents=True)
+    old, new = folder / ".unfinished-old", folder / ".unfinished-new"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    assert load_as_a_new_process()
+    assert not old.exists()
+    assert new.exists()
 
 
 def test_two_processes_build_at_once(compiler, tmp_path):
@@ -169,5 +301,5 @@ def test_two_processes_build_at_once(compiler, tmp_path):
         for _ in range(2)
     ]
     answers = [process.communicate()[0] for process in running]
-    assert all("cannot be built" in answer and "file too short" in answer for answer in answers)
+    assert all("cannot be built" in answer for answer in answers)
     assert len(list((tmp_path / "kernels").iterdir())) == 1
