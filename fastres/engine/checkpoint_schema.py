@@ -149,7 +149,7 @@ def _progress(*, validated: bool) -> Check:
         "way": _record({}, _MODE),
     }
     needed = {
-        "step": _number(1, kind=int),
+        "step": _number(0, kind=int),
         "train_seconds": _SECONDS,
         "rows": _list(_record(columns, {})),
     }
@@ -216,8 +216,10 @@ def check_progress(
         FailureError: when it is beyond the end, or its rows are not those of its epochs.
     """
     step, rows, seconds = (progress[name] for name in ("step", "rows", "train_seconds"))
-    finished = -(-step // steps_per_epoch) if step == total_steps else step // steps_per_epoch
-    if step > total_steps or len(rows) != finished or (rows and not seconds):
+    recorded = min(len(rows) * steps_per_epoch, total_steps)
+    fits = recorded <= step <= min(recorded + steps_per_epoch, total_steps)
+    too_many = len(rows) > -(-total_steps // steps_per_epoch)
+    if not fits or too_many or (rows and not seconds):
         raise FailureError(
             f"{source} holds what no run writes: {step} of {total_steps} steps with {len(rows)} "
             f"rows in {seconds} s, at {steps_per_epoch} steps an epoch"

@@ -172,14 +172,16 @@ class TrainStep:
         }
         return _named(sections)
 
-    def load_state_dict(self, tensors: dict[str, Tensor], source: Path) -> None:
-        """Go on from what `state_dict` returned.
+    def load_state_dict(
+        self, tensors: dict[str, Tensor], source: Path, *, first_step: bool = False
+    ) -> None:
+        """Go on from what `state_dict` returned, before the first step or after one.
 
         Raises:
             FailureError: when it is of another model or optimizer, or holds what training cannot
                 go on from; then nothing has changed.
         """
-        check_tensors(tensors, self._layout(tensors), source)
+        check_tensors(tensors, self._layout(tensors, first_step=first_step), source)
         check_values(tensors, source)
         load_weights(self.model, take_section(tensors, "model"), source)
         self.optimizer.load_state_dict(take_section(tensors, "optimizer"))
@@ -193,7 +195,7 @@ class TrainStep:
         if scaler:
             self.scaler.load_state_dict(scaler)
 
-    def _layout(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _layout(self, saved: Mapping[str, Tensor], *, first_step: bool) -> dict[str, Tensor]:
         """Return names, shapes and dtypes that `saved` must have to be a state of this step."""
         scaler = torch.amp.GradScaler("cpu").state_dict()
         sections: dict[str, Mapping[str, Tensor]] = {
@@ -205,8 +207,8 @@ class TrainStep:
         }
         if not take_section(saved, "scaler"):
             del sections["scaler"]
-        # A loss scaler may skip the first steps, and torch makes the state of SGD in a real one.
-        if not take_section(saved, "optimizer") and "scaler" in sections:
+        # Torch makes the state of an optimizer in its first step, and a loss scaler may skip some.
+        if not take_section(saved, "optimizer") and (first_step or "scaler" in sections):
             del sections["optimizer"]
         return _named(sections)
 

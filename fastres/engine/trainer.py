@@ -380,8 +380,8 @@ class Trainer:
                 f"{', '.join(changed)}"
             )
         check_progress(meta["progress"], run.steps_per_epoch, run.total_steps, self.last)
-        run.step.load_state_dict(tensors, self.last)
         run.state = TrainingState.from_json(meta["progress"])
+        run.step.load_state_dict(tensors, self.last, first_step=run.state.step == 0)
         done = run.state.step / run.steps_per_epoch
         self.console.line(f"resume     {self.last} after {done:.2f} of {self.config.epochs:g}")
 

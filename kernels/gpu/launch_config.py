@@ -156,10 +156,12 @@ def load_table(path: Path = TABLE_PATH) -> dict[str, dict[str, ConvConfig]]:
     """Read the launch table; an absent file is an empty table.
 
     Raises: ValueError: when the schema is not this version's, or an entry is malformed.
+        OSError: when a file is there and cannot be read.
     """
-    if not path.exists():
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
         return {}
-    raw: dict[str, Any] = json.loads(path.read_text())
     if raw.get("schema") != TABLE_SCHEMA:
         raise ValueError(
             f"{path.name}: schema must be {TABLE_SCHEMA}, got {raw.get('schema')!r}: "

@@ -121,6 +121,10 @@ def test_a_bad_table_is_refused(table, entry, schema, message):
 
 def test_no_table_is_no_error(tmp_path):
     assert load_table(tmp_path / "absent.json") == {}
+    loop = tmp_path / "loop.json"
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        load_table(loop)
 
 
 def test_recording_counts_each_operand_once_and_runs_nothing_on_meta():
