@@ -1,6 +1,5 @@
 """What the commands share: options from a dataclass, one sentence for an error, exit codes."""
 
-import json
 import logging
 import os
 import signal
@@ -14,6 +13,7 @@ from typing import TypeVar
 
 from fastres.errors import FastresError, sentence_for
 from fastres.output import reader_may_leave
+from fastres.strict_json import dumps
 
 __all__ = ["guarded", "parse", "tell_launcher", "value_of"]
 
@@ -114,7 +114,7 @@ def tell_launcher(sentence: str) -> bool:
     reason = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
     try:
         with open(file, "w") as stream:
-            json.dump({"message": {"message": sentence, "extraInfo": reason}}, stream)
+            stream.write(dumps({"message": {"message": sentence, "extraInfo": reason}}))
     except OSError:
         return False
     return True

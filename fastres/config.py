@@ -11,7 +11,7 @@ import json
 import math
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -21,11 +21,13 @@ from fastres.errors import UsageError
 __all__ = [
     "Config",
     "DataOptions",
+    "DatasetKind",
     "LoaderName",
     "MachineOptions",
     "NetworkOptions",
     "OptimisationOptions",
     "PrecisionName",
+    "RecipeName",
     "RouteName",
     "RunOptions",
     "Switch",
@@ -38,6 +40,8 @@ Switch = Literal["auto", "on", "off"]
 RouteName = Literal["eager", "compile", "fused"]
 LoaderName = Literal["dali", "resident", "torch"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
+DatasetKind = Literal["cifar10", "cifar100", "folder", "synthetic"]
+RecipeName = Literal["quick", "standard", "paper", "accurate"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ class RunOptions:
 
     fast: bool = False
     """Train by the fastest route of this machine; without it, the eager fp32 reference."""
-    recipe: str = "quick"
-    """Hyper-parameters: quick, standard, paper or accurate; sets the defaults shown here."""
+    recipe: RecipeName = "quick"
+    """Hyper-parameters; sets the defaults shown here."""
     seed: int = 0
     """Decides initial weights, order and augmentation of the images."""
     deterministic: bool = False
@@ -58,7 +62,7 @@ class RunOptions:
 class DataOptions:
     """What it is trained on."""
 
-    dataset: Literal["auto", "cifar10", "cifar100", "folder", "synthetic"] = "auto"
+    dataset: Literal["auto", DatasetKind] = "auto"
     """auto: what is in the data folder, else download CIFAR-10, else synthetic pictures."""
     data_dir: str | None = None
     """Folder of CIFAR archives or of train/<class>/*; default: $FASTRES_DATA, user cache."""
@@ -158,18 +162,83 @@ class Config(MachineOptions, OptimisationOptions, DataOptions, NetworkOptions, R
         return dataclasses.replace(self, **changes)
 
 
-def _matches(value: Any, hint: Any) -> bool:
-    """Tell whether a JSON value fits the type of an option."""
-    origin = get_origin(hint)
-    if origin is Literal:
-        return value in get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_matches(value, part) for part in get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+_HINTS = get_type_hints(Config)
+
+
+@dataclass(frozen=True)
+class _Range:
+    """The numbers that an option may be, each end included or not."""
+
+    low: float
+    high: float = math.inf
+    with_low: bool = True
+    with_high: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        above = value >= self.low if self.with_low else value > self.low
+        below = value <= self.high if self.with_high else value < self.high
+        return above and below and value != math.inf
+
+    def __str__(self) -> str:
+        if self.with_low and self.with_high and self.high != math.inf:
+            return f"between {self.low} and {self.high}"
+        low = f"{'at least' if self.with_low else 'more than'} {self.low}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'at most' if self.with_high else 'less than'} {self.high}"
+
+
+# Rates and decays are float32 on the device.
+_FLOAT32 = 3.4e38
+_RANGES = {
+    "epochs": _Range(0, 10**6, with_low=False),
+    "batch_size": _Range(1, 2**20),
+    "eval_batch_size": _Range(1, 2**20),
+    "lr": _Range(0, _FLOAT32),
+    "momentum": _Range(0, 1),
+    "weight_decay": _Range(0, _FLOAT32),
+    "warmup": _Range(0, 1),
+    "label_smoothing": _Range(0, 1),
+    # At 1 the average never moves.
+    "ema": _Range(0, 1, with_high=False),
+    "crop_padding": _Range(0, 32),
+    "cutout": _Range(0, 32),
+    "width": _Range(0, 64, with_low=False),
+    "seed": _Range(0, 2**63 - 1),
+    "threads": _Range(1, 4096),
+    "workers": _Range(0, 256),
+    "limit_train": _Range(1),
+}
+
+
+def _checked(name: str, value: Any, option: str) -> Any:
+    """Return `value` in the type of option `name`, from wherever it came.
+
+    Raises:
+        UsageError: naming `option`, what it must be and what was given, where it is not that.
+    """
+    hint = _HINTS[name]
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None and types.NoneType in kinds:
+        return None
+    kind = kinds[0]
+    if get_origin(kind) is Literal:
+        fits, wanted = value in get_args(kind), f"one of {', '.join(get_args(kind))}"
+    elif kind in (int, float):
+        accepted = (int, float) if kind is float else int
+        fits = isinstance(value, accepted) and not isinstance(value, bool)
+        # Without a range an option would take NaN; every number has one.
+        allowed = _RANGES[name]
+        wanted = f"{allowed}" if fits else "a number" if kind is float else "a whole number"
+        fits = fits and value in allowed
+    else:
+        fits = isinstance(value, kind)
+        wanted = "true or false" if kind is bool else "text"
+    if not fits:
+        given = repr(value)
+        given = given if len(given) <= 60 else f"{given[:50]} ... ({len(given)} characters)"
+        raise UsageError(f"{option} must be {wanted}, got {given}")
+    return float(value) if kind is float else value
 
 
 def changed_options(before: Mapping[str, Any], after: Config) -> list[str]:
@@ -181,67 +250,48 @@ def changed_options(before: Mapping[str, Any], after: Config) -> list[str]:
     ]
 
 
-def from_json(text: bytes, source: str | Path) -> Config:
+def from_json(text: bytes, source: str | Path, only: Collection[str] | None = None) -> Config:
     """Read options that `Config.to_json` wrote; options it does not name keep their defaults.
 
+    Args:
+        text: of the file.
+        source: its name, for errors.
+        only: the options that are wanted; whatever else is in the file is not looked at.
+
     Raises:
-        UsageError: for text that is no JSON object, an unknown option or a value of a wrong type.
+        UsageError: for text that is no JSON object, an unknown option, or a value of a wrong type
+            or out of its range.
     """
     try:
+        # With a number beyond floats, so that its option is named below.
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{source} is not a JSON file: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{source} must hold a JSON object of options")
-    hints = get_type_hints(Config)
-    for name, value in values.items():
-        if name not in hints:
-            raise UsageError(f"{source}: unknown option {name!r}; options are {', '.join(hints)}")
-        if not _matches(value, hints[name]):
-            wanted = getattr(hints[name], "__name__", None) or str(hints[name])
-            raise UsageError(f"{source}: option {name!r} must be {wanted}, got {value!r}")
-    return Config(**values)
+    if only is not None:
+        values = {name: value for name, value in values.items() if name in only}
+    for name in values:
+        if name not in _HINTS:
+            raise UsageError(f"{source}: unknown option {name!r}; options are {', '.join(_HINTS)}")
+    return Config(**{k: _checked(k, v, f"{source}: option {k!r}") for k, v in values.items()})
 
 
 def validate(config: Config, renamed: Mapping[str, str] | None = None) -> Config:
-    """Return `config`, its data folder as an absolute path, if every number is in its range.
+    """Return `config`, its data folder as an absolute path, if every option has a value it may.
 
     Args:
         config: the options.
         renamed: fields that the command at hand calls by another name.
 
     Raises:
-        UsageError: naming the first option that is not, its value and its range.
+        UsageError: naming the first option that has not, what it must be and what it is.
     """
-    unbounded = math.inf
-    ranges: dict[str, tuple[float, float]] = {
-        "epochs": (0, 10**6),
-        "batch_size": (1, 2**20),
-        "eval_batch_size": (1, 2**20),
-        "lr": (0, unbounded),
-        "momentum": (0, 1),
-        "weight_decay": (0, unbounded),
-        "warmup": (0, 1),
-        "label_smoothing": (0, 1),
-        "ema": (0, 1),
-        "crop_padding": (0, 32),
-        "cutout": (0, 32),
-        "seed": (0, 2**63 - 1),
-        "threads": (1, 4096),
-        "workers": (0, 256),
-        "limit_train": (1, unbounded),
-    }
-    for name, (low, high) in ranges.items():
-        value = getattr(config, name)
-        if value is None or (low <= value <= high and value != math.inf):
-            continue
+    for name, value in config.to_json().items():
         option = "--" + (renamed or {}).get(name, name).replace("_", "-")
-        wanted = f"at least {low} and finite" if high == unbounded else f"between {low} and {high}"
-        raise UsageError(f"{option} must be {wanted}, got {value}")
-    if config.epochs == 0:
-        raise UsageError("--epochs must be more than 0")
-    if config.ema == 1:
-        raise UsageError("--ema must be less than 1, or the average never moves")
+        _checked(name, value, option)
+    if config.optimizer == "adamw" and config.momentum == 1:
+        raise UsageError("--momentum must be less than 1 with --optimizer adamw")
     if (config.compile, config.route) in (("on", "eager"), ("off", "compile")):
         raise UsageError(
             f"--compile {config.compile} contradicts --route {config.route}; give one of them"
@@ -250,5 +300,8 @@ def validate(config: Config, renamed: Mapping[str, str] | None = None) -> Config
         return config
     if not config.data_dir:
         raise UsageError("--data-dir is empty; name a folder or leave the option out")
-    # A run is resumed and evaluated from other working directories too.
-    return config.replace(data_dir=os.path.abspath(os.path.expanduser(config.data_dir)))
+    try:
+        # A run is resumed from other working directories too.
+        return config.replace(data_dir=os.path.abspath(os.path.expanduser(config.data_dir)))
+    except ValueError:  # a null character, or half of a surrogate pair
+        raise UsageError(f"--data-dir {config.data_dir!r} is no path") from None

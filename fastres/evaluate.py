@@ -3,25 +3,32 @@
 Exit codes: 0 done, 1 failure, 2 bad use.
 """
 
-import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from fastres import strict_json
 from fastres.cli import guarded, parse
-from fastres.config import Config, LoaderName, Switch, from_json, validate
+from fastres.config import Config, DatasetKind, LoaderName, Switch, from_json, validate
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fastres.data.dataset import Dataset
     from fastres.engine.console import RunConsole
     from fastres.engine.run_dir import RunDir
 
 __all__ = ["EvaluateOptions", "main"]
 
 _DESCRIPTION = "Recompute the accuracy of a trained network, every image counted once."
+# A run may be a stranger's: its config.json names the network and where its data was; devices,
+# numbers of processes and where anything is written are those of the command line.
+_FROM_THE_RUN = ("model", "width", "shortcut", "data_dir")
 
 
 @dataclass(frozen=True)
@@ -31,9 +38,9 @@ class EvaluateOptions:
     run: Annotated[str, tyro.conf.Positional] = "."
     """Run folder that python -m fastres.train wrote."""
     data_dir: str | None = None
-    """Folder with the data; default: the one of the run."""
-    dataset: Literal["auto", "cifar10", "cifar100", "folder", "synthetic"] | None = None
-    """Kind of data; default: that of the run."""
+    """Folder with the data, as in training; default: $FASTRES_DATA, user cache."""
+    dataset: Literal["auto", DatasetKind] | None = None
+    """Kind of data; default: what the checkpoint was trained on."""
     checkpoint: Literal["auto", "model", "best", "last"] = "auto"
     """Weights at the end, best on the validation images, or last saved; auto: the run's result."""
     tta: Literal["none", "flip"] = "none"
@@ -44,8 +51,12 @@ class EvaluateOptions:
     """Images an evaluation step; the accuracy does not depend on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes the GPU where there is one."""
+    threads: int | None = None
+    """CPU threads of torch; default: all cores."""
     loader: Literal["auto", LoaderName] = "auto"
     """Who prepares batches."""
+    workers: int | None = None
+    """Processes of the torch loader, threads of DALI; default: what suits the machine."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Precision of activations and filters."""
     channels_last: Switch = "auto"
@@ -73,14 +84,15 @@ def _run(argv: list[str]) -> int:
     if options.fast:
         keep_freed_memory()
     folder = RunDir(Path(options.run))
-    trained = from_json(folder.read_bytes("config.json"), folder.path / "config.json")
+    source = folder.path / "config.json"
+    trained = from_json(folder.read_bytes("config.json"), source, only=_FROM_THE_RUN)
     config = validate(
         _evaluation_config(trained, options), renamed={"eval_batch_size": "batch_size"}
     )
     console = RunConsole(quiet_stdout=options.json)
-    result = _evaluate(folder, config, options, console)
+    result = _evaluate(folder, config, options, console, trained.data_dir)
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(strict_json.dumps(result, indent=2))
     console.line(
         f"{result['accuracy']:.2f} % of {result['images']:,} images right, loss "
         f"{result['loss']:.4f} ({result['checkpoint']}, test-time augmentation: {result['tta']})",
@@ -90,46 +102,92 @@ def _run(argv: list[str]) -> int:
 
 
 def _evaluation_config(trained: Config, options: EvaluateOptions) -> Config:
-    return trained.replace(
+    """Take the network from the run, and all that concerns this machine from the command line."""
+    return Config(
+        model=trained.model,
+        width=trained.width,
+        shortcut=trained.shortcut,
         fast=options.fast,
-        dataset=options.dataset or trained.dataset,
-        data_dir=trained.data_dir if options.data_dir is None else options.data_dir,
+        dataset=options.dataset or "auto",
+        data_dir=options.data_dir,
         eval_batch_size=options.batch_size,
         device=options.device,
+        threads=options.threads,
         loader=options.loader,
+        workers=options.workers,
         amp=options.amp,
         channels_last=options.channels_last,
-        route="auto",
         compile="off",
-        graph="auto",
     )
 
 
-def _evaluate(
-    folder: "RunDir", config: Config, options: EvaluateOptions, console: "RunConsole"
-) -> dict[str, Any]:
+def _load_data(kind: str, config: Config, trained_from: str | None) -> "Dataset":
+    """Load the data from the folder of the command line, of the run, or where data is looked for.
+
+    Args:
+        kind: for `load_dataset`.
+        config: of the evaluation.
+        trained_from: the data folder in the run's config.json, from which is read alone: nothing is
+            downloaded into a folder that a stranger may have named.
+    """
     from fastres.data.source import load_dataset
+    from fastres.errors import FastresError
+
+    if config.data_dir is not None or trained_from is None:
+        return load_dataset(kind, config.data_dir)
+    try:
+        return load_dataset(kind, trained_from, download=False)
+    except FastresError as error:
+        raise type(error)(
+            f"{error}; the run was trained on {trained_from!r}: give where its data is now with "
+            "--data-dir"
+        ) from None
+
+
+def _trained_network(
+    path: Path, weights: Mapping[str, "Tensor"], config: Config, num_classes: int
+) -> "nn.Module":
+    """Build the network and put the weights of the checkpoint `path` into it."""
+    import torch
+
     from fastres.engine import checkpoint
+    from fastres.model.resnet import create_model
+
+    def build() -> "nn.Module":
+        return create_model(config.model, num_classes, width=config.width, shortcut=config.shortcut)
+
+    # Before a network is allocated that is as large as config.json says.
+    with torch.device("meta"):
+        checkpoint.check_tensors(weights, build().state_dict(), path)
+    model = build()
+    checkpoint.load_weights(model, weights, path)
+    return model
+
+
+def _evaluate(
+    folder: "RunDir",
+    config: Config,
+    options: EvaluateOptions,
+    console: "RunConsole",
+    trained_from: str | None,
+) -> dict[str, Any]:
+    from fastres.data.dataset import class_difference
+    from fastres.data.source import dataset_kind
     from fastres.engine.checkpoint_schema import read_weights
     from fastres.engine.evaluation import evaluate, evaluation_loader
     from fastres.engine.runtime import resolve_runtime
     from fastres.errors import FailureError
     from fastres.model.fuse import fuse
-    from fastres.model.resnet import create_model
 
     path = folder.result() if options.checkpoint == "auto" else folder.file(options.checkpoint)
     weights, meta = read_weights(path)
-    data = load_dataset(config.dataset, config.data_dir)
-    if list(data.classes) != meta["classes"]:
+    data = _load_data(options.dataset or dataset_kind(meta["dataset"]), config, trained_from)
+    if difference := class_difference(meta["classes"], data.classes):
         raise FailureError(
-            f"{path} was trained on {len(meta['classes'])} classes of {meta['dataset']}, and "
-            f"{data.source} holds {len(data.classes)} classes of {data.name}"
+            f"{path}, trained on {meta['dataset']}, does not fit {data.source}: {difference}"
         )
-    model = create_model(
-        config.model, len(data.classes), width=config.width, shortcut=config.shortcut
-    )
+    model = _trained_network(path, weights, config, len(data.classes))
     runtime = resolve_runtime(config, model)
-    checkpoint.load_weights(model, weights, path)
     if runtime.route == "fused":
         model = fuse(model, verbose=False)
     runtime.configure_torch()
@@ -145,6 +203,11 @@ def _evaluate(
     loader = evaluation_loader(data.test, tuple(meta["mean"]), tuple(meta["std"]), config, runtime)
     score = evaluate(model, loader, runtime, flip_tta=options.tta == "flip")
     loader.close()
+    if not math.isfinite(score.loss):
+        raise FailureError(
+            f"the loss on the test images is {score.loss}: the weights in {path} are finite and "
+            f"overflow in {runtime.precision}"
+        )
     return {
         "accuracy": score.accuracy,
         "loss": score.loss,

@@ -1,9 +1,9 @@
 """Named sets of hyper-parameters: what `--recipe` starts from, and where each value came from."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from fastres.config import Config, changed_options
+from fastres.config import Config, RecipeName, changed_options
 from fastres.errors import UsageError
 
 __all__ = ["RECIPES", "Origins", "Recipe", "from_recipe", "origins"]
@@ -35,7 +35,7 @@ class Recipe:
 
 # Rates are of SGD with Nesterov momentum. They grow with the batch: twice the images a step, twice
 # the rate (Goyal et al. 2017, https://arxiv.org/abs/1706.02677).
-RECIPES: dict[str, Recipe] = {
+RECIPES: dict[RecipeName, Recipe] = {
     # Minutes on two CPU cores, seconds on a GPU; after that a small net gains little.
     "quick": Recipe(
         {
@@ -135,10 +135,11 @@ def from_recipe(name: str, model: str | None = None) -> Config:
     """
     if name not in RECIPES:
         raise UsageError(f"unknown recipe {name!r}; the recipes are {', '.join(RECIPES)}")
-    recipe = RECIPES[name]
+    known = cast(RecipeName, name)
+    recipe = RECIPES[known]
     chosen = recipe.common["model"] if model is None else model
     options = recipe.common | recipe.for_model(chosen) | {"model": chosen}
-    return Config(recipe=name, **options)
+    return Config(recipe=known, **options)
 
 
 def origins(config: Config, base: Config, file: str | None = None) -> Origins:

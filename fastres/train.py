@@ -5,7 +5,6 @@ terminal (SIGHUP), Ctrl-C (SIGINT) and SIGTERM.
 """
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from fastres import strict_json
 from fastres.cli import guarded, parse, tell_launcher, value_of
 from fastres.config import (
     Config,
     DataOptions,
+    DatasetKind,
     MachineOptions,
     NetworkOptions,
     OptimisationOptions,
@@ -133,6 +134,8 @@ def _base(argv: Sequence[str]) -> tuple[Config, str | None]:
         value_of(name, argv) for name in ("--recipe", "--config", "--out", "--model")
     )
     if "--resume" in argv:
+        if file is not None:
+            raise UsageError("--config does not go with --resume: a run keeps its own options")
         if out is None:
             raise UsageError("--resume needs --out, the folder of the run to continue")
         file = str(Path(out) / "config.json")
@@ -176,6 +179,8 @@ def _train_with(
     folder = RunDir(Path(options.out)) if options.out else default_folder(config)
     if processes.is_main and not (options.dry_run or options.resume):
         folder.check_free(overwrite=options.overwrite)
+    if options.resume and config.dataset == "auto":
+        config = config.replace(dataset=_dataset_of(folder, console))
     trainer = Trainer(config, folder, console, processes)
     if options.dry_run:
         console.rich.print(layer_table(trainer.model_summary))
@@ -188,7 +193,7 @@ def _train_with(
         with folder.claimed() if processes.is_main else nullcontext():
             if processes.is_main and not options.resume:
                 # Again, now that nobody else can start a run in it.
-                folder.begin(config.to_json(), overwrite=options.overwrite)
+                folder.begin(trainer.config.to_json(), overwrite=options.overwrite)
             summary = trainer.run(prepared, resume=options.resume)
     except Stopped as stopped:
         advice = f"{stopped}; go on with: python -m fastres.train --resume --out {folder.path}"
@@ -199,9 +204,22 @@ def _train_with(
     return 0
 
 
+def _dataset_of(folder: "RunDir", console: "RunConsole") -> DatasetKind:
+    """Return the kind of data that the checkpoint names, for a config.json that only says auto."""
+    from fastres.data.source import dataset_kind
+    from fastres.engine import checkpoint
+
+    kind = dataset_kind(checkpoint.read(folder.file("last"))[1]["dataset"])
+    console.line(
+        f"resume     the dataset is {kind}, as the checkpoint names it: config.json says auto, as "
+        "earlier versions wrote it"
+    )
+    return kind
+
+
 def _report(summary: "Summary", folder: "RunDir", console: "RunConsole", *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(summary, indent=2))
+        print(strict_json.dumps(summary, indent=2))
     console.line("")
     console.line(
         f"{summary['test_accuracy']:.2f} % test accuracy on {summary['dataset']} after "

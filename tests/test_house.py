@@ -15,12 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"kernels": 0, "fastres": 1, "benchmarks": 2, "tests": 3}
 MAY_USE_KERNELS = ("fastres/model/", "fastres/data/loaders/resident.py")
 # Below everything: what the machine is, how an error is reported, how a command prints, what a
-# cache holds.
+# cache holds, how JSON is written.
 FOR_ALL = (
     "fastres.host",
     "fastres.errors",
     "fastres.output",
     "fastres.cache_file",
+    "fastres.strict_json",
 )
 
 
@@ -92,6 +93,16 @@ def test_rooms_are_imported_one_way(folder, room):
             other = name.removeprefix(f"{package}.").partition(".")[0]
             if name.startswith(f"{package}.") and other in ROOMS[folder]:
                 assert other in ROOMS[folder][room], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_json_has_one_writer():
+    for path in sources():
+        if path.is_relative_to(ROOT / "tests") or path.name == "strict_json.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in ("dump", "dumps"):
+                owner = ast.unparse(node.value)
+                assert owner != "json", f"{path}:{node.lineno} writes JSON past strict_json"
 
 
 def test_every_package_is_shipped():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from benchmarks.harness.records import Clocks, RowProvenance
-from fastres import host
+from fastres import host, strict_json
 from fastres.host import Provenance
 
 __all__ = [
@@ -143,7 +143,7 @@ def write_results(
         writer = csv.DictWriter(stream, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    path.with_suffix(".json").write_text(json.dumps(provenance, indent=2) + "\n")
+    path.with_suffix(".json").write_text(strict_json.dumps(provenance, indent=2) + "\n")
     return path
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from benchmarks.harness.records import FinalStats, WorkerReady
+from fastres import strict_json
 from fastres.engine import machine
 
 __all__ = ["Worker", "WorkerPool", "serve", "wait_for_start"]
@@ -47,7 +48,7 @@ def serve(run: Callable[[int], int], hello: WorkerReady) -> None:
 
 
 def _say(message: Mapping[str, object]) -> None:
-    print(json.dumps(message), flush=True)
+    print(strict_json.dumps(message), flush=True)
 
 
 class Worker:

@@ -6,7 +6,6 @@ array in memory; without either the synthetic set, in memory too.
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler, Subset
 import fastres
 from benchmarks.harness.ablation import fixed_batch
 from benchmarks.harness.worker_pool import serve, wait_for_start
+from fastres import strict_json
 
 __all__ = ["Data", "first_loss", "load_data", "make_train_loader", "parse", "run"]
 
@@ -182,7 +182,7 @@ def run(
         "test_images": count,
         "data": data.name,
     }
-    print(json.dumps(result))
+    print(strict_json.dumps(result))
     return 0
 
 

@@ -6,7 +6,6 @@ against a proof. Exit code 1 where something needed is missing.
 
 import argparse
 import importlib.util
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.rows import make_provenance
+from fastres import strict_json
 from fastres.output import reader_may_leave
 
 __all__ = ["find_problems", "is_installed", "main"]
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "missing": missing,
     }
     found["faults"] = find_problems(found)
-    options.out.write_text(json.dumps(found, indent=2) + "\n")
+    options.out.write_text(strict_json.dumps(found, indent=2) + "\n")
     for key in ("machine", "clocks", "versions", "gpu", "commit"):
         print(f"{key}: {found[key]}")
     for name in missing:

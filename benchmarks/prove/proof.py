@@ -27,6 +27,7 @@ from benchmarks.harness.rows import write_results
 from benchmarks.prove.environment import is_installed
 from benchmarks.prove.parts import ROOT, Part, plan_parts
 from benchmarks.report.collect import rows_of_report
+from fastres import strict_json
 from fastres.output import reader_may_leave
 
 __all__ = ["Outcome", "judge", "main"]
@@ -189,7 +190,7 @@ class Proof:
             **by_status,
             "parts": [asdict(outcome) for outcome in self.outcomes],
         }
-        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (self.out / "summary.json").write_text(strict_json.dumps(summary, indent=2) + "\n")
 
     def table(self) -> str:
         """Return the outcomes as lines of plain text."""

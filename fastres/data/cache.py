@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from fastres import strict_json
 from fastres.cache_file import (
     DamagedError,
     read_cache_file,
@@ -129,7 +130,7 @@ def _write(root: Path, index: Path, dataset: Dataset) -> None:
         for field in dataclasses.fields(dataset)
         if field.name not in _SPLITS
     }
-    write_cache_file(index, json.dumps(facts).encode())
+    write_cache_file(index, strict_json.dumps(facts).encode())
 
 
 def _write_entry(entry: Path, dataset: Dataset) -> None:

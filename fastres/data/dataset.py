@@ -5,12 +5,13 @@ module does not import torch.
 """
 
 import hashlib
-import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from fastres import strict_json
 from fastres.errors import FailureError
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Dataset",
     "ImageSet",
     "channel_statistics",
+    "class_difference",
     "content_fingerprint",
     "plural",
 ]
@@ -138,6 +140,21 @@ class Dataset:
         return cls(name, classes, train, test, mean, std, fingerprint, source, notices)
 
 
+def class_difference(trained: Sequence[str], found: Sequence[str]) -> str | None:
+    """Say how classes `found` differ from those that a network was trained on, None if not at all.
+
+    Label k means the k-th name on either side, so another order is a difference too.
+    """
+    if len(trained) != len(found):
+        return f"it was trained on {len(trained):,} classes, and there are {len(found):,} here"
+    pairs = enumerate(zip(trained, found, strict=True))
+    label = next((label for label, (was, now) in pairs if was != now), None)
+    if label is None:
+        return None
+    what = "the same classes in another order" if set(trained) == set(found) else "other classes"
+    return f"{what}: label {label} was {trained[label]!r} in training, and is {found[label]!r} here"
+
+
 def channel_statistics(
     images: np.ndarray,
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -175,7 +192,7 @@ def content_fingerprint(classes: tuple[str, ...], train: ImageSet, test: ImageSe
     The lengths are hashed first, so two different datasets never give the hash the same bytes.
     Labels are hashed as little-endian int64, so every machine computes the same value.
     """
-    head = json.dumps([list(classes), len(train), len(test)], ensure_ascii=True)
+    head = strict_json.dumps([list(classes), len(train), len(test)])
     digest = hashlib.sha256(head.encode())
     for images in (train, test):
         digest.update(np.ascontiguousarray(images.labels, dtype="<i8").data)

@@ -3,9 +3,11 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
+from fastres.config import DatasetKind
 from fastres.data.cache import cached
 from fastres.data.dataset import Dataset, ImageSet
 from fastres.data.download import download_cifar, not_downloaded
@@ -15,9 +17,9 @@ from fastres.data.synthetic import SYNTHETIC_VERSION, synthetic_dataset
 from fastres.errors import FailureError, UsageError
 from fastres.host import cache_folder
 
-__all__ = ["DATASET_NAMES", "load_dataset", "split_validation"]
+__all__ = ["DATASET_NAMES", "dataset_kind", "load_dataset", "split_validation"]
 
-DATASET_NAMES = ("auto", "cifar10", "cifar100", "folder", "synthetic")
+DATASET_NAMES = ("auto", *get_args(DatasetKind))
 _TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "folder": "image folder"}
 _WANTED = "a CIFAR archive, or train/<class>/ and test/<class>/ folders"
 
@@ -59,6 +61,15 @@ def load_dataset(
     except OSError as error:
         where = error.filename or "the data"
         raise FailureError(f"cannot read {where}: {error.strerror or error}") from error
+
+
+def dataset_kind(name: str) -> DatasetKind:
+    """Return what to ask `load_dataset` for, to get again what records call `name`.
+
+    `auto` may find something else another time; `cifar10-jpeg`, say, is a folder.
+    """
+    kinds: dict[str, DatasetKind] = {kind: kind for kind in get_args(DatasetKind)}
+    return kinds.get(name, "folder")
 
 
 def _load(name: str, root: Path, named: bool, download: bool) -> Dataset:

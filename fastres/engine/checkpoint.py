@@ -6,7 +6,7 @@ A weights file holds the plain `state_dict`, as anyone's safetensors reader expe
 stored in NCHW order, and no file tells which route trained it.
 
 A SHA-256 over the JSON and all tensors is part of the header: a file that was cut off or changed in
-a single byte is refused.
+a single byte is refused. Numbers are finite: a NaN or an infinity is neither written nor read.
 """
 
 import hashlib
@@ -22,11 +22,13 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from fastres import strict_json
 from fastres.errors import FailureError
 
 __all__ = [
     "FORMAT",
     "check_tensors",
+    "first_nonfinite",
     "load_weights",
     "read",
     "replace_file",
@@ -75,19 +77,32 @@ def _digest(tensors: Mapping[str, Tensor], meta: str) -> str:
     return digest.hexdigest()
 
 
+def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name the first tensor that holds a NaN or an infinity; a GPU is waited for once."""
+    named = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+    if not named:
+        return None
+    # Not every type of one byte has `isfinite`; fastres writes none, and others may.
+    finite = [(t.float() if t.itemsize == 1 else t).isfinite().all() for t in named.values()]
+    verdicts = torch.stack([verdict.to(finite[0].device) for verdict in finite]).tolist()
+    return next((name for name, good in zip(named, verdicts, strict=True) if not good), None)
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write tensors and JSON values to `path`, replacing what was there in one step.
 
     Args:
         path: the file; its folder exists.
         tensors: on any device and in any layout.
-        meta: what `json.dumps` takes.
+        meta: what `strict_json.dumps` takes.
 
     Raises:
-        FailureError: when the file cannot be written.
+        FailureError: when a number is not finite, or the file cannot be written; the old one stays.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(meta, sort_keys=True)
+    if name := first_nonfinite(stored):
+        raise FailureError(f"{path} is not written: {name} is not finite")
+    text = strict_json.dumps(meta, sort_keys=True)
     header = {"format": FORMAT, "meta": text, "sha256": _digest(stored, text)}
     replace_file(path, save(stored, metadata=header))
 
@@ -101,7 +116,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], Any]:
         The tensors, and the JSON value as it stands in the file.
 
     Raises:
-        FailureError: when the file is missing, unreadable, cut off, changed or not of fastres.
+        FailureError: when the file is missing, unreadable, cut off, changed or not of fastres, or
+            when a number in it is not finite.
     """
     try:
         content = path.read_bytes()
@@ -118,8 +134,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], Any]:
     text = header.get("meta", "")
     if _digest(tensors, text) != header.get("sha256"):
         raise FailureError(f"{path} is damaged: its content does not match its SHA-256")
+    if name := first_nonfinite(tensors):
+        raise FailureError(f"{path} is of a run that had diverged: {name} is not finite")
     try:
-        return tensors, json.loads(text)
+        return tensors, strict_json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FailureError(f"{path} is no readable checkpoint: its JSON: {error}") from None
 

@@ -5,15 +5,14 @@ A hash proves that a file is as it was written, not that a run wrote it. `read_w
 else a file holds is one sentence that names the field, what it must be and what it is.
 """
 
-import json
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
 from torch import Tensor
 
+from fastres import strict_json
 from fastres.config import Config, from_json
 from fastres.engine import checkpoint
 from fastres.engine.checkpoint import take_section
@@ -112,8 +111,8 @@ def _mixable(inner: Check) -> Check:
 
 def _options(name: str, value: Any) -> None:
     try:
-        from_json(json.dumps(value).encode(), name)
-    except UsageError as error:
+        from_json(strict_json.dumps(value).encode(), name)
+    except (UsageError, FailureError) as error:
         raise _unexpected(name, f"the options of a run ({error})", value) from None
 
 
@@ -233,15 +232,12 @@ def _check_sections(tensors: Mapping[str, Tensor], source: Path) -> None:
 
 
 def check_values(tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Look for values from which training could only diverge, in tensors of the right dtypes.
+    """Look for negative numbers where training never has any, in tensors of the right dtypes.
 
     Raises:
         FailureError: naming the first.
     """
     for name, tensor in tensors.items():
-        wrong = ~torch.isfinite(tensor)
-        if name.endswith(_NEVER_NEGATIVE):
-            wrong |= tensor < 0
-        if wrong.any():
-            value = tensor[wrong][0].item()
+        if name.endswith(_NEVER_NEGATIVE) and (tensor < 0).any():
+            value = tensor[tensor < 0][0].item()
             raise FailureError(f"{source} holds what no run writes: a {value} in {name}")

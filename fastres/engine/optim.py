@@ -54,7 +54,6 @@ class Optimizer:
         self.names = {id(p): name for name, p in model.named_parameters()}
         params = list(model.parameters())
         device = params[0].device
-        self.peak = config.lr
         self.lr = torch.tensor(config.lr, dtype=torch.float32, device=device)
         groups = [
             {"params": [p for p in params if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -80,12 +79,12 @@ class Optimizer:
         for group in self.rule.param_groups:
             group["lr"] = config.lr if self._reads_lr else self.lr
 
-    def set_lr(self, factor: float) -> None:
-        """Set the learning rate to `factor` times its peak, without waiting for the device."""
-        self.lr.fill_(self.peak * factor)
+    def set_lr(self, rate: float) -> None:
+        """Set the learning rate without waiting for the device."""
+        self.lr.fill_(rate)
         if self._reads_lr:
             for group in self.rule.param_groups:
-                group["lr"] = self.peak * factor
+                group["lr"] = rate
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state as flat tensors named "<parameter>.<entry>", not copied."""

@@ -10,7 +10,6 @@ import fcntl
 import functools
 import io
 import itertools
-import json
 import os
 import re
 import tempfile
@@ -20,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fastres import strict_json
 from fastres.config import Config, from_json
 from fastres.engine.checkpoint import replace_file
 from fastres.errors import FailureError, UsageError
@@ -197,7 +197,7 @@ class RunDir:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write `value` to the file `name`."""
-        replace_file(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
+        replace_file(self.path / name, (strict_json.dumps(value, indent=2) + "\n").encode())
 
     def read_bytes(self, name: str) -> bytes:
         """Return the content of the file `name`.
@@ -216,7 +216,7 @@ class RunDir:
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write one row an epoch as metrics.jsonl and metrics.csv."""
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        lines = "".join(strict_json.dumps(row) + "\n" for row in rows)
         replace_file(self.path / "metrics.jsonl", lines.encode())
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, fieldnames=list(rows[0]) if rows else ["epoch"])

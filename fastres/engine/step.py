@@ -29,26 +29,34 @@ _WARMUP_STEPS = 3
 class Totals:
     """Sums over an epoch that stay on the device until somebody asks.
 
-    `values` holds the sum of losses, the number of right answers and of images, in float64 where
-    the device has it.
+    `values` holds the sum of losses, the number of right answers, of images, and of batches whose
+    loss was not finite, in float64.
     """
 
     def __init__(self, device: torch.device):
-        self.values = torch.zeros(3, dtype=torch.float64, device=device)
+        self.values = torch.zeros(4, dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: its mean loss, (B, classes) logits and (B,) labels."""
         right = (logits.argmax(dim=1) == labels).sum()
         count = torch.full_like(right, len(labels))
-        self.values += torch.stack([loss.double() * len(labels), right.double(), count.double()])
+        # A finite number less itself is 0; a NaN or an infinity less itself is a NaN.
+        lost = loss - loss != 0
+        self.values += torch.stack(
+            [loss.double() * len(labels), right.double(), count.double(), lost.double()]
+        )
 
     def read(self, processes: Processes = ALONE) -> tuple[float, float, int]:
         """Wait for the device and return mean loss, accuracy in percent and number of images.
 
         Those of all processes together.
         """
-        loss, right, count = processes.total(self.values).tolist()
+        loss, right, count, _ = processes.total(self.values).tolist()
         return loss / max(count, 1), 100 * right / max(count, 1), int(count)
+
+    def nonfinite_steps(self) -> int:
+        """Wait for the device and return how many batches of this process had no finite loss."""
+        return int(self.values[3])
 
 
 def _named(sections: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -104,9 +112,7 @@ class TrainStep:
             images: (B, 3, 32, 32) float32, normalised; this process's part of the batch.
             labels: (B,) int64.
         """
-        # The rate of the middle of the step: neither the first nor the last one is wasted at zero.
-        progress = (step + 0.5) / self.total_steps
-        self.optimizer.set_lr(lr_factor(self.config.schedule, progress, self.config.warmup))
+        self.optimizer.set_lr(self.learning_rate(step))
         if self._graph is not None and self._inputs is not None:
             self._inputs[0].copy_(images)
             self._inputs[1].copy_(labels)
@@ -115,6 +121,12 @@ class TrainStep:
             self._compute(images.contiguous(memory_format=self.runtime.memory_format), labels)
         if self.average is not None:
             self.average.update(step)
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of step `step` (0-based)."""
+        # That of the middle of the step: neither the first nor the last one is wasted at zero.
+        progress = (step + 0.5) / self.total_steps
+        return self.config.lr * lr_factor(self.config.schedule, progress, self.config.warmup)
 
     def _compute(self, images: Tensor, labels: Tensor) -> None:
         """Forward, backward and update: everything that the graph captures."""
@@ -165,7 +177,8 @@ class TrainStep:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.average if self.average is not None else {},
-            "totals": {"values": self.processes.total(self.totals.values)},
+            # The count of lost batches is 0 in whatever is saved.
+            "totals": {"values": self.processes.total(self.totals.values)[:3]},
             "scaler": {
                 name: torch.tensor(value) for name, value in self.scaler.state_dict().items()
             },
@@ -190,7 +203,7 @@ class TrainStep:
             self.average.load(average)
         self.totals.values.zero_()
         if self.processes.is_main:
-            self.totals.values.copy_(take_section(tensors, "totals")["values"])
+            self.totals.values[:3].copy_(take_section(tensors, "totals")["values"])
         scaler = {k: v.item() for k, v in take_section(tensors, "scaler").items()}
         if scaler:
             self.scaler.load_state_dict(scaler)
@@ -202,7 +215,7 @@ class TrainStep:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.layout(),
             "average": self.average.average if self.average is not None else {},
-            "totals": {"values": self.totals.values},
+            "totals": {"values": self.totals.values[:3]},
             "scaler": {name: torch.tensor(value) for name, value in scaler.items()},
         }
         if not take_section(saved, "scaler"):

@@ -15,12 +15,13 @@ from fastres import host
 from fastres.config import Config, changed_options
 from fastres.data.loaders import BatchSpec, Loader, build_loader
 from fastres.data.plan import Augmentation
-from fastres.data.source import load_dataset, split_validation
+from fastres.data.source import dataset_kind, load_dataset, split_validation
 from fastres.engine import checkpoint, machine
 from fastres.engine.checkpoint_schema import check_progress, read_training
 from fastres.engine.console import RunConsole
 from fastres.engine.curves import draw_curves
 from fastres.engine.distributed import ALONE, Processes
+from fastres.engine.divergence import require_finite_scores, require_finite_state
 from fastres.engine.evaluation import Score, evaluate, evaluation_loader
 from fastres.engine.run_dir import RunDir
 from fastres.engine.runtime import resolve_runtime
@@ -75,7 +76,7 @@ class Trainer:
     """Reads the data and builds the network when constructed; then `prepare`, then `run`.
 
     Args:
-        config: validated options.
+        config: validated options; the attribute says instead of `auto` which data was found.
         folder: the run folder, made by the caller.
         console: where to report.
         processes: who trains the same network; the first of them writes the files.
@@ -84,11 +85,12 @@ class Trainer:
     def __init__(
         self, config: Config, folder: RunDir, console: RunConsole, processes: Processes = ALONE
     ):
-        self.config, self.folder, self.console = config, folder, console
-        self.processes = processes
+        self.folder, self.console, self.processes = folder, console, processes
         # What one process downloads and decodes, the others find.
         with processes.main_first():
             self.data = load_dataset(config.dataset, config.data_dir)
+        # What `auto` found today: a resumed run and an evaluation ask for that.
+        self.config = config.replace(dataset=dataset_kind(self.data.name))
         self._split()
         self.model = create_model(
             config.model,
@@ -173,7 +175,8 @@ class Trainer:
 
         Raises:
             Stopped: after a signal, with a checkpoint in the run folder.
-            FailureError: when the loss is no longer finite, or a file cannot be read or written.
+            FailureError: when a number of the run is no longer finite, or a file cannot be read or
+                written.
         """
         if resume:
             self._restore(prepared)
@@ -184,6 +187,7 @@ class Trainer:
                 while len(prepared.state.rows) * prepared.steps_per_epoch < prepared.total_steps:
                     self._train_epoch(prepared, stop)
             except Stopped:
+                require_finite_state(prepared.step, prepared.state.step, self.last)
                 self._save(prepared)
                 raise
             return self._finish(prepared)
@@ -216,13 +220,10 @@ class Trainer:
             self._heed(stop)
         self._wait()
         state.epoch_seconds = time.perf_counter() - started
+        require_finite_state(run.step, state.step, self.last)
         loss, accuracy, count = run.step.totals.read(self.processes)
-        if not math.isfinite(loss):
-            raise FailureError(
-                f"the loss is {loss} in epoch {epoch + 1}: the run has diverged; lower --lr. "
-                f"{self.folder.path} keeps the checkpoint of the epoch before, if there was one"
-            )
         scores = self._scores(run, stop)
+        require_finite_scores(run.step, state.step, self.last, scores)
         rate = count / state.epoch_seconds
         state.train_seconds += state.epoch_seconds
         state.epoch_seconds = 0.0
@@ -374,7 +375,9 @@ class Trainer:
                 f"{self.last} was trained on other data ({meta['dataset']}) than "
                 f"{self.data.source} holds; pass its --data-dir"
             )
-        if changed := changed_options(meta["config"], self.config):
+        # Its options may say `auto`, as they did before; its data is this data, as seen above.
+        options = meta["config"] | {"dataset": self.config.dataset}
+        if changed := changed_options(options, self.config):
             raise FailureError(
                 f"{self.last} is of a run with other options than its config.json names: "
                 f"{', '.join(changed)}"

@@ -59,8 +59,8 @@ def fuse(model: nn.Module, *, verbose: bool = True) -> nn.Module:
     """A copy of `model` in which all that is recognised runs fused; the original is unchanged.
 
     Parameters, buffers and state_dict keys are the model's; nothing is shared with it, so an
-    optimizer must be made for the copy. Training, evaluation, autocast and torch.compile work as
-    before, higher derivatives too. Left as they are: grouped, dilated and biased convolutions, other
+    optimizer must be made for the copy. Training, evaluation, autocast, torch.compile and higher
+    derivatives work as before. Left as they are: grouped, dilated and biased convolutions, other
     norms and activations, modules with hooks, batch norms without parameters or running statistics.
     Under transforms of torch.func, forward-mode differentiation, tracers, exporters, global hooks
     and tensor subclasses the plain modules run, see interception.py.

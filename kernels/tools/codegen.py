@@ -8,7 +8,6 @@ that this machine need not have. See codegen_report.py for what an entry says.
 import argparse
 import csv
 import importlib.util
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastres.host import usable_cores
 from fastres.output import reader_may_leave
+from fastres.strict_json import dumps
 
 if TYPE_CHECKING:
     from fastres.kernels.tools.codegen_report import CodegenEntry
@@ -169,7 +169,7 @@ def _print_entries(entries: "Sequence[CodegenEntry]", arch: str) -> None:
 def _write(entries: "Sequence[CodegenEntry]", options: argparse.Namespace) -> None:
     records = [entry_record(entry) for entry in entries]
     if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n")
+        options.json.write_text(dumps(records, indent=1) + "\n")
     if options.csv:
         with options.csv.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, list(records[0]), lineterminator="\n")

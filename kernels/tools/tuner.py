@@ -46,6 +46,7 @@ from fastres.kernels.tools.tune_workloads import (
     check_parity,
     make_case,
 )
+from fastres.strict_json import dumps
 
 __all__ = ["Choice", "Timer", "Tuner", "candidates", "merge_table"]
 
@@ -205,7 +206,7 @@ def merge_table(
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as stream:
-            stream.write(json.dumps(table, indent=1) + "\n")
+            stream.write(dumps(table, indent=1) + "\n")
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

@@ -62,7 +62,7 @@ def use(run, whole, monkeypatch, capsys):
     trainer = Trainer(config, RunDir(run), RunConsole(silent=True))
     prepared = trainer.prepare()
     # The images decide nothing here, and reading and evaluating them takes most of the time.
-    monkeypatch.setattr("fastres.data.source.load_dataset", lambda *_: trainer.data)
+    monkeypatch.setattr("fastres.data.source.load_dataset", lambda *_, **__: trainer.data)
     monkeypatch.setattr("fastres.evaluate._evaluate", only_up_to_the_images(evaluate._evaluate))
 
     def used(tensors, meta, *, also_evaluate=True):

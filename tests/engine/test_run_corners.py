@@ -42,7 +42,7 @@ def run(tmp_path_factory):
     [
         (["--seed", str(2**63)], f"between 0 and {2**63 - 1}, got {2**63}"),
         (["--batch-size", "1" + 400 * "0"], "between 1 and 1048576"),
-        (["--lr", "inf"], "--lr must be at least 0 and finite, got inf"),
+        (["--lr", "inf"], "--lr must be between 0 and 3.4e+38, got inf"),
         (["--warmup", "1.5"], "--warmup must be between 0 and 1, got 1.5"),
         (["--data-dir", ""], "--data-dir is empty"),
         (["--out", ""], "--out is empty"),
@@ -105,7 +105,11 @@ def test_a_run_is_found_again_from_another_directory(tmp_path, monkeypatch, caps
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     capsys.readouterr()
-    assert evaluate.main(["../run", "--json"]) == 0
+    assert evaluate.main(["../run"]) == 2
+    error = capsys.readouterr().err
+    assert f"the run was trained on '{tmp_path}/mine': give that folder with --data-dir" in error
+    assert error.count("\n") == 1
+    assert evaluate.main(["../run", "--data-dir", "../mine", "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["accuracy"] == pytest.approx(summary["test_accuracy"])
     assert "trained on other data" not in printed.err
