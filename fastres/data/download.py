@@ -9,6 +9,7 @@ is one line.
 """
 
 import contextlib
+import errno
 import fcntl
 import http.client
 import logging
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from fastres.data.files import FILE, kind_at
 from fastres.data.progress import progress_bar
 from fastres.data.readers.archive import GZIP_MAGIC, looks_like_a_web_page, md5_of
 from fastres.data.readers.cifar import archive_formats
@@ -146,6 +148,9 @@ def _fetch(source: Remote, folder: Path) -> Path:
 def _open_locked(part: Path) -> BinaryIO:
     """Open and lock `part` for appending; a second process waits until the first has finished."""
     while True:
+        kind = kind_at(part)
+        if kind not in (FILE, None):  # opening a FIFO would wait for ever
+            raise FileExistsError(errno.EEXIST, f"{part} is {kind}")
         file = part.open("ab")
         fcntl.flock(file, fcntl.LOCK_EX)
         # While this process waited, the other one may have renamed or removed the opened file.

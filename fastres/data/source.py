@@ -11,6 +11,7 @@ from fastres.config import DatasetKind
 from fastres.data.cache import cached
 from fastres.data.dataset import Dataset, ImageSet
 from fastres.data.download import download_cifar, not_downloaded
+from fastres.data.files import DEAD_LINK, FOLDER, kind_at
 from fastres.data.readers.cifar import CifarFiles, find_cifar
 from fastres.data.readers.folder import ImageFolder, find_image_folder
 from fastres.data.synthetic import SYNTHETIC_VERSION, synthetic_dataset
@@ -93,16 +94,19 @@ def _data_folder(data_dir: str | os.PathLike[str] | None) -> tuple[Path, bool]:
         return cache_folder() / "data", False
     root = Path(os.path.expanduser(chosen))
     origin = "" if data_dir else " (from FASTRES_DATA)"
-    if root.is_file():
-        raise UsageError(f"{root}{origin} is a file: name the folder that holds it")
-    if not root.is_dir():
+    kind = kind_at(root)
+    if kind is None:
         raise UsageError(f"the data folder {root}{origin} does not exist")
+    if kind == DEAD_LINK:
+        raise UsageError(f"the data folder {root}{origin} is a link to a missing folder")
+    if kind != FOLDER:
+        raise UsageError(f"{root}{origin} is {kind}: name the folder that holds the data")
     return root, True
 
 
 def _find(name: str, root: Path) -> CifarFiles | ImageFolder | None:
     kinds = ("cifar10", "cifar100", "folder") if name == "auto" else (name,)
-    if not root.is_dir():
+    if kind_at(root) != FOLDER:
         return None
     for kind in kinds:
         found = find_image_folder(root) if kind == "folder" else find_cifar(root, kind)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from fastres.data.dataset import CIFAR10_CLASSES, Dataset
 from fastres.data.readers.folder import find_image_folder
+from fastres.data.source import load_dataset
 from fastres.errors import FailureError, UsageError
 from tests.helpers.data_fixtures import image_folder, images
 
@@ -107,12 +108,78 @@ def test_exif_orientation(tmp_path: Path) -> None:
     np.testing.assert_array_equal(dataset.train.images[-1], np.rot90(picture, k=-1))
 
 
-def test_hidden_files_links_and_unicode(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".jfif", ".JPE", ".JPEG"])
+def test_other_names_of_jpeg(suffix: str, tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "a", suffix=".jpg")
+    copy = image_folder(tmp_path / "b", suffix=".jpg")
+    for path in copy.rglob("*.jpg"):
+        path.rename(path.with_suffix(suffix))
+    np.testing.assert_array_equal(read(copy).train.images, read(root).train.images)
+
+
+LITTER = {
+    "hidden": (".DS_Store", "._0000.png", ".ipynb_checkpoints/0000-checkpoint.png"),
+    "thumbs.db": ("Thumbs.db", "thumbs.db", "THUMBS.DB"),
+    "desktop.ini": ("Desktop.ini",),
+    "@eadir": ("@eaDir/0000.png/SYNOPHOTO_THUMB.jpg",),
+    "__macosx": ("__MACOSX/._0000.png",),
+    "lost+found": ("lost+found/x",),
+    "zone.identifier": ("0000.png:Zone.Identifier",),
+    "readme.txt": ("README.txt",),
+    "license": ("LICENSE",),
+}
+
+
+@pytest.mark.parametrize("place", ["train", "test/cat"], ids=["split", "class"])
+@pytest.mark.parametrize("kind", LITTER)
+def test_known_litter_is_passed_over_and_counted(kind: str, place: str, tmp_path: Path) -> None:
+    root = image_folder(tmp_path)
+    clean = read(root)
+    assert clean.notices == ()
+    for name in LITTER[kind]:
+        path = root / place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    dataset = read(root)
+    count = len(LITTER[kind])
+    items = f"{count} item" + "s" * (count > 1)
+    assert dataset.notices == (f"passed over as no images: {items} ({count} {kind})",)
+    assert dataset.fingerprint == clean.fingerprint
+
+
+def test_litter_of_many_kinds_is_one_short_line(tmp_path: Path) -> None:
+    root = image_folder(tmp_path)
+    for i in range(30):
+        (root / "train" / f"labels-{i}.csv").write_text("x")
+    (notice,) = read(root).notices
+    assert notice.startswith("passed over as no images: 30 items (1 labels-0.csv, ")
+    assert len(notice) < 200
+
+
+def test_litter_found_after_the_first_start_is_told(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "data")
+    assert load_dataset("folder", root).notices == ()
+    (root / "train" / "README.txt").write_text("x")
+    (notice,) = load_dataset("folder", root).notices
+    assert "1 readme.txt" in notice
+
+
+def test_a_class_may_have_the_name_of_a_document(tmp_path: Path) -> None:
+    root = image_folder(tmp_path, ("license", "notice"))
+    (root / "train" / "license" / "0000.png").rename(root / "train" / "license" / "README.png")
+    dataset = read(root)
+    assert dataset.classes == ("license", "notice")
+    assert (len(dataset.train), dataset.notices) == (6, ())
+
+
+def test_unreadable_exif_blocks_are_counted(tmp_path: Path) -> None:
+    dataset = one_more(image_folder(tmp_path), Image.fromarray(images(1)[0]), exif=b"abc")
+    np.testing.assert_array_equal(dataset.train.images[-1], images(1)[0])
+    assert dataset.notices == ("EXIF block empty or unreadable, pixels as stored: 1 of 13 images",)
+
+
+def test_links_and_unicode(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "Bilder für alle", ("кот", "犬"))
-    (root / "train" / ".cache").mkdir()
-    (root / "train" / "README.txt").write_text("not a class")
-    (root / "train" / "кот" / ".DS_Store").write_bytes(b"x")
-    (root / "train" / "кот" / "Thumbs.db").write_bytes(b"x")
     (root / "train" / "犬" / "link.png").symlink_to(root / "test" / "犬" / "0000.png")
     dataset = read(root)
     assert dataset.classes == ("кот", "犬")
@@ -176,6 +243,10 @@ def test_no_class(tmp_path: Path) -> None:
     ("path", "reason"),
     [
         ("train/cat/notes.txt", "not an image"),
+        ("train/cat/labels.csv", "not an image"),
+        ("train/cat/metadata.jsonl", "not an image"),
+        ("train/cat/0.heic", "not an image"),
+        ("train/cat/0.png.part", "not an image"),
         ("train/cat/more/0.png", "a folder inside a class folder"),
         ("train/0.png", "outside the class folders"),
     ],

@@ -7,12 +7,14 @@ decompression bomb is refused at `MAX_UNPACKED_BYTES`.
 
 import gzip
 import hashlib
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from fastres.data.files import open_file
 from fastres.data.progress import progress_bar
 from fastres.errors import FailureError
 
@@ -26,7 +28,7 @@ _BUFFER_BYTES = 1 << 20
 
 def md5_of(path: Path) -> str:
     """The MD5 of a file as 32 hex digits, the checksum that the authors of CIFAR published."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
@@ -46,13 +48,13 @@ def read_members(path: Path, wanted: Collection[str]) -> tuple[dict[str, bytes],
         The content of the wanted files that are there, by name, and the names of all regular files.
 
     Raises:
-        FailureError: the archive is empty, a web page, not an archive, truncated, damaged, larger
-            than `MAX_UNPACKED_BYTES`, or holds one of the names twice.
+        FailureError: the archive cannot be read, is empty, a web page, not an archive, truncated,
+            damaged, larger than `MAX_UNPACKED_BYTES`, or holds one of the names twice.
     """
     found: dict[str, bytes] = {}
     names: set[str] = set()
-    with path.open("rb") as raw, progress_bar(in_bytes=True) as bar:
-        task = bar.add_task(f"reading {path.name}", total=path.stat().st_size)
+    with open_file(path) as raw, progress_bar(in_bytes=True) as bar:
+        task = bar.add_task(f"reading {path.name}", total=os.fstat(raw.fileno()).st_size)
         stream = _Bounded(
             _open_stream(raw, path), path, lambda: bar.update(task, completed=raw.tell())
         )

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from fastres.data.dataset import CIFAR10_CLASSES, Dataset, ImageSet
+from fastres.data.files import FILE, FOLDER, kind_at, open_file
 from fastres.data.progress import progress_bar
 from fastres.data.readers.archive import MAX_UNPACKED_BYTES, md5_of, read_members
 from fastres.data.readers.cifar_pickle import read_batch
@@ -191,20 +192,22 @@ class CifarFiles:
     Args:
         format: which of the published archives it is.
         path: the archive, or the folder with the unpacked files.
+        packed: whether it is the archive.
     """
 
     format: ArchiveFormat
     path: Path
+    packed: bool
 
     @property
     def signature(self) -> str:
         """A text that changes when one of the files is replaced or written to."""
         files = [self.path]
-        if self.path.is_dir():
+        if not self.packed:
             files = [self.path / name for name in self.format.members]
         facts = [f"cifar\n{self.format.stem}"]
         for file in files:
-            if file.exists():
+            if kind_at(file) == FILE:
                 status = file.stat()
                 times = (status.st_mtime_ns, status.st_ctime_ns)
                 facts.append(f"{file.resolve()}\0{status.st_size}\0{times}")
@@ -217,9 +220,8 @@ class CifarFiles:
             FailureError: naming the file, what is wrong with it and what to do.
         """
         fmt, variant = self.format, self.format.variant
-        packed = not self.path.is_dir()
-        verified = packed and md5_of(self.path) == fmt.md5
-        members = _packed_members(self) if packed else _unpacked_members(self)
+        verified = self.packed and md5_of(self.path) == fmt.md5
+        members = _packed_members(self) if self.packed else _unpacked_members(self)
         with progress_bar() as bar:
             parts = [
                 _decode(self, name, members.pop(name))
@@ -232,7 +234,7 @@ class CifarFiles:
             ("test", test, _TEST_COUNT),
         ):
             notices += _check_labels(self, split, images, count)
-        if packed and not verified:
+        if self.packed and not verified:
             notices.append(
                 f"{self.path} is not the published archive (another MD5); it passed the structural "
                 "checks"
@@ -250,22 +252,25 @@ def archive_formats(name: str) -> list[ArchiveFormat]:
 def find_cifar(root: Path, name: str) -> CifarFiles | None:
     """The first copy of a dataset in `root` or one of its usual subfolders; archives come first.
 
+    Whatever bears an archive's name is taken for the archive: if it is none, reading it says so.
+
     Args:
         root: the data folder, or an unpacked CIFAR folder itself.
         name: `cifar10` or `cifar100`.
     """
     formats = archive_formats(name)
-    folders = [root / sub for sub in _SUBFOLDERS if (root / sub).is_dir()]
+    folders = [root / sub for sub in _SUBFOLDERS if kind_at(root / sub) == FOLDER]
     for folder in folders:
         for fmt in formats:
             for suffix in _SUFFIXES:
-                if (archive := folder / f"{fmt.stem}{suffix}").is_file():
-                    return CifarFiles(fmt, archive)
+                if kind_at(archive := folder / f"{fmt.stem}{suffix}") is not None:
+                    return CifarFiles(fmt, archive, packed=True)
     for folder in folders:
         for fmt in formats:
             for unpacked in (folder / fmt.folder, folder):
-                if any((unpacked / member).is_file() for member in fmt.members):
-                    return CifarFiles(fmt, unpacked)
+                # CIFAR-100's `train` and `test` have the names of an image folder's folders.
+                if any(kind_at(unpacked / name) not in (None, FOLDER) for name in fmt.members):
+                    return CifarFiles(fmt, unpacked, packed=False)
     return None
 
 
@@ -292,13 +297,14 @@ def _unpacked_members(files: CifarFiles) -> dict[str, bytes]:
     members = {}
     for name in files.format.members:
         path = files.path / name
-        if not path.is_file():
+        if kind_at(path) is None:
             raise FailureError(
                 f"{path} is missing: unpack {files.format.archive} again, or leave it packed"
             )
-        if path.stat().st_size > MAX_UNPACKED_BYTES:
+        with open_file(path) as file:
+            members[name] = file.read(MAX_UNPACKED_BYTES + 1)
+        if len(members[name]) > MAX_UNPACKED_BYTES:
             raise FailureError(f"{path} is far larger than any CIFAR file")
-        members[name] = path.read_bytes()
     return members
 
 

@@ -6,10 +6,12 @@
 Where there is no test/, a val/ or valid/ folder is the test set. It never chooses a checkpoint: a
 validation split, if wanted, is cut from the training images.
 
-Hidden files are ignored and links are followed. Grey, palette, alpha, CMYK and 16-bit images are
-converted to RGB; alpha is dropped, as in torchvision's ImageFolder. Images are turned as their EXIF
-orientation says. Other sizes are resized to 32x32 with Pillow's antialiased bicubic filter, without
-keeping the aspect ratio. Notices count the converted and the resized images.
+Links are followed. What file systems, file managers and archivers leave behind is passed over, and
+so are hidden files, readmes and licences; of what lies beside the class folders, all that is no
+image. A notice counts it. Any other file in a class folder is an error: it may be an image in a
+format that is not read here, or a list of labels other than the folder names.
+
+`image.py` decodes the images; notices count what it converted and resized.
 """
 
 import os
@@ -21,35 +23,29 @@ from pathlib import Path
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
 
 from fastres.data.dataset import CIFAR10_CLASSES, IMAGE_SHAPE, Dataset, ImageSet, plural
+from fastres.data.files import DEAD_LINK, FILE, FOLDER, kind_at
 from fastres.data.progress import progress_bar
+from fastres.data.readers.image import IMAGE_SUFFIXES, decode_image, pillow_without_size_limit
 from fastres.errors import FailureError, UsageError
 
 __all__ = ["ImageFolder", "find_image_folder"]
 
-_SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
-)  # fmt: skip
-# Only these formats, so that Pillow does not try its less tested readers on a user's file.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _TEST_NAMES = ("test", "val", "valid")
-_IGNORED_FILES = frozenset({"Thumbs.db", "desktop.ini"})
-_SIZE = IMAGE_SHAPE[:2]
+# Of Windows, macOS, Synology and Linux, in lower case.
+_LITTER = frozenset({
+    "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "$recycle.bin",
+    "system volume information", "__macosx", "icon\r", "@eadir", "#recycle", "#snapshot",
+    "lost+found",
+})  # fmt: skip
+_DOCUMENTS = frozenset({
+    "readme", "license", "licence", "copying", "notice", "authors", "citation", "changelog",
+})  # fmt: skip
+_KINDS_NAMED = 8
 _CHUNK = 100
 # Pillow holds the GIL while it decodes: threads only hide the wait for a slow disk.
 _THREADS = min(4, os.cpu_count() or 1)
-_MODE_WORDS = {
-    "1": "black-and-white",
-    "L": "grey",
-    "LA": "grey with alpha",
-    "P": "palette",
-    "PA": "palette with alpha",
-    "RGBA": "with alpha",
-    "RGBX": "4-channel",
-    "CMYK": "CMYK",
-}
 
 
 @dataclass(frozen=True)
@@ -70,6 +66,7 @@ class ImageFolder:
         classes: the class folders, sorted.
         train: the training files, by class, then by name.
         test: the test files, likewise.
+        passed_over: how many files and folders are no images, by kind.
         signature: a text that changes when a file is added, removed, renamed or written to.
     """
 
@@ -78,6 +75,7 @@ class ImageFolder:
     classes: tuple[str, ...]
     train: _Split
     test: _Split
+    passed_over: Counter[str]
     signature: str
 
     def read(self) -> Dataset:
@@ -87,8 +85,9 @@ class ImageFolder:
             FailureError: naming the first file that is not a readable image.
         """
         seen: Counter[str] = Counter()
-        train = _decode_split(self.train, "training", seen)
-        test = _decode_split(self.test, "test", seen)
+        with pillow_without_size_limit():
+            train = _decode_split(self.train, "training", seen)
+            test = _decode_split(self.test, "test", seen)
         name = self._record_name(seen)
         return Dataset.from_sets(
             name,
@@ -121,6 +120,12 @@ class ImageFolder:
                 f"{name} holds {counts[0]:,} training and {counts[1]:,} test images here, "
                 "not CIFAR-10's 50,000 and 10,000"
             )
+        if self.passed_over:
+            names = [f"{number:,} {kind}" for kind, number in self.passed_over.most_common()]
+            if len(names) > _KINDS_NAMED:
+                names[_KINDS_NAMED:] = ["..."]
+            items = plural(self.passed_over.total(), "item")
+            yield f"passed over as no images: {items} ({', '.join(names)})"
         converted = {
             key.removeprefix("mode "): number
             for key, number in sorted(seen.items())
@@ -132,6 +137,11 @@ class ImageFolder:
             yield f"converted to RGB: {total:,} of {plural(count, 'image')} ({kinds})"
         if resized := seen["resized"]:
             yield f"resized to 32x32: {resized:,} of {plural(count, 'image')}"
+        if unreadable := seen["unreadable EXIF"]:
+            yield (
+                f"EXIF block empty or unreadable, pixels as stored: {unreadable:,} of "
+                f"{plural(count, 'image')}"
+            )
 
 
 def find_image_folder(root: Path) -> ImageFolder | None:
@@ -139,18 +149,24 @@ def find_image_folder(root: Path) -> ImageFolder | None:
 
     Raises:
         UsageError: a split is missing.
-        FailureError: a class folder is empty or missing in one split, or a file is not an image.
+        FailureError: a split is a link to a missing folder; a class folder is empty or missing in
+            one split; a file is not an image.
     """
     root = root.resolve()
-    test_name = next((name for name in _TEST_NAMES if (root / name).is_dir()), None)
-    if not (root / "train").is_dir():
+    for name in ("train", *_TEST_NAMES):
+        if kind_at(root / name) == DEAD_LINK:
+            raise FailureError(f"{root / name} is a link to a missing folder")
+    test_name = next((name for name in _TEST_NAMES if kind_at(root / name) == FOLDER), None)
+    if kind_at(root / "train") != FOLDER:
         if test_name != "test":
             return None
         raise UsageError(f"{root} has a test/ folder but no train/ folder beside it")
     if test_name is None:
         raise UsageError(f"{root} has a train/ folder but no test/ (or val/) folder beside it")
     facts = [f"folder\nPillow {PIL.__version__}"]  # another decoder may give other pixels
-    listed = {name: _list_split(root / name, facts) for name in ("train", test_name)}
+    passed_over: Counter[str] = Counter()
+    listed = {name: _list_split(root / name, facts, passed_over) for name in ("train", test_name)}
+    facts += [f"passed over\0{kind}\0{number}" for kind, number in passed_over.items()]
     classes = tuple(listed["train"])
     _check_same_classes(root, classes, tuple(listed[test_name]), test_name)
     train, test = (
@@ -160,7 +176,7 @@ def find_image_folder(root: Path) -> ImageFolder | None:
         )
         for split in listed.values()
     )
-    return ImageFolder(root, test_name, classes, train, test, signature="\n".join(facts))
+    return ImageFolder(root, test_name, classes, train, test, passed_over, "\n".join(facts))
 
 
 def _check_same_classes(
@@ -179,28 +195,35 @@ def _check_same_classes(
         raise FailureError(f"{root / 'train'} needs at least two class folders, not {len(train)}")
 
 
-def _list_split(split: Path, facts: list[str]) -> dict[str, list[str]]:
-    """Class name -> sorted paths of its images; `facts` collects the lines of the signature."""
+def _list_split(split: Path, facts: list[str], passed_over: Counter[str]) -> dict[str, list[str]]:
+    """Class name -> sorted paths of its images.
+
+    Args:
+        split: the folder of the class folders.
+        facts: collects the lines of the signature.
+        passed_over: counts what is no image, by kind.
+    """
     classes = {}
-    for entry in _visible(split):
+    for entry in _entries(split, passed_over):
         if entry.is_dir():
-            classes[entry.name] = _list_class(entry.path, facts)
-        elif entry.name.lower().endswith(_SUFFIXES):
+            classes[entry.name] = _list_class(entry.path, facts, passed_over)
+        elif entry.name.lower().endswith(IMAGE_SUFFIXES):
             raise FailureError(f"{entry.path} lies outside the class folders of {split}")
+        elif (kind := kind_at(entry.path)) != FILE:
+            raise FailureError(f"{entry.path} is {kind}, not a class folder")
+        else:
+            passed_over[entry.name.lower()] += 1
     if not classes:
         raise FailureError(f"{split} holds no class folder")
     return classes
 
 
-def _list_class(folder: str, facts: list[str]) -> list[str]:
+def _list_class(folder: str, facts: list[str], passed_over: Counter[str]) -> list[str]:
     paths = []
     facts.append(folder)
-    for entry in _visible(folder):
-        if not entry.is_file() or not entry.name.lower().endswith(_SUFFIXES):
-            if entry.is_symlink() and not os.path.exists(entry.path):
-                raise FailureError(f"{entry.path} is a link to a missing file")
-            kind = "a folder inside a class folder" if entry.is_dir() else "not an image"
-            raise FailureError(f"{entry.path} is {kind}: only {', '.join(_SUFFIXES)} may lie there")
+    for entry in _entries(folder, passed_over):
+        if not entry.is_file() or not entry.name.lower().endswith(IMAGE_SUFFIXES):
+            raise FailureError(_why_no_image(entry.path))
         status = entry.stat()
         paths.append(entry.path)
         facts.append(f"{entry.name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}")
@@ -209,10 +232,40 @@ def _list_class(folder: str, facts: list[str]) -> list[str]:
     return paths
 
 
-def _visible(folder: str | Path) -> list[os.DirEntry[str]]:
+def _why_no_image(path: str) -> str:
+    kind = kind_at(path)
+    if kind == DEAD_LINK:
+        return f"{path} is {kind}"
+    if kind == FOLDER:
+        kind = "a folder inside a class folder"
+    if kind == FILE:
+        kind = "not an image"
+    return f"{path} is {kind}: only {', '.join(IMAGE_SUFFIXES)} may lie there"
+
+
+def _entries(folder: str | Path, passed_over: Counter[str]) -> Iterator[os.DirEntry[str]]:
+    """What lies in a folder, by name; known litter is counted instead."""
     with os.scandir(folder) as entries:
-        kept = [e for e in entries if not e.name.startswith(".") and e.name not in _IGNORED_FILES]
-    return sorted(kept, key=lambda entry: entry.name)
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        litter = _litter(entry)
+        if litter is None:
+            yield entry
+        else:
+            passed_over[litter] += 1
+
+
+def _litter(entry: os.DirEntry[str]) -> str | None:
+    """The kind of known litter that an entry is, else None."""
+    name = entry.name.lower()
+    if name.startswith("."):
+        return "hidden"
+    if name.endswith(":zone.identifier"):  # where Windows noted that a file was downloaded
+        return "zone.identifier"
+    is_document = name.split(".")[0] in _DOCUMENTS and not name.endswith(IMAGE_SUFFIXES)
+    if name in _LITTER or (is_document and entry.is_file()):
+        return name.strip()
+    return None
 
 
 def _decode_split(split: _Split, title: str, seen: Counter[str]) -> ImageSet:
@@ -221,7 +274,7 @@ def _decode_split(split: _Split, title: str, seen: Counter[str]) -> ImageSet:
     def decode_chunk(start: int) -> Counter[str]:
         found: Counter[str] = Counter()
         for i in range(start, min(start + _CHUNK, len(images))):
-            images[i] = _decode(split.paths[i], found)
+            images[i] = decode_image(split.paths[i], found)
         return found
 
     with progress_bar() as bar, ThreadPoolExecutor(_THREADS) as pool:
@@ -230,34 +283,3 @@ def _decode_split(split: _Split, title: str, seen: Counter[str]) -> ImageSet:
             seen.update(found)
             bar.advance(task, _CHUNK)
     return ImageSet(images, np.array(split.labels, dtype=np.int64))
-
-
-def _decode(path: str, seen: Counter[str]) -> np.ndarray:
-    """The image as (32, 32, 3) uint8 RGB; `seen` counts its format and conversions."""
-    try:
-        with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
-            image.load()
-            kind = "JPEG" if image.format == "MPO" else image.format  # MPO: a JPEG with previews
-            seen[f"format {kind}"] += 1
-            ImageOps.exif_transpose(image, in_place=True)
-            rgb = image if image.mode == "RGB" else _to_rgb(image, seen)
-            if rgb.size != _SIZE:
-                seen["resized"] += 1
-                rgb = rgb.resize(_SIZE, Image.Resampling.BICUBIC)
-            return np.asarray(rgb)
-    except Image.UnidentifiedImageError as error:
-        raise FailureError(f"{path} is not an image in a format that is read here") from error
-    except Exception as error:  # a broken file makes Pillow raise errors of any type
-        raise FailureError(f"{path} cannot be decoded: {error}") from error
-
-
-def _to_rgb(image: Image.Image, seen: Counter[str]) -> Image.Image:
-    if image.mode.startswith("I"):
-        # Pillow would clip 16-bit values at 255; the upper byte is the 8-bit value.
-        seen["mode 16-bit"] += 1
-        upper = np.clip(np.asarray(image), 0, 65535).astype(np.uint16) >> 8
-        return Image.fromarray(upper.astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range")
-    seen[f"mode {_MODE_WORDS.get(image.mode, image.mode)}"] += 1
-    return image.convert("RGB")
