@@ -112,32 +112,50 @@ def test_an_epoch_left_early_does_not_disturb_the_next(data, loader):
     assert all(torch.equal(a, b) for a, b in zip(again, fresh, strict=True))
 
 
-@pytest.mark.skipif(dali_missing() is not None, reason=str(dali_missing()))
-def test_a_new_pass_of_dali_ends_the_one_before_it(data):
-    """Both would take batches from one pipeline, and labels would go with other images."""
-    served = load(data, "dali")
-    first, second = iter(served), iter(served)
-    next(first)
-    rest = [next(second)]
-    with pytest.raises(UsageError, match="another pass over this loader has begun"):
-        next(first)
-    rest += second
-    wanted = load(data, "dali").serve(1)
-    for (images, labels), (images_0, labels_0) in zip(rest, wanted, strict=True):
+EACH_WAY_TO_SERVE = [
+    pytest.param("resident", None, id="resident"),
+    pytest.param("torch", 0, id="torch"),
+    pytest.param("torch", 2, id="torch with workers"),
+    pytest.param("dali", 2, id="dali", marks=needs_dali),
+]
+
+
+def check_equal(batches, wanted):
+    for (images, labels), (images_0, labels_0) in zip(batches, wanted, strict=True):
         assert torch.equal(images, images_0)
         assert torch.equal(labels, labels_0)
 
 
-@pytest.mark.parametrize(("loader", "workers"), [("resident", None), ("torch", 0)])
-def test_passes_of_other_loaders_do_not_disturb_each_other(data, loader, workers):
-    apart = [list(load(data, loader, workers=workers).serve(epoch)) for epoch in (0, 1)]
+@pytest.mark.parametrize(("loader", "workers"), EACH_WAY_TO_SERVE)
+def test_passes_may_overlap(data, loader, workers):
+    """Side by side, one inside another, one left early and still held, one ended late."""
     served = load(data, loader, workers=workers)
-    for beside, alone in zip(
-        zip(served, served, strict=True), zip(*apart, strict=True), strict=True
-    ):
-        for (images, labels), (images_0, labels_0) in zip(beside, alone, strict=True):
-            assert torch.equal(images, images_0)
-            assert torch.equal(labels, labels_0)
+    apart = [list(load(data, loader, workers=workers).serve(epoch)) for epoch in range(5)]
+    for batches in zip(zip(served, served, strict=True), zip(*apart[:2], strict=True), strict=True):
+        check_equal(*batches)
+    outer, left_early = iter(served), iter(served)
+    outer_begins, early = [next(outer), next(outer)], [next(left_early)]
+    check_equal(served, apart[4])
+    check_equal([*outer_begins, *outer], apart[2])
+    check_equal(early, apart[3][:1])
+    check_equal(served.serve(0), apart[0])
+    del left_early
+    check_equal(served.serve(1), apart[1])
+    check_equal(served.serve(1, start_batch=4), apart[1][4:])
+    assert served.epoch == 5
+
+
+@pytest.mark.parametrize(("loader", "workers"), EACH_WAY_TO_SERVE)
+def test_a_loader_serves_again_after_an_error_in_the_middle_of_a_pass(data, loader, workers):
+    served = load(data, loader, workers=workers)
+
+    def fail():
+        for _ in served:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    check_equal(served, load(data, loader, workers=workers).serve(1))
 
 
 @pytest.mark.parametrize("loader", EACH_LOADER)

@@ -89,24 +89,20 @@ class Loader(ABC):
     `images` are (B, 3, 32, 32) float32 with channels-last strides, normalised; `labels` are (B,)
     int64; both on `device`. Each pass over the loader serves the epoch `self.epoch` and leaves the
     next one there as it begins, so a `for` loop repeated n times sees n different epochs, even when
-    left early. Where passes share a pipeline, a new one ends the one before it, which raises
-    UsageError if it is asked for another batch.
+    left early. Passes may overlap: each serves its own epoch, whatever the others do.
 
     Attributes:
         name: "torch", "resident" or "dali", as in the options.
         detail: one line on what really runs.
-        shares_pipeline: whether all passes take their batches from one pipeline.
     """
 
     name: str
     detail: str
-    shares_pipeline = False
 
     def __init__(self, spec: BatchSpec, device: torch.device, epoch: int = 0):
         self.spec = spec
         self.device = device
         self.epoch = epoch
-        self._num_passes = 0
 
     def __len__(self) -> int:
         return len(self.spec)
@@ -116,25 +112,9 @@ class Loader(ABC):
         self.epoch += 1
         yield from self.serve(epoch)
 
-    def serve(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Serve `epoch` from its batch `start_batch` on, whatever was served before.
-
-        Raises:
-            UsageError: when passes share a pipeline and another one has begun.
-        """
-        self._num_passes += 1
-        this_pass = self._num_passes
-        for batch in self._serve(epoch, start_batch):
-            yield batch
-            if self.shares_pipeline and self._num_passes != this_pass:
-                raise UsageError(
-                    "another pass over this loader has begun and ended this one; make a second "
-                    "loader to read two passes side by side"
-                )
-
     @abstractmethod
-    def _serve(self, epoch: int, start_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Make the batches of `serve`."""
+    def serve(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Serve `epoch` from its batch `start_batch` on, whatever else was or is being served."""
 
     def close(self) -> None:  # noqa: B027 - most loaders hold nothing to release
         """Release worker processes and pipelines; the loader may not be used afterwards."""

@@ -5,6 +5,7 @@ Images are padded before they are normalised, so the border is black in raw pixe
 other loaders.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,6 +123,36 @@ def _build(spec: BatchSpec, source: _Source, device: torch.device, threads: int)
     return pipeline
 
 
+class _PlannedPipeline:
+    """A DALI pipeline and the source that feeds it; it serves one pass at a time."""
+
+    def __init__(self, spec: BatchSpec, device: torch.device, threads: int):
+        self.device = device
+        self.source = _Source(spec)
+        self.pipeline = _build(spec, self.source, device, threads)
+        self._is_new = True
+
+    def start(self, plan: Plan, start_batch: int) -> None:
+        """Begin a pass; the one before it, if any, was drained."""
+        self.source.start(plan, start_batch)
+        if not self._is_new:
+            self.pipeline.reset()
+        self._is_new = False
+
+    def run(self) -> Tensor:
+        """Return the next batch as (B, 32, 32, 3) float32 on the device."""
+        if self.device.type == "cuda":
+            (images,) = self.pipeline.run(torch.cuda.current_stream(self.device))
+        else:
+            (images,) = self.pipeline.run()
+        return torch.from_dlpack(images.as_tensor())
+
+    def drain(self) -> None:
+        """Run past the last batch, which DALI requires before a reset."""
+        with contextlib.suppress(StopIteration):
+            self.pipeline.run()
+
+
 class DaliLoader(Loader):
     """A DALI pipeline that augments and normalises ahead of the training step.
 
@@ -136,7 +167,6 @@ class DaliLoader(Loader):
     """
 
     name = "dali"
-    shares_pipeline = True
 
     def __init__(self, spec: BatchSpec, device: torch.device, epoch: int = 0, *, threads: int = 2):
         super().__init__(spec, device, epoch)
@@ -144,46 +174,28 @@ class DaliLoader(Loader):
         self.detail = f"DALI pipeline, {back_end}, {threads} CPU threads"
         self.threads = threads
         self.labels = shared_tensor(spec.images.labels)
-        self._source = _Source(spec)
-        self._pipeline: Pipeline | None = None
+        self._idle: list[_PlannedPipeline] = []
 
-    def _serve(self, epoch: int, start_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Make the batches of `serve`.
+    def serve(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Serve `epoch` from its batch `start_batch` on, whatever else was or is being served.
 
-        The pipeline is built at the first use, so after the capture of a CUDA graph, and kept for
-        later epochs. It prefetches: an epoch that is left early leaves batches in it, and the next
-        epoch builds a new pipeline.
+        The first pass builds a pipeline, so after the capture of a CUDA graph, and later ones take
+        it over. It prefetches: a pass that is left early drops it with the batches in it, and a
+        pass that begins beside another one builds its own.
         """
         plan = self.spec.plan(epoch)
-        self._source.start(plan, start_batch)
-        pipeline, self._pipeline = self._pipeline, None
-        if pipeline is None:
-            pipeline = _build(self.spec, self._source, self.device, self.threads)
-        else:
-            pipeline.reset()
+        planned = (
+            self._idle.pop()
+            if self._idle
+            else _PlannedPipeline(self.spec, self.device, self.threads)
+        )
+        planned.start(plan, start_batch)
         labels = self.labels[torch.from_numpy(plan.index)].to(self.device, non_blocking=True)
         for batch in range(start_batch, len(self)):
-            rows = self.spec.rows(batch)
-            yield self._run(pipeline).permute(0, 3, 1, 2), labels[rows]
-        if self._drained(pipeline):
-            self._pipeline = pipeline
-
-    def _run(self, pipeline: Pipeline) -> Tensor:
-        """Return the next batch as (B, 32, 32, 3) float32 on the loader's device."""
-        if self.device.type == "cuda":
-            (images,) = pipeline.run(torch.cuda.current_stream(self.device))
-        else:
-            (images,) = pipeline.run()
-        return torch.from_dlpack(images.as_tensor())
-
-    def _drained(self, pipeline: Pipeline) -> bool:
-        """Run to the end of the epoch, which DALI requires before a reset."""
-        try:
-            pipeline.run()
-        except StopIteration:
-            return True
-        return False
+            yield planned.run().permute(0, 3, 1, 2), labels[self.spec.rows(batch)]
+        planned.drain()
+        self._idle = [planned]
 
     def close(self) -> None:
         """Release the pipeline."""
-        self._pipeline = None
+        self._idle.clear()

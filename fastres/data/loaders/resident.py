@@ -56,7 +56,8 @@ class ResidentLoader(Loader):
         how = "by tensor operations" if self._kernel is None else "by one Triton kernel a batch"
         self.detail = f"the whole set as uint8 on {device}, augmented there {how}"
 
-    def _serve(self, epoch: int, start_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def serve(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Serve `epoch` from its batch `start_batch` on, whatever else was or is being served."""
         plan = TensorPlan(self.spec.plan(epoch), self.device)
         labels = self.labels[plan.index]
         for batch in range(start_batch, len(self)):
