@@ -49,7 +49,7 @@ def loader(data: Dataset, batch_size: int = 8):
 def one_sentence(error: BaseException) -> str:
     message = str(error)
     assert "\n" not in message
-    assert message.startswith("a worker process of the torch loader failed: ")
+    assert message.startswith("the worker processes of the torch loader failed: ")
     assert message.endswith(ADVICE)
     return message
 
@@ -127,6 +127,17 @@ def test_a_worker_stops(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no batch came for 2 s" in serve_all(data)
 
 
+def test_a_worker_stops_between_two_passes(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataloader, "WAIT_SECONDS", 1)
+    monkeypatch.setattr(worker_failure, "WAIT_SECONDS", 1)
+    served = loader(data)
+    assert len(list(served)) == 50
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
+    with pytest.raises(WorkerError) as caught:
+        list(served)
+    assert "no batch came for 1 s" in one_sentence(caught.value)
+
+
 def test_a_wait_that_ends_in_time_changes_nothing(
     data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +208,7 @@ def test_the_training_command_loses_a_worker(
     assert code == 1
     assert "Traceback" not in error
     last = error.strip().splitlines()[-1]
-    assert last.startswith("error: a worker process of the torch loader failed: ")
+    assert last.startswith("error: the worker processes of the torch loader failed: ")
     assert last.endswith(ADVICE)
 
 
@@ -239,6 +250,6 @@ sys.exit(cli.guarded(run, debug=False))
         cwd=REPO, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1, done
-    assert done.stderr.startswith("error: a worker process of the torch loader failed: ")
+    assert done.stderr.startswith("error: the worker processes of the torch loader failed: ")
     assert done.stderr.endswith(f"{ADVICE}\n")
     assert done.stderr.count("\n") == 1

@@ -2,8 +2,8 @@
 
 Read `base.py` first: `BatchSpec` says which images make up a batch, `Loader` is the interface.
 `resident.py` keeps the set on the device, `dataloader.py` uses torch's DataLoader, `dali.py` NVIDIA
-DALI; `worker_signals.py` says whom worker processes obey. This file chooses one: `make_loader` for
-users, `build_loader` for the trainer.
+DALI; `worker_signals.py` says whom worker processes obey, `worker_failure.py` puts the end of one
+into words. This file chooses one: `make_loader` for users, `build_loader` for the trainer.
 """
 
 import importlib.util

@@ -29,9 +29,13 @@ class WorkerError(FailureError, RuntimeError):
 
     def __init__(self, reason: str):
         super().__init__(
-            f"a worker process of the torch loader failed: {reason}; batches pass through shared "
-            "memory, so enlarge /dev/shm, or use --workers 0, which needs none"
+            f"the worker processes of the torch loader failed: {reason}; batches pass through "
+            "shared memory, so enlarge /dev/shm, or use --workers 0, which needs none"
         )
+
+
+class _NoBatchError(WorkerError):
+    """torch waited as long as the DataLoader's timeout."""
 
 
 def batches_from_workers(loader: DataLoader) -> Iterator[Any]:
@@ -40,8 +44,13 @@ def batches_from_workers(loader: DataLoader) -> Iterator[Any]:
     Raises:
         WorkerError: a worker could not be started, died, raised an exception, or no batch came.
     """
-    with signals_held():
-        batches = explained(lambda: iter(loader))
+    try:
+        with signals_held():
+            batches = explained(lambda: iter(loader))
+    except WorkerError:
+        if loader._iterator is not None:  # that of the pass before, with its workers
+            _end_workers(loader._iterator)
+        raise
     _explain_deaths()
     while (batch := _next_batch(batches)) is not None:
         yield batch
@@ -52,7 +61,7 @@ def _next_batch(batches: Any) -> Any:
         for _ in range(_MAX_WAITS):
             try:
                 return explained(lambda: next(batches, None))
-            except TimeoutError:
+            except _NoBatchError:
                 continue
         raise WorkerError(f"no batch came for {_MAX_WAITS * WAIT_SECONDS} s")
     except WorkerError:
@@ -64,14 +73,13 @@ def explained(wait: Callable[[], T]) -> T:
     """Return what `wait` returns.
 
     Raises:
-        TimeoutError: torch waited for the DataLoader's timeout.
-        WorkerError: anything else.
+        WorkerError: `wait` raised anything; a `_NoBatchError` where torch waited long enough.
     """
     try:
         return wait()
     except Exception as error:
         if str(error).startswith("DataLoader timed out"):
-            raise TimeoutError from error
+            raise _NoBatchError(f"no batch came for {WAIT_SECONDS} s") from error
         # Raised by the handler of SIGCHLD, it says more than the error that torch makes of it.
         for known in (error, error.__cause__):
             if isinstance(known, WorkerError):
