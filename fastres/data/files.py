@@ -39,7 +39,7 @@ def kind_at(path: str | Path) -> str | None:
     """
     try:
         return kind_of(os.stat(path))
-    except NotADirectoryError:
+    except (NotADirectoryError, ValueError):  # the latter: no system has such a name
         return None
     except FileNotFoundError:
         return DEAD_LINK if os.path.islink(path) else None

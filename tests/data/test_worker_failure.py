@@ -1,5 +1,6 @@
 """Worker processes that die, raise or stall: one sentence that says what to do, and no hang."""
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -38,6 +39,7 @@ def _no_worker_is_left():
     yield
     limit = time.monotonic() + 30
     while multiprocessing.active_children():
+        gc.collect()  # the traceback of an error may still hold a pass
         assert time.monotonic() < limit
         time.sleep(0.05)
 
