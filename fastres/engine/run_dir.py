@@ -188,12 +188,8 @@ class RunDir:
 
     def has_only_begun(self) -> bool:
         """Tell whether the run was killed before its first checkpoint: nothing is lost from it."""
-        names = self._names()
-        if {"last.safetensors", "model.safetensors", "summary.json"} & set(names):
-            return False
-        # The row of an epoch is written before its checkpoint.
-        rows = self.read_bytes("metrics.jsonl") if "metrics.jsonl" in names else b""
-        return rows.count(b"\n") <= 1
+        written = {"last.safetensors", "metrics.jsonl", "model.safetensors", "summary.json"}
+        return written.isdisjoint(self._names())
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write `value` to the file `name`."""

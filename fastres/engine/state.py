@@ -43,8 +43,10 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainingState":
-        """Read what `to_json` returned."""
+        """Read what `to_json` returned, the columns of its rows in any order."""
         plain = dict(values)
+        columns = MetricsRow.__annotations__
+        plain["rows"] = [{k: row[k] for k in columns if k in row} for row in values["rows"]]
         return cls(execution_mode=plain.pop("way", {}), **plain)
 
     def add_mode(self, mode: Mapping[str, Any]) -> None:

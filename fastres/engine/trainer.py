@@ -385,6 +385,9 @@ class Trainer:
         check_progress(meta["progress"], run.steps_per_epoch, run.total_steps, self.last)
         run.state = TrainingState.from_json(meta["progress"])
         run.step.load_state_dict(tensors, self.last, first_step=run.state.step == 0)
+        if run.state.rows and self.processes.is_main:
+            # They are written after the checkpoint: a kill in between left them a row behind.
+            self.folder.write_metrics(run.state.rows)
         done = run.state.step / run.steps_per_epoch
         self.console.line(f"resume     {self.last} after {done:.2f} of {self.config.epochs:g}")
 

@@ -59,11 +59,11 @@ def killed_before(event, folder, act):
 
 
 def start(folder):
-    """What a new run does to its folder up to its first checkpoint."""
+    """What a new run does to its folder in its first epoch."""
     with folder.claimed():
         folder.begin(Config(seed=1).to_json(), overwrite=True)
-        folder.write_metrics([{"epoch": 1}])
         checkpoint.write(folder.file("last"), {"x": torch.ones(9)}, {"seed": 1})
+        folder.write_metrics([{"epoch": 1}])
 
 
 def can_be_resumed(folder):
@@ -117,7 +117,6 @@ def test_a_run_killed_before_its_first_checkpoint_is_resumed_from_the_start(run,
     out = tmp_path / "run"
     out.mkdir()
     shutil.copy(run / "config.json", out)
-    shutil.copy(run / "metrics.jsonl", out)
     (out / LITTER[1]).write_bytes(b"half")
     assert run_train("--resume", "--out", out) == 0
     assert "has no checkpoint yet: from the start" in capsys.readouterr().out
@@ -132,8 +131,6 @@ def test_a_run_that_lost_its_checkpoint_is_not_begun_again(left, run, tmp_path, 
     out.mkdir()
     shutil.copy(run / "config.json", out)
     shutil.copy(run / left, out)
-    if left == "metrics.jsonl":
-        (out / left).write_text((out / left).read_text() * 2)
     before = (out / left).read_bytes()
     assert run_train("--resume", "--out", out) == 1
     assert f"there is no checkpoint at {out / 'last.safetensors'}" in capsys.readouterr().err
@@ -312,3 +309,13 @@ def test_a_checkpoint_of_another_user_is_not_called_missing(run, tmp_path):
     os.waitpid(child, 0)
     os.close(writer)
     assert os.read(reader, 1000).decode() == f"cannot read {path}: Permission denied"
+
+
+def test_a_row_that_was_not_written_is_written_by_the_resumed_run(run, tmp_path):
+    """A run may be killed between its last checkpoint and its table."""
+    out = shutil.copytree(run, tmp_path / "run")
+    (out / "summary.json").unlink()
+    whole = (out / "metrics.jsonl").read_bytes()
+    (out / "metrics.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    assert run_train("--resume", "--out", out) == 0
+    assert (out / "metrics.jsonl").read_bytes() == whole
