@@ -1,20 +1,20 @@
 """Memory layout of images and filters: channels_last, as every kernel reads and writes it.
 
-Under a transform of torch.func tensors have no layout that could be asked for or changed; the plain
-formulas, which alone run there, want none.
+Tensors inside a transform of torch.func, and those of batched gradients, have no layout that could
+be asked for or changed; the plain formulas, which alone compute on them, want none.
 """
 
 import torch
 from torch import Tensor
 
-from fastres.kernels.plain_tensors import has_functorch_levels
+from fastres.kernels.plain_tensors import has_layout
 
 __all__ = ["empty_channels_last", "to_channels_last", "to_dense_channels_last"]
 
 
 def to_channels_last(t: Tensor) -> Tensor:
     """Return t with unit channel stride, as the kernels read it; gaps between pixels may stay."""
-    if has_functorch_levels() or t.stride(1) == 1:
+    if t.stride(1) == 1 or not has_layout(t):
         return t
     return t.contiguous(memory_format=torch.channels_last)
 
@@ -22,7 +22,7 @@ def to_channels_last(t: Tensor) -> Tensor:
 def to_dense_channels_last(t: Tensor) -> Tensor:
     """Return t in the strides that `torch.empty` gives a dense channels_last tensor."""
     _, c, h, w = t.shape
-    if has_functorch_levels() or t.stride() == (h * w * c, 1, w * c, c):
+    if t.stride() == (h * w * c, 1, w * c, c) or not has_layout(t):
         return t
     return empty_channels_last(t, *t.shape).copy_(t)
 

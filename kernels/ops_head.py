@@ -125,7 +125,7 @@ def _pool_linear_formula(ctx: Any, dlogits: Tensor | None, _: None) -> tuple[Ten
     x, pooled, weight = ctx.saved_tensors
     size = x.shape[2], x.shape[3]
     # Autograd has gradients on in a backward pass where it is to build a graph of them.
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not are_plain(dlogits, x, weight):
         with no_autocast(x):
             pooled = pool_linear_ref(x, weight, None)[1]
             dx, dw, dbias = pool_linear_backward_ref(dlogits, pooled, weight, size)
@@ -222,7 +222,7 @@ def _cross_entropy_formula(
     if dloss is None:
         return None, None, None
     logits, labels, grad = ctx.saved_tensors
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not are_plain(dloss, logits):
         grad = smooth_cross_entropy_ref(logits, labels, ctx.label_smoothing)[1]
         return smooth_cross_entropy_backward_ref(dloss, grad, logits.dtype), None, None
     return _cross_entropy_bwd(dloss, grad, logits.dtype), None, None

@@ -9,24 +9,41 @@ torch can follow.
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-__all__ = ["are_plain", "has_functorch_levels"]
+__all__ = ["are_plain", "has_layout"]
 
-# A fake tensor has no numbers, and is what the fakes of the ops are for.
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter, FakeTensor)
+# The last two stand for plain tensors while torch.compile traces, or somebody asks for shapes: they
+# have no numbers, and are what the fakes of the ops are for.
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
-def has_functorch_levels() -> bool:
-    """Whether a transform of torch.func runs: each tensor may be the wrapper of another."""
-    return torch._C._are_functorch_transforms_active()
+def _is_batched(t: Tensor) -> bool:
+    """Whether t is a batch, as `torch.autograd.grad(is_grads_batched=True)` makes of gradients."""
+    return torch._C._functorch.is_legacy_batchedtensor(t)
+
+
+def has_layout(t: Tensor) -> bool:
+    """Whether the strides of t are those of its numbers in memory."""
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return torch.compiler.is_compiling() or not _is_batched(t)
 
 
 def are_plain(*tensors: Tensor | None) -> bool:
     """Whether ops may compute on all of `tensors`, which need not be tensors at all."""
-    if has_functorch_levels() or forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    for t in tensors:  # noqa: SIM110 - asked in every step of every layer, and all() takes longer
-        if t is not None and type(t) not in _PLAIN_TYPES:
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN_TYPES or _is_special(t)):
             return False
     return True
+
+
+def _is_special(t: Tensor) -> bool:
+    """Whether the numbers of t are not those that lie in its memory by its strides."""
+    # A compiler asks for these itself, and cannot trace the questions.
+    return not torch.compiler.is_compiling() and (
+        t.is_neg() or t.is_mkldnn or t.is_sparse or t.is_nested or t.is_quantized or _is_batched(t)
+    )

@@ -85,7 +85,9 @@ def layer_params(layer: ConvBNModules, x: Tensor) -> ConvBN:
     wide = stat_dtype(x.dtype)
     w = conv.weight.to(cast_dtype(x))
     padding = cast(tuple[int, int], conv.padding)
-    return ConvBN(w, bn.weight.to(wide), bn.bias.to(wide), conv.stride[0], padding[0], bn.eps)
+    return ConvBN(
+        w, bn.weight.to(wide), bn.bias.to(wide), conv.stride[0], padding[0], float(bn.eps)
+    )
 
 
 @contextmanager
@@ -176,12 +178,12 @@ def batched_running_stats() -> Iterator[None]:
     _apply_updates(updates)
 
 
-class _SaveAnEmptyTensor(torch.autograd.Function):
+class _SaveATensor(torch.autograd.Function):
     """The identity, with something kept for backward."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor) -> Tensor:
-        ctx.save_for_backward(out.new_empty(0))
+        ctx.save_for_backward(out.new_zeros(1))
         return out.view_as(out)
 
     @staticmethod
@@ -199,7 +201,7 @@ def recomputed_to_here(out: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not out.requires_grad:
         return out
     has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return _SaveAnEmptyTensor.apply(out) if has_hooks else out
+    return _SaveATensor.apply(out) if has_hooks else out
 
 
 def _can_update_together(norms: Sequence[nn.BatchNorm2d]) -> bool:
@@ -224,6 +226,9 @@ def _apply_updates(updates: Sequence[tuple[nn.BatchNorm2d, BatchStats]]) -> None
     if counts:
         torch._foreach_add_(counts, 1)
     running = [cast(Tensor, t) for bn, _ in updates for t in (bn.running_mean, bn.running_var)]
+    if not torch.compiler.is_compiling():
+        # As torch's batch norm does: an evaluation that awaits its backward has saved them.
+        running = [average.data for average in running]
     seen = [t for _, batch in updates for t in batch]
     seen = [value.to(average.dtype) for value, average in zip(seen, running, strict=True)]
     if momentum is not None:
@@ -257,7 +262,7 @@ def why_not_fused(conv: Any, bn: Any) -> str | None:
         return f"padding mode {conv.padding_mode}"
     if not _are_square(conv.stride, conv.padding):
         return f"stride {conv.stride}, padding {conv.padding}"
-    if not bn.affine:
+    if bn.weight is None or bn.bias is None:
         return "batch norm without parameters"
     if bn.running_mean is None or bn.running_var is None:
         return "batch norm without running statistics"
@@ -278,8 +283,9 @@ def _computes(x: Tensor, layer: ConvBNModules) -> bool:
     """
     conv, bn = layer
     return (
-        (x.dtype == conv.weight.dtype or _is_cast(x))
-        and why_not_fused(conv, bn) is None
+        why_not_fused(conv, bn) is None
+        and (x.dtype == conv.weight.dtype or _is_cast(x))
+        and x.is_floating_point()
         and are_plain(conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var)
     )
 

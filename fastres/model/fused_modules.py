@@ -60,7 +60,7 @@ class FusedModule(nn.Module):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         kinds = cast(tuple[type[nn.Module], ...], cls.__mro__)
-        cls._plain = next(kind for kind in kinds if not issubclass(kind, FusedModule))
+        cls._plain = kinds[kinds.index(FusedModule) + 1]
         names = [name for name in ("forward", "_forward_impl") if hasattr(cls._plain, name)]
         cls._plain_functions = {name: getattr(cls._plain, name) for name in names}
 
@@ -89,7 +89,10 @@ def _to_plain(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     if isinstance(module, torch.jit.ScriptModule):
         return module
     if id(module) not in done:
-        kind = module._plain if isinstance(module, FusedModule) else type(module)
+        kind = type(module)
+        # A class that somebody derived from ours has a forward of its own.
+        if isinstance(module, FusedModule) and kind.__module__.startswith("fastres."):
+            kind = module._plain
         plain = done[id(module)] = kind.__new__(kind)
         children = {
             name: child if child is None else _to_plain(child, done)
@@ -114,6 +117,7 @@ class FusedSequential(FusedModule, nn.Sequential):
         if self.must_call_modules(input):
             return super().forward(input)
         x, modules = input, list(self)
+        is_nchw = input.is_contiguous() and all(p.is_contiguous() for p in self.parameters())
         i = 0
         while i < len(modules):
             run = modules[i : i + self.fused_runs.get(i, 1)]
@@ -124,7 +128,8 @@ class FusedSequential(FusedModule, nn.Sequential):
                 if len(run) == 3 and not is_unmodified_relu(run[-1]):
                     x = run[-1](x)
             i += len(run)
-        return x
+        # Ops return channels_last; what follows may ask for a view of the layout that torch gives.
+        return x.contiguous() if is_nchw else x
 
 
 class FusedBlock(FusedModule):
@@ -147,7 +152,12 @@ class FusedBlock(FusedModule):
         downsample: Any = self.downsample
         # No other class: one derived from it may compute something else.
         is_layer = type(downsample) is nn.Sequential and len(downsample) == 2
-        if self.fused_downsample and is_layer and not is_overridden(downsample):
+        if (
+            self.fused_downsample
+            and is_layer
+            and self._has_shortcut()
+            and not is_overridden(downsample)
+        ):
             return layers, ConvBNModules(*downsample)
         return layers, None
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastres.kernels.plain_tensors import are_plain
 
@@ -49,13 +50,16 @@ def is_overridden(module: nn.Module) -> bool:
 
 def _functions() -> list[tuple[Any, str]]:
     """The functions that modules are computed by, each as its owner and its name."""
-    methods: list[tuple[Any, str]]
-    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear, nn.AdaptiveAvgPool2d)
-    methods = [(kind, "forward") for kind in kinds]
+    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear, nn.AdaptiveAvgPool2d, nn.Sequential)
+    names = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
+    methods = [(kind, name) for kind in kinds for name in names]
     methods += [(nn.Conv2d, "_conv_forward"), (nn.BatchNorm2d, "_check_input_dim")]
-    methods += [(nn.Module, name) for name in ("__call__", "_call_impl", "_wrapped_call_impl")]
     functions = ("conv2d", "batch_norm", "relu", "linear", "adaptive_avg_pool2d")
-    return [*methods, *((F, name) for name in functions)]
+    return [
+        *methods,
+        *((F, name) for name in functions),
+        *((torch, name) for name in ("conv2d", "batch_norm", "relu")),
+    ]
 
 
 def is_as_defined(owner: Any, name: str) -> bool:
@@ -63,8 +67,9 @@ def is_as_defined(owner: Any, name: str) -> bool:
     function = getattr(owner, name)
     if isinstance(function, BuiltinFunctionType):
         return True
-    home = owner.__module__ if isinstance(owner, type) else owner.__name__
-    return getattr(function, "__globals__", None) is vars(sys.modules[home])
+    kinds = owner.__mro__ if isinstance(owner, type) else ()
+    homes = [kind.__module__ for kind in kinds if name in vars(kind)][:1] or [owner.__name__]
+    return getattr(function, "__globals__", None) is vars(sys.modules[homes[0]])
 
 
 # None where a function had been replaced before this file was imported: then it is never the same.
@@ -94,9 +99,19 @@ def is_intercepted(x: Any) -> bool:
     torch.compile does not count: it calls the ops in the graphs that it makes.
     """
     return (
-        not are_plain(x)
+        not isinstance(x, Tensor)
+        or not are_plain(x)
         or bool(_has_any_global_hook())
         or _is_traced()
         or any(getattr(owner, name) is not function for owner, name, function in _AS_DEFINED)
         or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+        or _has_foreign_dispatch_mode()
+    )
+
+
+def _has_foreign_dispatch_mode() -> bool:
+    """Whether a TorchDispatchMode looks for operators that is none of torch's, which know ours."""
+    return not torch.compiler.is_compiling() and any(
+        not type(mode).__module__.startswith("torch.")
+        for mode in _get_current_dispatch_mode_stack()
     )

@@ -13,8 +13,8 @@ backend.py puts them together as `block.Backend` wants them.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import conv2d
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastres.kernels.conv_types import stat_dtype
@@ -50,7 +50,7 @@ def _per_channel(vector: Tensor) -> Tensor:
 
 def conv_ref(x: Tensor, w: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
     """`y = conv(x, w)`, rounded once to the dtype of x."""
-    return F.conv2d(x, w, stride=stride, padding=padding)
+    return conv2d(x, w, stride=stride, padding=padding)
 
 
 def conv_dgrad_ref(

@@ -9,7 +9,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastres.config import Config
@@ -63,6 +65,26 @@ def test_a_whole_step_on_fake_tensors(net):
     assert logits.shape == (4, 10)
     for name, parameter in faster.named_parameters():
         assert state[name].grad.shape == parameter.shape, name
+
+
+def test_compiled_graphs_hold_the_fused_ops():
+    """Forward and backward: what autograd is told of the ops is traced into neither."""
+    graphs = []
+
+    def keep(graph, _inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    faster = fuse(create_model("resnet8", width=0.25, seed=0).to(DEVICE), verbose=False).train()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    compiled = torch.compile(faster, backend=backend, fullgraph=True)
+    compiled(batch(0, 8, DEVICE)[0]).sum().backward()
+    forward, backward = graphs
+    for graph, half in ((forward, "fwd"), (backward, "bwd")):
+        for op in ("conv_bn_relu", "residual_block", "pool_linear"):
+            assert f"fastres.{op}_{half}.default" in graph
+        assert not any("convolution" in target for target in graph)
 
 
 @pytest.mark.usefixtures("plain")

@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -289,6 +290,17 @@ class DoubleConvolutions(TorchFunctionMode):
         return 2 * out if func is F.conv2d else out
 
 
+class DoubleConvolutionsBelow(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return 2 * out if func is torch.ops.aten.convolution.default else out
+
+
+def dispatch_mode(net):
+    with DoubleConvolutionsBelow():
+        return net(images())
+
+
 def function_mode(net):
     with DoubleConvolutions():
         return net(images())
@@ -298,7 +310,8 @@ def replaced_function(owner, name):
     """A run in which a function of torch is replaced by one that computes something else."""
 
     def run(net):
-        original = vars(owner)[name]
+        original = getattr(owner, name)
+        is_own = name in vars(owner)
 
         def replacement(*args, **kwargs):
             out = original(*args, **kwargs)
@@ -308,7 +321,10 @@ def replaced_function(owner, name):
         try:
             return net(images())
         finally:
-            setattr(owner, name, original)
+            if is_own:
+                setattr(owner, name, original)
+            else:
+                delattr(owner, name)
 
     run.__name__ = f"{owner.__name__}.{name}"
     return run
@@ -327,6 +343,12 @@ REPLACED = [
     (nn.ReLU, "forward"),
     (nn.Module, "__call__"),
     (nn.Module, "_call_impl"),
+    (nn.Module, "_wrapped_call_impl"),
+    *((kind, "__call__") for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Sequential)),
+    (nn.BatchNorm2d, "_call_impl"),
+    (nn.Sequential, "forward"),
+    (torch, "batch_norm"),
+    (torch, "relu"),
     (F, "conv2d"),
     (F, "batch_norm"),
     (F, "relu"),
@@ -356,6 +378,7 @@ USES = [
     flops,
     hook_that_changes,
     function_mode,
+    dispatch_mode,
     *(hooks_on_all(register) for register in REGISTER),
     *(replaced_function(*function) for function in REPLACED),
 ]
@@ -436,7 +459,41 @@ def subclass_of_a_norm(net):
     first(net, nn.BatchNorm2d).__class__ = LoudNorm
 
 
+class Wrapper(nn.Module):
+    """Holds a module and has none of its attributes, as adapters do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 1.5 * self.inner(x)
+
+
+def wrapped_convolution(net):
+    owner, name = next(
+        (module, name)
+        for module in net.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.Conv2d)
+    )
+    setattr(owner, name, Wrapper(getattr(owner, name)))
+
+
+def norm_without_a_bias(net):
+    norm = first(net, nn.BatchNorm2d)
+    nn.init.constant_(norm.bias, 0.5)
+    norm.bias = None
+
+
+def tensor_for_eps(net):
+    first(net, nn.BatchNorm2d).eps = torch.tensor(0.5)
+
+
 CHANGES = [
+    wrapped_convolution,
+    norm_without_a_bias,
+    tensor_for_eps,
     own_method(nn.Conv2d, "forward"),
     own_method(nn.Conv2d, "_conv_forward"),
     own_method(nn.Conv2d, "_call_impl"),
@@ -462,9 +519,53 @@ def test_a_changed_module_is_called(change, make, training):
         with torch.no_grad():
             results.append(net.train(training)(images().double()))
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
-    if training is False:
+    if training is False and change is not norm_without_a_bias:
         with torch.no_grad():
             assert not torch.allclose(untouched.eval()(images().double()), results[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_block_whose_shortcut_is_cut(training):
+    plain = fastres_net().double()
+    fused = fuse(plain, verbose=False)
+    results = []
+    for net in (plain, fused):
+        net.layer2[0].residual = False
+        with torch.no_grad():
+            out = net.train(training)(images().double())
+        results.append([out, *net.buffers()])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_sequential_returns_the_layout_that_torch_does(layout, training):
+    plain = sequential()[:3].to(memory_format=layout).train(training)
+    fused = fuse(plain, verbose=False)
+    x = images().contiguous(memory_format=layout)
+    with torch.no_grad():
+        assert fused(x).stride() == plain(x).stride()
+
+
+def test_a_class_derived_from_a_fused_one_is_its_own(monkeypatch):
+    fused = fuse(sequential(), verbose=False)
+
+    class Mixin:
+        pass
+
+    class Loud(Mixin, type(fused)):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    quiet = copy.deepcopy(fused)
+    fused.__class__ = Loud
+    torch.testing.assert_close(fused(images()), 2 * quiet(images()), rtol=0, atol=0)
+    original = nn.Sequential.forward
+    monkeypatch.setattr(nn.Sequential, "forward", lambda self, input: 3 * original(self, input))
+    torch.testing.assert_close(fused(images()), 2 * quiet(images()), rtol=0, atol=0)
+    monkeypatch.undo()
+    with warnings.catch_warnings(action="ignore"), pytest.raises((RuntimeError, ValueError)):
+        torch.jit.script(fused)
 
 
 class LoudSequential(nn.Sequential):

@@ -17,7 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from fastres.data.dataset import IMAGE_SHAPE
 from fastres.data.files import open_file
@@ -31,8 +41,20 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 # 8,192 x 8,192: more than cameras take, and at most 268 MB in Pillow's four bytes a pixel.
 MAX_PIXELS = 1 << 26
-# Only these formats, so that Pillow does not try its less tested readers on a user's file.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# Only these formats, so that Pillow does not try its less tested readers on a user's file; named by
+# their readers, since Pillow looks for a missing one once and, where that fails, never again.
+_FORMATS = tuple(
+    reader.format
+    for reader in (
+        JpegImagePlugin.JpegImageFile,
+        PngImagePlugin.PngImageFile,
+        WebPImagePlugin.WebPImageFile,
+        BmpImagePlugin.BmpImageFile,
+        GifImagePlugin.GifImageFile,
+        TiffImagePlugin.TiffImageFile,
+        PpmImagePlugin.PpmImageFile,
+    )
+)
 _SIZE = IMAGE_SHAPE[:2]
 _MODE_WORDS = {
     "1": "black-and-white",
