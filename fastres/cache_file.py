@@ -45,6 +45,8 @@ def read_cache_file(path: Path) -> bytes:
         DamagedError: the file is not what was written.
         OSError: the file cannot be read.
     """
+    if path.exists() and not path.is_file():
+        raise DamagedError(f"{path.name} is no file")  # a FIFO, say, would be waited for
     stored = path.read_bytes()
     content, digest = stored[:-_DIGITS], stored[-_DIGITS:]
     if _digest(content) != digest:
@@ -63,7 +65,7 @@ def write_cache_file(path: Path, content: bytes) -> None:
     temporary = unfinished(path.parent)
     try:
         temporary.write_bytes(content + _digest(content))
-        if path.is_dir():
+        if path.exists() and not path.is_file():
             remove(path)
         os.replace(temporary, path)
     except OSError:

@@ -72,6 +72,8 @@ def guarded(command: Callable[[], int], *, debug: bool, result_is_printed: bool 
             sentence = sentence_for(error)
             if sentence is None:
                 raise
+            # Names in it may be a stranger's, and must not write lines or colours of their own.
+            sentence = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
             if debug:
                 traceback.print_exc()
             if not tell_launcher(f"error: {sentence}"):

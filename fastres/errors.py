@@ -8,7 +8,7 @@ is a bug in fastres and keeps its traceback.
 import errno
 import re
 
-__all__ = ["FailureError", "FastresError", "UsageError", "sentence_for"]
+__all__ = ["FailureError", "FastresError", "UsageError", "is_out_of_memory", "sentence_for"]
 
 # What allocators of Python, torch, CUDA, cuBLAS and oneDNN say, each in its own class.
 _OUT_OF_MEMORY = re.compile(
@@ -44,11 +44,10 @@ def sentence_for(error: Exception) -> str | None:
     """
     if isinstance(error, FastresError):
         return str(error)
-    text = str(error)
-    if _is_out_of_memory(error, text):
+    if is_out_of_memory(error):
         return (
-            f"out of memory{_amount_asked(text)}; a smaller --batch-size needs less, and a smaller "
-            "--eval-batch-size where a run evaluates"
+            f"out of memory{_amount_asked(str(error))}; a smaller --batch-size needs less, and a "
+            "smaller --eval-batch-size where a run evaluates"
         )
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
@@ -56,11 +55,12 @@ def sentence_for(error: Exception) -> str | None:
     return None
 
 
-def _is_out_of_memory(error: Exception, text: str) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there was too little memory, of the host or of a GPU."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text) is not None
+        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
     )
 
 

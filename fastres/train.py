@@ -27,6 +27,7 @@ from fastres.config import (
     from_json,
     validate,
 )
+from fastres.data.files import read_bytes
 from fastres.errors import UsageError
 from fastres.recipes import Origins, from_recipe, origins
 
@@ -144,7 +145,7 @@ def _base(argv: Sequence[str]) -> tuple[Config, str | None]:
     if recipe is not None:
         raise UsageError("--recipe does not go with --config or --resume, which name their own")
     try:
-        text = Path(file).read_bytes()
+        text = read_bytes(file)
     except OSError as error:
         raise UsageError(f"cannot read the options in {file}: {error.strerror}") from None
     base = from_json(text, file)

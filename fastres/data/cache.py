@@ -96,6 +96,8 @@ def _read(root: Path, index: Path) -> Dataset:
         raise DamagedError("its index names no fingerprint")
     entry = root / "datasets" / facts["fingerprint"]
     try:
+        if not all(path.is_file() for path in entry.iterdir()):
+            raise DamagedError("it holds what is no file")
         train, test = (_map(entry, split) for split in _SPLITS)
         if content_fingerprint(facts["classes"], train, test) != facts["fingerprint"]:
             raise DamagedError("its content does not match its fingerprint")

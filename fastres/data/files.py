@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastres.errors import FailureError
 
-__all__ = ["DEAD_LINK", "FILE", "FOLDER", "kind_at", "kind_of", "open_file"]
+__all__ = ["DEAD_LINK", "FILE", "FOLDER", "kind_at", "kind_of", "open_file", "read_bytes"]
 
 FILE, FOLDER, DEAD_LINK = "a file", "a folder", "a link to a missing file"
 _KINDS = {
@@ -63,3 +63,16 @@ def open_file(path: str | Path) -> Iterator[BufferedReader]:
         if error.errno is None:  # from Pillow or gzip, about the content
             raise
         raise FailureError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Return the content of a file that a run or its user wrote.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        FailureError: it is a FIFO, a socket or a device, which may have no end.
+    """
+    kind = kind_at(path)
+    if kind not in (FILE, FOLDER, DEAD_LINK, None):
+        raise FailureError(f"cannot read {path}: it is {kind}")
+    return Path(path).read_bytes()

@@ -10,7 +10,7 @@ import numpy as np
 from fastres.config import DatasetKind
 from fastres.data.cache import cached
 from fastres.data.dataset import Dataset, ImageSet
-from fastres.data.download import download_cifar, not_downloaded
+from fastres.data.download import download_cifar
 from fastres.data.files import DEAD_LINK, FOLDER, kind_at
 from fastres.data.readers.cifar import CifarFiles, find_cifar
 from fastres.data.readers.folder import ImageFolder, find_image_folder
@@ -18,7 +18,13 @@ from fastres.data.synthetic import SYNTHETIC_VERSION, synthetic_dataset
 from fastres.errors import FailureError, UsageError
 from fastres.host import cache_folder
 
-__all__ = ["DATASET_NAMES", "dataset_kind", "load_dataset", "split_validation"]
+__all__ = [
+    "DATASET_NAMES",
+    "dataset_kind",
+    "load_dataset",
+    "named_data_folder",
+    "split_validation",
+]
 
 DATASET_NAMES = ("auto", *get_args(DatasetKind))
 _TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "folder": "image folder"}
@@ -87,12 +93,18 @@ def _load(name: str, root: Path, named: bool, download: bool) -> Dataset:
     return _fetch(name, root, download)
 
 
+def named_data_folder(data_dir: str | os.PathLike[str] | None) -> str | None:
+    """The absolute data folder that the user has named, by argument or $FASTRES_DATA, or None."""
+    chosen = data_dir or os.environ.get("FASTRES_DATA")
+    return os.path.abspath(os.path.expanduser(chosen)) if chosen else None
+
+
 def _data_folder(data_dir: str | os.PathLike[str] | None) -> tuple[Path, bool]:
     """The folder to look in, and whether the user named it; a named one must exist."""
-    chosen = data_dir or os.environ.get("FASTRES_DATA")
-    if not chosen:
+    chosen = named_data_folder(data_dir)
+    if chosen is None:
         return cache_folder() / "data", False
-    root = Path(os.path.expanduser(chosen))
+    root = Path(chosen)
     origin = "" if data_dir else " (from FASTRES_DATA)"
     kind = kind_at(root)
     if kind is None:
@@ -133,7 +145,7 @@ def _fetch(name: str, root: Path, download: bool) -> Dataset:
     wanted = "cifar10" if name == "auto" else name
     try:
         if not download:
-            raise not_downloaded(wanted, root, "not allowed")
+            raise FailureError(f"there is no {_TITLES[wanted]} in {root}")
         download_cifar(wanted, root)
     except FailureError as error:
         return _synthetic_instead(name, error)

@@ -122,7 +122,7 @@ def synthetic_dataset(num_train: int = 10_000, num_test: int = 2_000, *, seed: i
     """
     train = _draw_split(num_train, key=2 * seed)
     test = _draw_split(num_test, key=2 * seed + 1)
-    source = f"drawn by fastres from seed {seed}"
+    source = f"the synthetic set, drawn by fastres from seed {seed}"
     return Dataset.from_sets("synthetic", SYNTHETIC_CLASSES, train, test, source=source)
 
 

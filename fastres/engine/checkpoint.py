@@ -23,6 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fastres import strict_json
+from fastres.data.files import read_bytes
 from fastres.errors import FailureError
 
 __all__ = [
@@ -120,7 +121,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], Any]:
             when a number in it is not finite.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         raise FailureError(f"there is no checkpoint at {path}") from None
     except OSError as error:

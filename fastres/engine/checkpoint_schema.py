@@ -179,6 +179,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, found = checkpoint.read(path)
     meta = _check_meta(found, path)
     if "progress" not in meta:
+        check_values(tensors, path)
         return tensors, meta
     _check_sections(tensors, path)
     weights, average = take_section(tensors, "model"), take_section(tensors, "average")
@@ -187,6 +188,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if average:
         averaged = {k: v for k, v in weights.items() if v.is_floating_point()}
         checkpoint.check_tensors(average, averaged, path)
+    check_values(weights, path)
     return weights | average, meta
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from fastres import strict_json
 from fastres.config import Config, from_json
+from fastres.data.files import read_bytes
 from fastres.engine.checkpoint import replace_file
 from fastres.errors import FailureError, UsageError
 
@@ -204,7 +205,7 @@ class RunDir:
         """
         path = self.path / name
         try:
-            return path.read_bytes()
+            return read_bytes(path)
         except FileNotFoundError:
             raise UsageError(f"{self.path} is no run folder: it has no {name}") from None
         except OSError as error:

@@ -15,7 +15,12 @@ from fastres import host
 from fastres.config import Config, changed_options
 from fastres.data.loaders import BatchSpec, Loader, build_loader
 from fastres.data.plan import Augmentation
-from fastres.data.source import dataset_kind, load_dataset, split_validation
+from fastres.data.source import (
+    dataset_kind,
+    load_dataset,
+    named_data_folder,
+    split_validation,
+)
 from fastres.engine import checkpoint, machine
 from fastres.engine.checkpoint_schema import check_progress, read_training
 from fastres.engine.console import RunConsole
@@ -89,8 +94,10 @@ class Trainer:
         # What one process downloads and decodes, the others find.
         with processes.main_first():
             self.data = load_dataset(config.dataset, config.data_dir)
-        # What `auto` found today: a resumed run and an evaluation ask for that.
-        self.config = config.replace(dataset=dataset_kind(self.data.name))
+        # What `auto` found today, and where: a resumed run and an evaluation ask for that.
+        kind = dataset_kind(self.data.name)
+        folder_of_data = None if kind == "synthetic" else named_data_folder(config.data_dir)
+        self.config = config.replace(dataset=kind, data_dir=folder_of_data or config.data_dir)
         self._split()
         self.model = create_model(
             config.model,
@@ -373,7 +380,7 @@ class Trainer:
         if meta["dataset_fingerprint"] != self.data.fingerprint:
             raise FailureError(
                 f"{self.last} was trained on other data ({meta['dataset']}) than "
-                f"{self.data.source} holds; pass its --data-dir"
+                f"{self.data.source}; pass its --data-dir"
             )
         # Its options may say `auto`, as they did before; its data is this data, as seen above.
         options = meta["config"] | {"dataset": self.config.dataset}

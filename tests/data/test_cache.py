@@ -103,6 +103,7 @@ DAMAGES = {
     "all bytes zero": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "a record less": lambda path: path.write_bytes(path.read_bytes()[:-3072]),
     "a folder": lambda path: [path.unlink(), path.mkdir()],
+    "a fifo": lambda path: [path.unlink(), os.mkfifo(path)],
     "a loop": lambda path: [path.unlink(), path.symlink_to(path)],
     "first byte flipped": lambda path: flip(path, 0),
     "middle byte flipped": lambda path: flip(path, path.stat().st_size // 2),

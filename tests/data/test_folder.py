@@ -1,6 +1,7 @@
 """Image folders: what is read, what is converted and counted, what is refused."""
 
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,7 @@ def test_other_names_of_jpeg(suffix: str, tmp_path: Path) -> None:
 LITTER = {
     "hidden": (".DS_Store", "._0000.png", ".ipynb_checkpoints/0000-checkpoint.png"),
     "thumbs.db": ("Thumbs.db", "thumbs.db", "THUMBS.DB"),
+    "thumbs.db:encryptable": ("Thumbs.db:encryptable",),
     "desktop.ini": ("Desktop.ini",),
     "@eadir": ("@eaDir/0000.png/SYNOPHOTO_THUMB.jpg",),
     "__macosx": ("__MACOSX/._0000.png",),
@@ -176,6 +178,16 @@ def test_unreadable_exif_blocks_are_counted(tmp_path: Path) -> None:
     dataset = one_more(image_folder(tmp_path), Image.fromarray(images(1)[0]), exif=b"abc")
     np.testing.assert_array_equal(dataset.train.images[-1], images(1)[0])
     assert dataset.notices == ("EXIF block empty or unreadable, pixels as stored: 1 of 13 images",)
+
+
+def test_odd_exif_blocks_are_counted_and_not_warned_of(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Pillow warns of a text that lies outside of the block."""
+    outside = struct.pack("<4sIHHHII", b"II*\0", 8, 1, 271, 2, 65535, 65535)
+    dataset = one_more(image_folder(tmp_path), Image.fromarray(images(1)[0]), exif=outside)
+    np.testing.assert_array_equal(dataset.train.images[-1], images(1)[0])
+    assert not recwarn.list
 
 
 def test_links_and_unicode(tmp_path: Path) -> None:

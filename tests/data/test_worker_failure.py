@@ -20,9 +20,10 @@ import fastres
 from fastres.data.dataset import Dataset, ImageSet
 from fastres.data.loaders import dataloader, worker_failure
 from fastres.data.loaders.worker_failure import WorkerError
+from fastres.errors import sentence_for
 from fastres.train import main
 
-ADVICE = "enlarge /dev/shm, or use --workers 0, which needs none"
+ADVICE = "enlarge /dev/shm, use smaller batches, or --workers 0, which needs none"
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -67,9 +68,8 @@ def serve_all(data: Dataset) -> str:
     [
         RuntimeError("unable to allocate shared memory(shm): No space left on device (28)"),
         OSError(28, "No space left on device"),
-        MemoryError(),
+        RuntimeError("unable to mmap 64 bytes from file </torch_1>: Cannot allocate memory (12)"),
     ],
-    ids=lambda error: type(error).__name__,
 )
 def test_no_room_for_the_batches(
     error: Exception, data: Dataset, monkeypatch: pytest.MonkeyPatch
@@ -137,7 +137,7 @@ def test_a_worker_stops_between_two_passes(data: Dataset, monkeypatch: pytest.Mo
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
     with pytest.raises(WorkerError) as caught:
         list(served)
-    assert "no batch came for 1 s" in one_sentence(caught.value)
+    assert "no batch came for 8 s" in one_sentence(caught.value)
 
 
 def test_a_wait_that_ends_in_time_changes_nothing(
@@ -180,6 +180,44 @@ def test_a_worker_dies_beside_another_thread(
     finally:
         signal.signal(signal.SIGCHLD, handler)
     assert "exited unexpectedly" in messages[0]
+
+
+def test_too_little_memory_that_is_not_shared(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a worker: the advice is that for the machine's memory."""
+
+    def refuse() -> None:
+        raise RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        )
+
+    end_at_the_third_batch(monkeypatch, refuse)
+    with pytest.raises(RuntimeError) as caught:
+        list(loader(data))
+    sentence = sentence_for(caught.value)
+    assert sentence is not None
+    assert sentence.startswith("out of memory")
+    assert "/dev/shm" not in sentence
+
+
+def test_a_worker_that_is_late_between_two_passes(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As within a pass: a run that was suspended goes on."""
+    monkeypatch.setattr(dataloader, "WAIT_SECONDS", 1)
+    monkeypatch.setattr(worker_failure, "WAIT_SECONDS", 1)
+    served = loader(data)
+    wanted = [labels for _, labels in served]
+    pid = multiprocessing.active_children()[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    timer = threading.Timer(2.5, lambda: os.kill(pid, signal.SIGCONT))
+    timer.start()
+    again = [labels for _, labels in served]
+    timer.join()
+    assert len(again) == len(wanted)
+    served.close()
 
 
 def test_workers_that_cannot_start(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

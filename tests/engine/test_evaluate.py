@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -95,7 +96,7 @@ def test_nothing_is_downloaded_into_a_folder_of_the_file(copied, tmp_path, capsy
     monkeypatch.setattr(source, "download_cifar", lambda *words: fetched.append(words))
     assert evaluate.main([str(copied)]) == 1
     error = capsys.readouterr().err
-    assert "CIFAR-10 could not be downloaded (not allowed)" in error
+    assert f"there is no CIFAR-10 in {tmp_path / 'etc'}" in error
     assert f"the run was trained on '{tmp_path / 'etc'}': give where its data is now" in error
     assert error.count("\n") == 1
     assert fetched == []
@@ -217,9 +218,44 @@ def test_the_order_of_classes_and_the_kind_of_data_are_named(copied, data, capsy
     )
     assert evaluate.main([str(copied), "--dataset", "synthetic"]) == 1
     error = capsys.readouterr().err
-    assert "trained on folder-mine, does not fit drawn by fastres" in error
+    assert "trained on folder-mine, does not fit the synthetic set, drawn by fastres" in error
     assert "it was trained on 3 classes, and there are 10 here" in error
 
 
 def test_equal_classes_do_not_differ():
     assert class_difference(list(CLASSES), CLASSES) is None
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_fifo_in_place_of_a_file_is_not_waited_for(name, copied, capsys):
+    (copied / name).unlink()
+    os.mkfifo(copied / name)
+    assert evaluate.main([str(copied)]) == 1
+    assert capsys.readouterr().err == f"error: cannot read {copied / name}: it is a FIFO\n"
+
+
+def test_a_name_in_a_file_writes_no_line_of_its_own(copied, capsys):
+    change(copied, data_dir="a\x1b[31m\nerror: fake")
+    assert evaluate.main([str(copied)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "\x1b" not in error
+
+
+def test_the_data_folder_of_the_environment_is_remembered(data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setenv("FASTRES_DATA", str(data))
+    assert run_train(*TINY, "--out", out) == 0
+    assert json.loads((out / "config.json").read_text())["data_dir"] == str(data)
+    monkeypatch.delenv("FASTRES_DATA")
+    assert evaluate.main([str(out)]) == 0
+    assert run_train("--resume", "--out", out) == 0
+
+
+def test_statistics_that_no_run_has_are_named(copied, capsys):
+    path = copied / "model.safetensors"
+    tensors, meta = checkpoint.read(path)
+    tensors["bn1.running_var"][0] = -1
+    checkpoint.write(path, tensors, meta)
+    assert evaluate.main([str(copied)]) == 1
+    assert "holds what no run writes: a -1.0 in bn1.running_var" in capsys.readouterr().err

@@ -38,7 +38,7 @@ class _Slots:
 
     def __init__(self, spec: BatchSpec, workers: int):
         size = min(spec.size, len(spec.images))
-        self.count = _PREFETCH * workers + 1
+        self.count = min(_PREFETCH * workers + 1, len(spec))
         self.images = [torch.empty(size, *IMAGE_SHAPE).share_memory_() for _ in range(self.count)]
         self.labels = torch.empty(self.count, size, dtype=torch.int64).share_memory_()
 

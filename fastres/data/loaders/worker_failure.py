@@ -4,6 +4,7 @@ A death is noticed by torch's handler of SIGCHLD, which raises in whatever the m
 by torch's look at the workers after a wait. All else shows as a wait without end.
 """
 
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 from torch.utils.data import DataLoader
 
 from fastres.data.loaders.worker_signals import signals_held
-from fastres.errors import FailureError
+from fastres.errors import FailureError, is_out_of_memory
 
 __all__ = ["WAIT_SECONDS", "WorkerError", "batches_from_workers", "explained"]
 
@@ -22,6 +23,8 @@ T = TypeVar("T")
 # The time without a batch is counted in waits, so that a run which was suspended goes on.
 WAIT_SECONDS = 15
 _MAX_WAITS = 8
+# What torch says of memory that is shared, where all other memory is the machine's.
+_SHARED_MEMORY = re.compile(r"shared memory|\bshm\b|/torch_")
 
 
 class WorkerError(FailureError, RuntimeError):
@@ -30,7 +33,8 @@ class WorkerError(FailureError, RuntimeError):
     def __init__(self, reason: str):
         super().__init__(
             f"the worker processes of the torch loader failed: {reason}; batches pass through "
-            "shared memory, so enlarge /dev/shm, or use --workers 0, which needs none"
+            "shared memory, so enlarge /dev/shm, use smaller batches, or --workers 0, which needs "
+            "none"
         )
 
 
@@ -44,16 +48,33 @@ def batches_from_workers(loader: DataLoader) -> Iterator[Any]:
     Raises:
         WorkerError: a worker could not be started, died, raised an exception, or no batch came.
     """
-    try:
+    before: Any = loader._iterator  # that of the pass before, with its workers
+    if before is None:
         with signals_held():
             batches = explained(lambda: iter(loader))
-    except WorkerError:
-        if loader._iterator is not None:  # that of the pass before, with its workers
-            _end_workers(loader._iterator)
-        raise
+    else:
+        batches = _begin_again(loader, before)
     _explain_deaths()
     while (batch := _next_batch(batches)) is not None:
         yield batch
+
+
+def _begin_again(loader: DataLoader, batches: Any) -> Any:
+    """Begin another pass, for which torch waits once for all workers to say that they are ready."""
+    batches._timeout = _MAX_WAITS * WAIT_SECONDS
+    try:
+        return explained(lambda: iter(loader))
+    except WorkerError as error:
+        _end_workers(batches)
+        if isinstance(error, _NoBatchError):
+            raise _stalled() from error
+        raise
+    finally:
+        batches._timeout = WAIT_SECONDS
+
+
+def _stalled() -> WorkerError:
+    return WorkerError(f"no batch came for {_MAX_WAITS * WAIT_SECONDS} s")
 
 
 def _next_batch(batches: Any) -> Any:
@@ -63,7 +84,7 @@ def _next_batch(batches: Any) -> Any:
                 return explained(lambda: next(batches, None))
             except _NoBatchError:
                 continue
-        raise WorkerError(f"no batch came for {_MAX_WAITS * WAIT_SECONDS} s")
+        raise _stalled()
     except WorkerError:
         _end_workers(batches)
         raise
@@ -73,13 +94,16 @@ def explained(wait: Callable[[], T]) -> T:
     """Return what `wait` returns.
 
     Raises:
-        WorkerError: `wait` raised anything; a `_NoBatchError` where torch waited long enough.
+        RuntimeError, MemoryError: too little memory, as it was raised.
+        WorkerError: `wait` raised anything else; a `_NoBatchError` where torch waited long enough.
     """
     try:
         return wait()
     except Exception as error:
         if str(error).startswith("DataLoader timed out"):
             raise _NoBatchError(f"no batch came for {WAIT_SECONDS} s") from error
+        if is_out_of_memory(error) and not _SHARED_MEMORY.search(str(error)):
+            raise
         # Raised by the handler of SIGCHLD, it says more than the error that torch makes of it.
         for known in (error, error.__cause__):
             if isinstance(known, WorkerError):

@@ -15,6 +15,7 @@ format that is not read here, or a list of labels other than the folder names.
 """
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -85,7 +86,9 @@ class ImageFolder:
             FailureError: naming the first file that is not a readable image.
         """
         seen: Counter[str] = Counter()
-        with pillow_without_size_limit():
+        with pillow_without_size_limit(), warnings.catch_warnings():
+            # Pillow warns of each odd EXIF block; a notice counts them.
+            warnings.simplefilter("ignore", UserWarning)
             train = _decode_split(self.train, "training", seen)
             test = _decode_split(self.test, "test", seen)
         name = self._record_name(seen)
@@ -263,7 +266,8 @@ def _litter(entry: os.DirEntry[str]) -> str | None:
     if name.endswith(":zone.identifier"):  # where Windows noted that a file was downloaded
         return "zone.identifier"
     is_document = name.split(".")[0] in _DOCUMENTS and not name.endswith(IMAGE_SUFFIXES)
-    if name in _LITTER or (is_document and entry.is_file()):
+    # Behind a colon stands what Windows keeps beside a file.
+    if name.partition(":")[0] in _LITTER or (is_document and entry.is_file()):
         return name.strip()
     return None
 
