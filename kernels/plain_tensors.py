@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-__all__ = ["are_plain", "has_layout"]
+__all__ = ["are_plain", "has_layout", "have_plain_types"]
 
 # The last two stand for plain tensors while torch.compile traces, or somebody asks for shapes: they
 # have no numbers, and are what the fakes of the ops are for.
@@ -31,12 +31,17 @@ def has_layout(t: Tensor) -> bool:
     return torch.compiler.is_compiling() or not _is_batched(t)
 
 
-def are_plain(*tensors: Tensor | None) -> bool:
-    """Whether ops may compute on all of `tensors`, which need not be tensors at all."""
+def are_plain(x: Tensor | None, *others: Tensor | None) -> bool:
+    """Whether ops may compute on x and, with it, on parameters and what kernels have made."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    for t in tensors:
-        if t is not None and (type(t) not in _PLAIN_TYPES or _is_special(t)):
+    return have_plain_types(x, *others) and (x is None or not _is_special(x))
+
+
+def have_plain_types(*tensors: Tensor | None) -> bool:
+    """Whether no tensor is of a class that gives its operations another meaning."""
+    for t in tensors:  # noqa: SIM110 - asked of every layer in every step; all() takes longer
+        if t is not None and type(t) not in _PLAIN_TYPES:
             return False
     return True
 
