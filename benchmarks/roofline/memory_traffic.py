@@ -88,6 +88,8 @@ def record_op(func: Any, args: tuple) -> tuple[Any, list[Launch]]:
 class _Recorder(TorchDispatchMode):
     """Keeps the launches of every registered op of a net, forward beside backward."""
 
+    sees_fused_ops = True
+
     def __init__(self) -> None:
         super().__init__()
         self.blocks: list[BlockTraffic] = []

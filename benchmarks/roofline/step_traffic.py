@@ -163,6 +163,8 @@ def count_step(model: nn.Module, batch_size: int, dtype: torch.dtype) -> StepWor
 class _Traffic(TorchDispatchMode):
     """Adds up the bytes of every operator that is not a view, those of registered ops by launch."""
 
+    sees_fused_ops = True
+
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()

@@ -110,8 +110,12 @@ def is_intercepted(x: Any) -> bool:
 
 
 def _has_foreign_dispatch_mode() -> bool:
-    """Whether a TorchDispatchMode looks for operators that is none of torch's, which know ours."""
+    """Whether a TorchDispatchMode may look for the operators of plain modules.
+
+    Torch's own modes take any operator, and one that wants those that run has an attribute
+    `sees_fused_ops` that is true.
+    """
     return not torch.compiler.is_compiling() and any(
-        not type(mode).__module__.startswith("torch.")
+        not (type(mode).__module__.startswith("torch.") or getattr(mode, "sees_fused_ops", False))
         for mode in _get_current_dispatch_mode_stack()
     )

@@ -524,6 +524,22 @@ def test_a_changed_module_is_called(change, make, training):
             assert not torch.allclose(untouched.eval()(images().double()), results[0])
 
 
+def test_a_dispatch_mode_may_ask_for_the_fused_ops(counted):
+    seen = set()
+
+    class Watcher(TorchDispatchMode):
+        sees_fused_ops = True
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func.namespace)
+            return func(*args, **(kwargs or {}))
+
+    fused = fuse(fastres_net(), verbose=False)
+    with Watcher():
+        assert counted.during(lambda: fused(images())) > 0
+    assert "fastres" in seen
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_block_whose_shortcut_is_cut(training):
     plain = fastres_net().double()
