@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from fastres import create_model, evaluate, train
+from fastres import create_model, evaluate
 from fastres.config import Config, from_json
 from fastres.engine import checkpoint
 from fastres.engine.checkpoint_schema import read_training, read_weights
@@ -20,10 +20,11 @@ from fastres.engine.run_dir import RunDir
 from fastres.engine.state import TrainingState
 from fastres.engine.trainer import Trainer
 from fastres.errors import FailureError
+from tests.helpers.tiny_run import TINY_NET, run_train
 
 OPTIONS = (
     *("--dataset", "synthetic", "--limit-train", "40", "--batch-size", "9", "--epochs", "2"),
-    *("--model", "resnet8", "--width", "0.25", "--shortcut", "A", "--no-whiten", "--threads", "1"),
+    *TINY_NET,
     *("--val", "--ema", "0.9"),
 )
 WRONG = (None, True, -3, 0.5, 10**400, math.nan, -math.inf, "x", [], {}, [[]], {"a": 1})
@@ -35,10 +36,6 @@ def forge(path, tensors, text):
     digest = checkpoint._digest(stored, text)
     header = {"format": checkpoint.FORMAT, "meta": text, "sha256": digest}
     path.write_bytes(save(stored, metadata=header))
-
-
-def run_train(*arguments):
-    return train.main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

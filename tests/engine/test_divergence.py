@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastres import evaluate, train
+from fastres import evaluate
 from fastres.config import Config
 from fastres.engine import checkpoint
 from fastres.engine.divergence import require_finite_scores, require_finite_state
@@ -22,20 +22,16 @@ from fastres.engine.step import Totals, TrainStep
 from fastres.errors import FailureError
 from fastres.model.resnet import create_model
 from tests.helpers.data_fixtures import image_folder
+from tests.helpers.tiny_run import TINY_NET, run_train
 
 ROOT = Path(__file__).resolve().parents[2]
 # Four steps an epoch.
 TINY = (
-    *("--model", "resnet8", "--shortcut", "A", "--width", "0.25", "--threads", "1"),
-    *("--batch-size", "10", "--epochs", "2"),
-    *("--lr", "0.1", "--warmup", "0", "--schedule", "constant", "--no-whiten"),
+    *(*TINY_NET, "--batch-size", "10", "--epochs", "2"),
+    *("--lr", "0.1", "--warmup", "0", "--schedule", "constant"),
 )
 NONFINITE = [math.nan, math.inf, -math.inf]
 COMPUTE = TrainStep.__call__
-
-
-def run_train(*arguments):
-    return train.main([str(argument) for argument in arguments])
 
 
 def content(run):

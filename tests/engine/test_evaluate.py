@@ -14,16 +14,10 @@ from fastres.data.source import DATASET_NAMES, dataset_kind
 from fastres.engine import checkpoint, evaluation
 from fastres.host import cache_folder
 from tests.helpers.data_fixtures import image_folder
+from tests.helpers.tiny_run import TINY_NET, run_train
 
-TINY = (
-    *("--model", "resnet8", "--width", "0.25", "--shortcut", "A", "--no-whiten", "--threads", "1"),
-    *("--batch-size", "10", "--epochs", "2"),
-)
+TINY = (*TINY_NET, "--batch-size", "10", "--epochs", "2")
 CLASSES = ("cat", "dog", "eel")
-
-
-def run_train(*arguments):
-    return train.main([str(argument) for argument in arguments])
 
 
 def change(run, **options):

@@ -10,23 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from fastres import cli, evaluate, train
+from fastres import cli, evaluate
 from fastres.config import Config, validate
 from fastres.engine.run_dir import RunDir
 from fastres.engine.step import TrainStep
 from fastres.engine.trainer import Trainer
 from tests.helpers.data_fixtures import image_folder
+from tests.helpers.tiny_run import TINY_NET, run_train
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = (
-    *("--model", "resnet8", "--width", "0.25", "--shortcut", "A", "--no-whiten"),
-    *("--batch-size", "10", "--epochs", "0.5", "--threads", "1"),
-)
+TINY = (*TINY_NET, "--batch-size", "10", "--epochs", "0.5")
 SYNTHETIC = (*TINY, "--dataset", "synthetic", "--limit-train", "100")
-
-
-def run_train(*arguments):
-    return train.main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

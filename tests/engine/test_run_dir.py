@@ -11,22 +11,19 @@ import time
 import pytest
 import torch
 
-from fastres import evaluate, train
+from fastres import evaluate
 from fastres.config import Config
 from fastres.engine import checkpoint
 from fastres.engine.run_dir import _LITTER, _RESULTS, RunDir, default_folder
 from fastres.errors import FailureError, UsageError
+from tests.helpers.tiny_run import TINY_NET, run_train
 
 TINY = (
-    *("--dataset", "synthetic", "--limit-train", "40", "--batch-size", "10", "--epochs", "1"),
-    *("--model", "resnet8", "--width", "0.25", "--shortcut", "A", "--no-whiten", "--threads", "1"),
+    *(*TINY_NET, "--dataset", "synthetic", "--limit-train", "40"),
+    *("--batch-size", "10", "--epochs", "1"),
 )
 NOTES = "notes.txt", "model.safetensors.txt", "curves.png.part", "last.safetensorsABCDEFGH.part"
 LITTER = "config.jsonabcd_123.part", "last.safetensors00000000.part"
-
-
-def run_train(*arguments):
-    return train.main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,23 @@
-"""A training run of seconds as a process of its own, for tests that signal, kill or unplug it."""
+"""Training runs of seconds: in the process of a test, or in one to be signalled or killed."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from fastres import train
+
 ROOT = Path(__file__).resolve().parents[2]
-TINY = (
-    *("--dataset", "synthetic", "--limit-train", "100", "--batch-size", "10", "--threads", "1"),
-    *("--model", "resnet8", "--width", "0.25", "--shortcut", "A", "--no-whiten"),
+TINY_NET = (
+    *("--model", "resnet8", "--width", "0.25", "--shortcut", "A", "--no-whiten", "--threads", "1"),
 )
+TINY = (*TINY_NET, "--dataset", "synthetic", "--limit-train", "100", "--batch-size", "10")
 ENDLESS = (*TINY, "--epochs", "100000")
+
+
+def run_train(*arguments):
+    """Train in this process and return the exit code."""
+    return train.main([str(argument) for argument in arguments])
 
 
 def start(command, **options):
