@@ -206,14 +206,23 @@ def conv_dgrad(
         y_p, mean_p, scale_shift_p = producer.y, producer.mean, producer.scale_shift
 
     config = config or conv_config("dgrad", shape, g.dtype, g.device, tf32=allow_tf32)
-    variant = dgrad_tma_variant(config, shape, g, y, w)
-    variant = variant or _pointer_variant(config, shape, g, y, w)
-    num_rows = shape.N * triton.cdiv(shape.H, stride) * triton.cdiv(shape.W, stride)
-    tiles_m = triton.cdiv(num_rows, config.block_m)
     dx = empty_channels_last(g, *size)
+    variant = _patch_variant(config, shape, g, y, w, shortcut, y_p)
+    if variant is None:
+        variant = dgrad_tma_variant(config, shape, g, y, w)
+        variant = variant or _pointer_variant(config, shape, g, y, w)
+        variant.args.update(
+            num_rows=shape.N * triton.cdiv(shape.H, stride) * triton.cdiv(shape.W, stride),
+            **shape.constexprs(),
+            DX_STRIDES=nhwc_strides(dx),
+            SHORTCUT_STRIDES=nhwc_strides(shortcut),
+            PRODUCER_Y_STRIDES=nhwc_strides(y_p),
+            PRECISION="tf32" if allow_tf32 else "ieee",
+            **config.constexprs(),
+        )
     sum_g = sum_gy = None
     if producer is not None:
-        sum_g = g.new_empty((shape.C, stride**2 * tiles_m), dtype=torch.float32)
+        sum_g = g.new_empty((shape.C, variant.num_tiles), dtype=torch.float32)
         sum_gy = torch.empty_like(sum_g)
     args = {
         **variant.args,
@@ -225,14 +234,7 @@ def conv_dgrad(
         "producer_scale_shift_ptr": scale_shift_p,
         "sum_g_ptr": sum_g,
         "sum_gy_ptr": sum_gy,
-        "num_rows": num_rows,
-        **shape.constexprs(),
-        "DX_STRIDES": nhwc_strides(dx),
-        "SHORTCUT_STRIDES": nhwc_strides(shortcut),
-        "PRODUCER_Y_STRIDES": nhwc_strides(y_p),
-        "PRECISION": "tf32" if allow_tf32 else "ieee",
         "INDEX": index_dtype(g, y, dx, shortcut, y_p, sum_g),
-        **config.constexprs(),
     }
     launch(
         variant.kernel,
@@ -272,7 +274,21 @@ def _pointer_variant(
     """The launch that loads pixels by pointers: one program a tile of each phase."""
     u = shape.stride
     num_rows = shape.N * triton.cdiv(shape.H, u) * triton.cdiv(shape.W, u)
-    tiles = triton.cdiv(num_rows, config.block_m) * triton.cdiv(shape.C, config.block_n)
+    tiles_m = triton.cdiv(num_rows, config.block_m)
+    tiles = tiles_m * triton.cdiv(shape.C, config.block_n)
     args = {"g_ptr": g, "y_ptr": y, "w_ptr": w}
     strides = {"G_STRIDES": nhwc_strides(g), "Y_STRIDES": nhwc_strides(y)}
-    return KernelVariant(_conv_dgrad_kernel, (tiles, u * u), args | strides)
+    return KernelVariant(_conv_dgrad_kernel, (tiles, u * u), args | strides, u * u * tiles_m)
+
+
+def _patch_variant(
+    config: ConvConfig,
+    shape: ConvShape,
+    g: torch.Tensor,
+    y: torch.Tensor | None,
+    w: torch.Tensor,
+    shortcut: torch.Tensor | None,
+    producer_y: torch.Tensor | None,
+) -> KernelVariant | None:
+    """The launch in patches of outputs; None where configuration or operands want another form."""
+    return None

@@ -247,11 +247,22 @@ def _launch_fprop(
         check_activation("residual", residual, (shape.N, shape.K, shape.P, shape.Q), x.dtype)
 
     config = config or conv_config("fprop", shape, x.dtype, x.device, tf32=allow_tf32)
-    variant = fprop_tma_variant(config, shape, x, w) or _pointer_variant(config, shape, x, w)
     num_npq = shape.gemm("fprop").m
-    tiles_m = triton.cdiv(num_npq, config.block_m)
     y = empty_channels_last(x, shape.N, shape.K, shape.P, shape.Q)
-    stats = x.new_empty((2, shape.K, tiles_m), dtype=torch.float32) if store_stats else None
+    variant = _patch_variant(config, shape, x, w, residual)
+    if variant is None:
+        variant = fprop_tma_variant(config, shape, x, w) or _pointer_variant(config, shape, x, w)
+        variant.args.update(
+            num_npq=num_npq,
+            **shape.constexprs(),
+            Y_STRIDES=nhwc_strides(y),
+            RESIDUAL_STRIDES=nhwc_strides(residual),
+            PRECISION="tf32" if allow_tf32 else "ieee",
+            **config.constexprs(),
+        )
+    stats = None
+    if store_stats:
+        stats = x.new_empty((2, shape.K, variant.num_tiles), dtype=torch.float32)
     args = {
         **variant.args,
         "in_scale_shift_ptr": in_scale_shift,
@@ -259,14 +270,8 @@ def _launch_fprop(
         "stats_ptr": stats,
         "out_scale_shift_ptr": out_scale_shift,
         "residual_ptr": residual,
-        "num_npq": num_npq,
-        **shape.constexprs(),
-        "Y_STRIDES": nhwc_strides(y),
-        "RESIDUAL_STRIDES": nhwc_strides(residual),
         "RELU": relu,
-        "PRECISION": "tf32" if allow_tf32 else "ieee",
         "INDEX": index_dtype(x, y, residual, stats),
-        **config.constexprs(),
     }
     launch(
         variant.kernel,
@@ -288,6 +293,18 @@ def _pointer_variant(
 ) -> KernelVariant:
     """The launch that loads pixels by pointers: one program a tile."""
     gemm = shape.gemm("fprop")
-    num_tiles = triton.cdiv(gemm.m, config.block_m) * triton.cdiv(gemm.n, config.block_n)
+    tiles_m = triton.cdiv(gemm.m, config.block_m)
+    grid = (tiles_m * triton.cdiv(gemm.n, config.block_n),)
     args = {"x_ptr": x, "w_ptr": w, "X_STRIDES": nhwc_strides(x)}
-    return KernelVariant(_conv_fprop_kernel, (num_tiles,), args)
+    return KernelVariant(_conv_fprop_kernel, grid, args, tiles_m)
+
+
+def _patch_variant(
+    config: ConvConfig,
+    shape: ConvShape,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> KernelVariant | None:
+    """The launch in patches of outputs; None where configuration or operands want another form."""
+    return None

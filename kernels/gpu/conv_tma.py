@@ -233,7 +233,8 @@ def fprop_tma_variant(
     grid, args = _schedule(config, "fprop", shape)
     args["x_desc"] = _describe_pixels(x, tile, config.block_k)
     args["w_desc"] = _describe_filters(w, config.block_n, config.block_k)
-    return KernelVariant(_conv_fprop_tma_kernel, grid, args)
+    tiles_m = triton.cdiv(shape.gemm("fprop").m, config.block_m)
+    return KernelVariant(_conv_fprop_tma_kernel, grid, args, tiles_m)
 
 
 def dgrad_tma_variant(
@@ -247,7 +248,8 @@ def dgrad_tma_variant(
     args["g_desc"] = _describe_pixels(g, tile, config.block_k)
     args["y_desc"] = None if y is None else _describe_pixels(y, tile, config.block_k)
     args["w_desc"] = _describe_filters(w, config.block_k, config.block_n)
-    return KernelVariant(_conv_dgrad_tma_kernel, grid, args)
+    tiles_m = triton.cdiv(shape.gemm("dgrad").m, config.block_m)
+    return KernelVariant(_conv_dgrad_tma_kernel, grid, args, tiles_m)
 
 
 def _tma_tile(

@@ -32,7 +32,7 @@ from fastres.kernels.gpu.checks import (
     index_dtype,
     nhwc_strides,
 )
-from fastres.kernels.gpu.launch import Traffic, launch, num_bytes
+from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
 from fastres.kernels.gpu.primitives import (
     affine,
@@ -183,34 +183,22 @@ def conv_wgrad(
         check_vector("scale_shift", scale_shift, (2, shape.C))
 
     config = config or conv_config("wgrad", shape, x.dtype, x.device, tf32=allow_tf32)
-    num_npq = shape.gemm("wgrad").k
-    # Whole blocks a split, and no split without pixels.
-    rows_per_split = triton.cdiv(num_npq, config.split_k * config.block_k) * config.block_k
-    num_splits = triton.cdiv(num_npq, rows_per_split)
+    variant = _patch_variant(config, shape, x, g, y)
+    variant = variant or _pointer_variant(config, shape, x, g, y, allow_tf32)
+    num_splits = variant.num_tiles
     krsc = (shape.K, shape.R, shape.S, shape.C)
     dw = x.new_empty(krsc)
     partials = dw if num_splits == 1 else x.new_empty((num_splits, *krsc), dtype=torch.float32)
     args = {
-        "x_ptr": x,
+        **variant.args,
         "in_scale_shift_ptr": scale_shift,
-        "g_ptr": g,
-        "y_ptr": y,
         "coefficients_ptr": coefficients,
         "partials_ptr": partials,
-        "num_npq": num_npq,
-        "rows_per_split": rows_per_split,
-        **shape.constexprs(),
-        "X_STRIDES": nhwc_strides(x),
-        "G_STRIDES": nhwc_strides(g),
-        "Y_STRIDES": nhwc_strides(y),
-        "PRECISION": "tf32" if allow_tf32 else "ieee",
         "INDEX": index_dtype(x, g, y, partials),
-        **config.constexprs(),
     }
-    tiles = triton.cdiv(shape.RSC, config.block_m) * triton.cdiv(shape.K, config.block_n)
     launch(
-        _conv_wgrad_kernel,
-        (tiles, num_splits),
+        variant.kernel,
+        variant.grid,
         args,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -234,6 +222,47 @@ def _wgrad_shape(
     shape = ConvShape(n, h, w, c, g.shape[1], *filter_size, stride, padding)
     check_activation("dy", g, (n, shape.K, shape.P, shape.Q), x.dtype)
     return shape
+
+
+def _pointer_variant(
+    config: ConvConfig,
+    shape: ConvShape,
+    x: torch.Tensor,
+    g: torch.Tensor,
+    y: torch.Tensor | None,
+    allow_tf32: bool,
+) -> KernelVariant:
+    """The launch that loads pixels by pointers: one program a tile of each split."""
+    num_npq = shape.gemm("wgrad").k
+    # Whole blocks a split, and no split without pixels.
+    rows_per_split = triton.cdiv(num_npq, config.split_k * config.block_k) * config.block_k
+    num_splits = triton.cdiv(num_npq, rows_per_split)
+    tiles = triton.cdiv(shape.RSC, config.block_m) * triton.cdiv(shape.K, config.block_n)
+    args = {
+        "x_ptr": x,
+        "g_ptr": g,
+        "y_ptr": y,
+        "num_npq": num_npq,
+        "rows_per_split": rows_per_split,
+        **shape.constexprs(),
+        "X_STRIDES": nhwc_strides(x),
+        "G_STRIDES": nhwc_strides(g),
+        "Y_STRIDES": nhwc_strides(y),
+        "PRECISION": "tf32" if allow_tf32 else "ieee",
+        **config.constexprs(),
+    }
+    return KernelVariant(_conv_wgrad_kernel, (tiles, num_splits), args, num_splits)
+
+
+def _patch_variant(
+    config: ConvConfig,
+    shape: ConvShape,
+    x: torch.Tensor,
+    g: torch.Tensor,
+    y: torch.Tensor | None,
+) -> KernelVariant | None:
+    """The launch in patches of outputs; None where configuration or operands want another form."""
+    return None
 
 
 def _launch_sum_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:

@@ -3,9 +3,9 @@
 The table `launch_table.json` beside this file holds what was measured, by GPU name as torch
 spells it, then by "op/dtype/batch/layer":
 
-    {"schema": 2, "gpus": {"NVIDIA H200": {"fprop/bfloat16/n512/h32w32c16k16r3s3u1p1":
-        {"route": "triton", "block_m": 128, "block_n": 16, "block_k": 32,
-         "num_warps": 4, "num_stages": 4, "split_k": 1, "loads": "pointer", "grid_size": 0}}}}
+    {"schema": 3, "gpus": {"NVIDIA H200": {"fprop/bfloat16/n512/h32w32c16k16r3s3u1p1":
+        {"route": "triton", "form": "strip", "block_m": 64, "block_n": 16, "block_k": 16,
+         "num_warps": 4, "num_stages": 1, "split_k": 1, "grid_size": 0, "patch_h": 4, "ahead": 6}}}}
 
 A layer measured at other batch sizes only is served by the nearest of them. A GPU or layer that the
 table does not know gets `heuristic_config`, whose reasons stand beside its numbers.
@@ -28,7 +28,7 @@ from fastres.kernels.override import Override
 
 __all__ = [
     "ConvConfig",
-    "Loads",
+    "Form",
     "Route",
     "RowConfig",
     "TmaTile",
@@ -47,7 +47,7 @@ __all__ = [
 TABLE_PATH = Path(
     os.environ.get("FASTRES_LAUNCH_TABLE") or Path(__file__).with_name("launch_table.json")
 )
-TABLE_SCHEMA = 2
+TABLE_SCHEMA = 3
 
 # Elements of a TMA tile in each of its dimensions, at most.
 MAX_TMA_DIM = 256
@@ -56,7 +56,7 @@ MAX_TMA_DIM = 256
 NUM_SMS = 132
 
 Route = Literal["triton", "cudnn"]
-Loads = Literal["pointer", "tma"]
+Form = Literal["im2col", "tma", "strip", "pixel", "fused"]
 
 _assumed: Override[Mapping[str, "ConvConfig"]] = Override()
 _forced_route: Override[Route] = Override()
@@ -74,9 +74,18 @@ class TmaTile(NamedTuple):
 class ConvConfig:
     """Tiles and route of one convolution kernel.
 
-    split_k: partial sums of a wgrad reduction. loads: how fprop and dgrad load pixels: "pointer"
-    from any address, or "tma" through tensor descriptors, where there is a `tma_tile`. grid_size:
-    programs of a persistent schedule with TMA loads; 0 starts one program a tile.
+    form: which kernel computes it; a launch that the form cannot take is computed by "im2col".
+
+        im2col   conv_fprop.py, conv_dgrad.py, conv_wgrad.py: any shape, pixels by pointers
+        tma      conv_tma.py: fprop and dgrad, pixels by tensor descriptors, see `tma_tile`
+        strip    conv_strip.py: 3x3 of few channels, rows of patches
+        pixel    conv_pixel.py: 3x3 of 32 or 64 channels, pixels of patches
+        fused    conv_backward.py, asked of dgrad: both gradients in one launch
+
+    block_m, block_n, block_k: the tile of the matrix product; block_m counts patches where the form
+    has them. split_k: partial sums of a wgrad reduction. grid_size: programs of a persistent
+    schedule; 0 starts one program a tile. patch_h: rows of a patch. ahead: how many rows or pixels
+    of its window are loaded before the first product.
     """
 
     block_m: int
@@ -86,8 +95,10 @@ class ConvConfig:
     num_stages: int
     split_k: int = 1
     route: Route = "triton"
-    loads: Loads = "pointer"
+    form: Form = "im2col"
     grid_size: int = 0
+    patch_h: int = 2
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k", "num_warps"):
@@ -100,20 +111,28 @@ class ConvConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.route not in get_args(Route):
             raise ValueError(f"route must be one of {get_args(Route)}, got {self.route!r}")
-        if self.loads not in get_args(Loads):
-            raise ValueError(f"loads must be one of {get_args(Loads)}, got {self.loads!r}")
-        if self.grid_size < 0 or (self.grid_size and self.loads != "tma"):
+        if self.form not in get_args(Form):
+            raise ValueError(f"form must be one of {get_args(Form)}, got {self.form!r}")
+        if self.grid_size < 0 or (self.grid_size and self.form == "im2col"):
             raise ValueError(
-                f"grid_size must be 0, or above with TMA loads, got {self.grid_size} ({self.loads})"
+                f"grid_size must be 0, or above in another form, got {self.grid_size} ({self.form})"
             )
+        if self.patch_h not in (2, 4):
+            raise ValueError(f"patch_h must be 2 or 4, got {self.patch_h}")
+        if self.ahead < 0:
+            raise ValueError(f"ahead must not be negative, got {self.ahead}")
 
     @property
     def label(self) -> str:
-        """For people: tile, warps, stages, split-K, TMA loads, size of a persistent grid."""
+        """For people: tile, warps, stages, split-K, form, size of a persistent grid, patch."""
         text = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
         text += f" k{self.split_k}"
-        if self.loads == "tma":
-            text += f" tma p{self.grid_size}" if self.grid_size else " tma"
+        if self.form != "im2col":
+            text += f" {self.form}"
+        if self.grid_size:
+            text += f" p{self.grid_size}"
+        if self.form not in ("im2col", "tma"):
+            text += f" h{self.patch_h} a{self.ahead}"
         return text
 
     def constexprs(self) -> dict[str, int]:
@@ -123,10 +142,10 @@ class ConvConfig:
     def tma_tile(self, op: ConvOp, shape: ConvShape) -> TmaTile | None:
         """The rectangle that a tile's pixels are: a section of a row, whole rows or whole images.
 
-        None with pointer loads, for wgrad, for strides, and where block_m pixels are no rectangle,
+        None in other forms, for wgrad, for strides, and where block_m pixels are no rectangle,
         such as with rows of 7 pixels.
         """
-        if self.loads != "tma" or op == "wgrad" or shape.stride != 1:
+        if self.form != "tma" or op == "wgrad" or shape.stride != 1:
             return None
         height, width = (shape.P, shape.Q) if op == "fprop" else (shape.H, shape.W)
         w = min(width, self.block_m)
@@ -266,7 +285,7 @@ def tma_config(
     config = heuristic_config(op, shape, dtype, tf32=tf32)
     # A TMA tile holds channels of one tap; a pointer load takes several taps of few channels.
     channels = shape.C if op == "fprop" else shape.K
-    config = replace(config, loads="tma", block_k=_tile(channels, config.block_k))
+    config = replace(config, form="tma", block_k=_tile(channels, config.block_k))
     if op == "dgrad" and config.block_n == 128:
         # The epilogue's operands beside the sums of a larger tile do not fit the registers.
         config = replace(config, block_m=64, num_warps=4, num_stages=2)

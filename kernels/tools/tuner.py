@@ -121,7 +121,7 @@ def _with_tma(
     """TMA tiles among `tiles`, with one program a tile and `grid_size`; their distances."""
     found = {}
     for config in (start, *tiles):
-        by_tma = replace(config, loads="tma")
+        by_tma = replace(config, form="tma")
         if by_tma.block_k <= start.block_k and by_tma.tma_tile(op, shape) is not None:
             for size in (0, grid_size):
                 found[replace(by_tma, grid_size=size)] = 1 + _distance(by_tma, start)

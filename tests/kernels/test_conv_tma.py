@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("strict_memory")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HAS_TMA = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
 TILES = ConvConfig(32, 32, 32, num_warps=4, num_stages=2)
-TMA = replace(TILES, loads="tma")
+TMA = replace(TILES, form="tma")
 PERSISTENT = replace(TMA, grid_size=2)
 
 # Channels that are no multiples of a tile, and images that do not fill the last TMA tile.

@@ -191,7 +191,7 @@ def test_a_write_that_fails_leaves_the_old_table(tmp_path, monkeypatch):
 def test_a_malformed_table_is_refused_and_kept(tmp_path):
     path = tmp_path / "table.json"
     path.write_text('{"schema": 7, "gpus": {}}')
-    with pytest.raises(ValueError, match="schema must be 2, got 7"):
+    with pytest.raises(ValueError, match="schema must be 3, got 7"):
         merge_table(path, "A", {"x": TILE}, {})
     assert path.read_text() == '{"schema": 7, "gpus": {}}'
 
@@ -233,14 +233,14 @@ def test_candidates_by_tma_are_offered_where_a_gpu_has_it(op):
     for conv in network_convs("resnet18", 512) + network_convs("resnet20", 512):
         shape, dtype = conv.shape, torch.bfloat16
         found = candidates(op, shape, dtype, multiprocessors=78)
-        by_tma = [config for config in found if config.loads == "tma"]
+        by_tma = [config for config in found if config.form == "tma"]
         start = tma_config(op, shape, dtype)
         assert (start is None) == (by_tma == [])
         if start is not None:
             assert by_tma[:2] == [start, replace(start, grid_size=78)]
             assert all(config.tma_tile(op, shape) for config in by_tma)
         without = candidates(op, shape, dtype, has_tma=False)
-        assert {config.loads for config in without} == {"pointer"}
+        assert {config.form for config in without} == {"im2col"}
 
 
 def test_a_winner_by_tma_is_chosen_kept_and_served(tmp_path, monkeypatch):
@@ -252,8 +252,8 @@ def test_a_winner_by_tma_is_chosen_kept_and_served(tmp_path, monkeypatch):
     choices = made.tune_layer(workload, made.limit)
     assert left_out == []
     forward, dgrad, wgrad = (choice.config for choice in choices)
-    assert (forward.loads, forward.grid_size) == (dgrad.loads, dgrad.grid_size) == ("tma", 7)
-    assert wgrad.loads == "pointer"
+    assert (forward.form, forward.grid_size) == (dgrad.form, dgrad.grid_size) == ("tma", 7)
+    assert wgrad.form == "im2col"
     path = tmp_path / "table.json"
     merge_table(path, "test", {choice.key: choice.config for choice in choices}, {})
     monkeypatch.setattr(launch_config, "load_table", lambda: load_table(path))

@@ -1,0 +1,136 @@
+"""The packed arithmetic of prologues and epilogues against the plain form, bit by bit.
+
+The interpreter cannot run inline assembly, so the PTX itself is executed here, instruction by
+instruction on arrays of numbers: what a GPU would compute, without one.
+"""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from fastres.kernels.gpu import prologue
+
+# Pairs of numbers; every bit pattern of bf16 is among the operands.
+SIZE = 1 << 15
+
+
+def bits(value):
+    return value.view(np.uint32)
+
+
+def to_bf16(value, *, relu):
+    """fp32 to the bits of bf16, to nearest even; a NaN becomes the canonical one."""
+    if relu:
+        value = np.where(value < 0, np.float32(0), value)
+    wide = bits(value.astype(np.float32))
+    rounded = (wide + np.uint32(0x7FFF) + ((wide >> 16) & 1)) >> 16
+    return np.where(np.isnan(value), np.uint32(0x7FFF), rounded).astype(np.uint32)
+
+
+def fma(x, y, z):
+    # A product of two fp32 numbers is exact in fp64; its sum is rounded twice, which differs from
+    # a fused one only where the first rounding makes a tie: with 8-bit operands, never seen.
+    return (x.astype(np.float64) * y + z).astype(np.float32)
+
+
+def run_ptx(text, operands):
+    """Execute `text` on 32-bit registers; operands {"$1": array, ...}, and all registers after."""
+    registers = dict(operands)
+
+    def read(name):
+        return np.uint32(int(name, 16)) if name.startswith("0x") else bits(registers[name])
+
+    for operation, rest in re.findall(r"^ *(\w[\w.]*) ([^;]*);", text, re.MULTILINE):
+        target, *sources = [name.strip() for name in rest.split(",")]
+        if operation == "shl.b32":
+            result = read(sources[0]) << np.uint32(int(sources[1]))
+        elif operation == "and.b32":
+            result = read(sources[0]) & read(sources[1])
+        elif operation == "mov.b32":
+            result = read(sources[0]).copy()
+        elif operation == "fma.rn.f32":
+            result = bits(fma(*(read(name).view(np.float32) for name in sources)))
+        else:
+            assert operation in ("cvt.rn.bf16x2.f32", "cvt.rn.relu.bf16x2.f32")
+            high, low = (
+                to_bf16(read(name).view(np.float32), relu="relu" in operation) for name in sources
+            )
+            result = (high << 16) | low
+        registers[target] = result.astype(np.uint32)
+    return registers
+
+
+def bf16_operands(seed):
+    """Every bf16 number once, in random order: bits of pairs, and both as fp32."""
+    generator = np.random.default_rng(seed)
+    numbers = generator.permutation(np.arange(1 << 16, dtype=np.uint32))
+    low, high = numbers[:SIZE], numbers[SIZE:]
+    return (high << 16) | low, [(half << 16).view(np.float32) for half in (low, high)]
+
+
+def fp32_operands(seed):
+    generator = np.random.default_rng(seed)
+    return [generator.standard_normal(SIZE).astype(np.float32) for _ in range(2)]
+
+
+def mask_operand(seed):
+    inside = np.random.default_rng(seed).random(SIZE) < 0.75
+    return inside, np.where(inside, np.uint32(0xFFFFFFFF), np.uint32(0))
+
+
+def rounded(values):
+    """As torch rounds to bf16, in fp32."""
+    return torch.from_numpy(values).to(torch.bfloat16).float()
+
+
+def check_pairs(packed, expected):
+    for half, values in zip((packed << 16, packed & np.uint32(0xFFFF0000)), expected, strict=True):
+        found = torch.from_numpy(half.astype(np.uint32).view(np.float32))
+        torch.testing.assert_close(found, rounded(values), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_packed_activation():
+    x, xs = bf16_operands(0)
+    a, b = fp32_operands(1), fp32_operands(2)
+    inside, mask = mask_operand(3)
+    operands = {"$1": x, "$2": a[0], "$3": a[1], "$4": b[0], "$5": b[1], "$6": mask, "$7": mask}
+    found = run_ptx(prologue.ACTIVATE_PTX.value, operands)["$0"]
+    z = [fma(*numbers) for numbers in zip(xs, a, b, strict=True)]
+    check_pairs(found, [np.where(inside, np.where(v <= 0, np.float32(0), v), 0) for v in z])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_packed_backward():
+    g, gs = bf16_operands(0)
+    y, ys = bf16_operands(1)
+    c0, c1, c2 = fp32_operands(2), fp32_operands(3), fp32_operands(4)
+    inside, mask = mask_operand(5)
+    vectors = [v for pair in (c0, c1, c2) for v in pair]
+    operands = {"$1": g, "$2": y, "$9": mask, "$10": mask}
+    operands |= {f"${i}": vector for i, vector in enumerate(vectors, start=3)}
+    found = run_ptx(prologue.BACKWARD_BN_PTX.value, operands)["$0"]
+    dy = [fma(gs[i], c0[i], fma(ys[i], c1[i], c2[i])) for i in range(2)]
+    check_pairs(found, [np.where(inside, v, np.float32(0)) for v in dy])
+
+
+def test_packed_rounding():
+    values = fp32_operands(0)
+    values[0][:4] = [np.nan, np.inf, -np.inf, -0.0]
+    # Ties go to the even neighbour.
+    values[1][:2] = np.array([0x3F808000, 0x3F818000], np.uint32).view(np.float32)
+    registers = run_ptx(prologue.ROUND_PAIR_PTX.value, {"$3": values[0], "$4": values[1]})
+    check_pairs(registers["$0"], values)
+    for name, value in (("$1", values[0]), ("$2", values[1])):
+        wide = torch.from_numpy(registers[name].view(np.float32))
+        torch.testing.assert_close(wide, rounded(value), rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_plain_form_can_be_chosen():
+    assert prologue.uses_assembly()
+    with prologue.plain_arithmetic():
+        assert not prologue.uses_assembly()
