@@ -22,6 +22,7 @@ __all__ = [
     "relu",
     "relu_grad",
     "round_to",
+    "round_to_tf32",
     "row_offsets",
     "store_tile_stats",
     "store_tile_sum",
@@ -54,8 +55,29 @@ def round_to(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def round_to_tf32(value):
+    """Round an fp32 tile to the 11 significant bits of TF32: to nearest, ties away from 0.
+
+    Written in integers, so that the interpreter computes it too. It is no slower: ptxas assembles
+    `cvt.rna.tf32.f32` into the same comparison, addition and mask on sm_80, sm_90 and sm_100.
+    """
+    bits = value.to(tl.uint32, bitcast=True)
+    # A carry runs on into the exponent, as it should; out of a NaN it would make a number.
+    bits = tl.where(value == value, bits + 0x1000, bits) & 0xFFFFE000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot_fp32(lhs, rhs, acc, PRECISION: tl.constexpr):
-    """`acc + lhs @ rhs` in fp32; PRECISION ("ieee" or "tf32") matters for fp32 operands only."""
+    """`acc + lhs @ rhs` in fp32; PRECISION ("ieee" or "tf32") matters for fp32 operands only.
+
+    Tensor cores ignore the 13 bits that TF32 lacks, and `tl.dot` rounds nothing for them. Cutting
+    them off makes every operand smaller, by 2**-11 on average, so the error of a sum would grow
+    with its length; rounding as cuDNN does has no bias.
+    """
+    if PRECISION == "tf32" and lhs.dtype == tl.float32:
+        lhs = round_to_tf32(lhs)
+        rhs = round_to_tf32(rhs)
     if INTERPRETED:
         lhs = lhs.to(tl.float32)
         rhs = rhs.to(tl.float32)
