@@ -10,6 +10,7 @@ give hardware arithmetic in both places.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
     "INTERPRETED",
@@ -26,9 +27,32 @@ __all__ = [
     "row_offsets",
     "store_tile_stats",
     "store_tile_sum",
+    "wait_for_previous_kernel",
 ]
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def wait_for_previous_kernel(PDL: tl.constexpr):
+    """Programmatic dependent launch (PDL): the first statement of every kernel.
+
+    Launched with PDL, the programs of a kernel may start while the kernel before it in the stream
+    still runs, as soon as all of its programs said `gdc_launch_dependents` or ended: the launch and
+    its latency overlap. `gdc_wait` blocks until that kernel has ended and its writes are seen. It
+    stands before the first read, of what an earlier kernel may have written, and before the first
+    write, to memory which an earlier kernel may still read and the allocator handed on meanwhile.
+
+    Every kernel waits, even one that needs nothing of the last: only the kernel directly before is
+    waited for, and its end is the end of all others before it because it waited too. Dependents
+    are let in at once; they can do nothing before this kernel ends but be there.
+
+    Kernels of others in between are launched as ever: they wait for the end of what precedes them,
+    and the next kernel with PDL for theirs.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
