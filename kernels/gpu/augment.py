@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.gpu.launch import Traffic, launch, num_bytes
-from fastres.kernels.gpu.primitives import round_to
+from fastres.kernels.gpu.primitives import round_to, wait_for_previous_kernel
 
 __all__ = ["augment_normalize"]
 
@@ -46,7 +46,9 @@ def _augment_normalize_kernel(
     C: tl.constexpr,
     IMAGE_STRIDES: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     b = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < H * W * C

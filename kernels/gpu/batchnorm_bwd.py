@@ -40,6 +40,7 @@ from fastres.kernels.gpu.primitives import (
     round_to,
     row_offsets,
     store_tile_sum,
+    wait_for_previous_kernel,
 )
 from fastres.kernels.layout import empty_channels_last
 
@@ -82,7 +83,9 @@ def _bn_backward_reduce_kernel(
     INDEX: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     tile = tl.program_id(0)
     num_tiles = tl.num_programs(0)
     rows = tile.to(INDEX) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -234,7 +237,9 @@ def _bn_backward_finalize_kernel(
     count,
     C: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     channel = tl.program_id(0)
     sums_g = tl.zeros((BLOCK_TILES,), dtype=tl.float32)
     sums_gy = tl.zeros((BLOCK_TILES,), dtype=tl.float32)
@@ -337,7 +342,9 @@ def _bn_backward_apply_kernel(
     INDEX: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     rows = tl.program_id(0).to(INDEX) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C

@@ -35,6 +35,7 @@ from fastres.kernels.gpu.primitives import (
     round_to,
     row_offsets,
     store_tile_stats,
+    wait_for_previous_kernel,
 )
 from fastres.kernels.layout import empty_channels_last
 
@@ -69,7 +70,9 @@ def _bn_stats_kernel(
     INDEX: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     tile = tl.program_id(0)
     first_row = tile.to(INDEX) * BLOCK_ROWS
     rows = first_row + tl.arange(0, BLOCK_ROWS)
@@ -142,7 +145,9 @@ def _bn_finalize_kernel(
     eps,
     C: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     channel = tl.program_id(0)
     means_ptr = stats_ptr + channel * num_tiles
     m2s_ptr = means_ptr + C * num_tiles
@@ -252,7 +257,9 @@ def _bn_apply_kernel(
     INDEX: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     rows = tl.program_id(0).to(INDEX) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C

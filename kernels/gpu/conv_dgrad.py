@@ -42,6 +42,7 @@ from fastres.kernels.gpu.primitives import (
     dot_fp32,
     pixel_offsets,
     round_to,
+    wait_for_previous_kernel,
 )
 from fastres.kernels.layout import empty_channels_last
 
@@ -82,7 +83,9 @@ def _conv_dgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     COMPUTE_DY: tl.constexpr = coefficients_ptr is not None
     TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     PHASE_H: tl.constexpr = (H + STRIDE - 1) // STRIDE

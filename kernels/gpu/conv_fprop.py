@@ -40,6 +40,7 @@ from fastres.kernels.gpu.primitives import (
     load_im2col,
     relu,
     round_to,
+    wait_for_previous_kernel,
 )
 from fastres.kernels.layout import empty_channels_last
 
@@ -75,7 +76,9 @@ def _conv_fprop_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     SCALE_SHIFT_INPUT: tl.constexpr = in_scale_shift_ptr is not None
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
 

@@ -39,7 +39,14 @@ from fastres.kernels.gpu.checks import nhwc_strides
 from fastres.kernels.gpu.epilogue import store_gradient_tile, store_output_tile
 from fastres.kernels.gpu.launch import KernelVariant
 from fastres.kernels.gpu.launch_config import ConvConfig, TmaTile
-from fastres.kernels.gpu.primitives import affine, compute_dy, dot_fp32, relu, round_to
+from fastres.kernels.gpu.primitives import (
+    affine,
+    compute_dy,
+    dot_fp32,
+    relu,
+    round_to,
+    wait_for_previous_kernel,
+)
 
 __all__ = ["dgrad_tma_variant", "fprop_tma_variant"]
 
@@ -85,7 +92,9 @@ def _conv_fprop_tma_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     SCALE_SHIFT_INPUT: tl.constexpr = in_scale_shift_ptr is not None
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCKS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
@@ -169,7 +178,9 @@ def _conv_dgrad_tma_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     COMPUTE_DY: tl.constexpr = coefficients_ptr is not None
     TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     BLOCKS_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K

@@ -43,6 +43,7 @@ from fastres.kernels.gpu.primitives import (
     relu,
     round_to,
     row_offsets,
+    wait_for_previous_kernel,
 )
 
 __all__ = ["conv_wgrad"]
@@ -80,7 +81,9 @@ def _conv_wgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     SCALE_SHIFT_INPUT: tl.constexpr = in_scale_shift_ptr is not None
     COMPUTE_DY: tl.constexpr = coefficients_ptr is not None
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -131,7 +134,9 @@ def _sum_partials_kernel(
     INDEX: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_ELEMENTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     elements = tl.program_id(0) * BLOCK_ELEMENTS + tl.arange(0, BLOCK_ELEMENTS)
     mask = elements < num_elements
     total = tl.zeros((BLOCK_ELEMENTS,), dtype=tl.float32)

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from fastres.kernels.gpu.checks import check_vector, index_dtype
 from fastres.kernels.gpu.launch import Traffic, launch, num_bytes
-from fastres.kernels.gpu.primitives import round_to
+from fastres.kernels.gpu.primitives import round_to, wait_for_previous_kernel
 
 __all__ = ["smooth_cross_entropy_bwd", "smooth_cross_entropy_fwd"]
 
@@ -49,7 +49,9 @@ def _smooth_cross_entropy_fwd_kernel(
     INDEX: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     offs_n = tl.program_id(0).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_n = offs_n < num_images
@@ -84,7 +86,9 @@ def _add_shares_kernel(
     loss_ptr,  # (1,) fp32 out
     num_shares,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, num_shares, BLOCK):
         offs = first + tl.arange(0, BLOCK)
@@ -177,7 +181,9 @@ def _smooth_cross_entropy_bwd_kernel(
     num_elements,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     offs = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < num_elements
     dlogits = tl.load(grad_ptr + offs, mask=mask, other=0.0) * tl.load(dloss_ptr)

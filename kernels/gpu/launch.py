@@ -19,6 +19,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastres.kernels.gpu.launch_config import uses_pdl
 from fastres.kernels.override import Override
 
 __all__ = [
@@ -125,6 +126,8 @@ def launch(
 ) -> None:
     """Start `kernel` on `grid`, on the device of its tensors.
 
+    Whether by programmatic dependent launch is decided here, for all kernels: each takes `PDL`.
+
     Raises: ValueError: when the tensors lie on more than one device, or on a CPU while the
         kernels are not interpreted.
     """
@@ -133,10 +136,12 @@ def launch(
         raise ValueError(
             f"{kernel.__name__}: all tensors must be on one device, got {sorted(map(str, devices))}"
         )
+    (device,) = devices
+    pdl = uses_pdl(device)
+    args = {**args, "PDL": pdl}
     launches = _recorder.value
     if launches is not None:
         launches.append(Launch(kernel, grid, args, num_warps, num_stages, traffic))
-    (device,) = devices
     if device.type == "meta":
         return
     if device.type == "cpu" and isinstance(kernel, triton.JITFunction):
@@ -144,8 +149,9 @@ def launch(
             f"{kernel.__name__}: Triton kernels run on CPU tensors only when TRITON_INTERPRET=1 "
             "is set before triton is imported; use fastres.kernels.reference otherwise"
         )
+    options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": pdl}
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)
+            kernel[grid](**args, **options)
     else:
-        kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](**args, **options)

@@ -7,6 +7,9 @@ spells it, then by "op/dtype/batch/layer":
         {"route": "triton", "form": "strip", "block_m": 64, "block_n": 16, "block_k": 16,
          "num_warps": 4, "num_stages": 1, "split_k": 1, "grid_size": 0, "patch_h": 4, "ahead": 6}}}}
 
+"pdl" beside "gpus" names the GPUs that start kernels by programmatic dependent launch (see
+`primitives.wait_for_previous_kernel`): {"pdl": {"NVIDIA H200": true}}. Others do not.
+
 A layer measured at other batch sizes only is served by the nearest of them. A GPU or layer that the
 table does not know gets `heuristic_config`, whose reasons stand beside its numbers.
 """
@@ -34,13 +37,16 @@ __all__ = [
     "TmaTile",
     "assume_entries",
     "conv_config",
+    "force_pdl",
     "force_route",
     "gpu_name",
     "heuristic_config",
+    "load_pdl",
     "load_table",
     "row_config",
     "table_key",
     "tma_config",
+    "uses_pdl",
 ]
 
 # FASTRES_LAUNCH_TABLE names another table than the committed one: what a machine tuned for itself.
@@ -60,6 +66,7 @@ Form = Literal["im2col", "tma", "strip", "pixel", "fused"]
 
 _assumed: Override[Mapping[str, "ConvConfig"]] = Override()
 _forced_route: Override[Route] = Override()
+_forced_pdl: Override[bool] = Override()
 
 
 class TmaTile(NamedTuple):
@@ -170,22 +177,31 @@ def gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "unknown"
 
 
-@functools.cache
-def load_table(path: Path = TABLE_PATH) -> dict[str, dict[str, ConvConfig]]:
-    """Read the launch table; an absent file is an empty table.
-
-    Raises: ValueError: when the schema is not this version's, or an entry is malformed.
-        OSError: when a file is there and cannot be read.
-    """
+def _read_table(path: Path) -> dict[str, Any]:
+    """The launch table as in the file, all checked but its entries; an absent file has none."""
     try:
         raw: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        return {}
+        return {"gpus": {}}
     if raw.get("schema") != TABLE_SCHEMA:
         raise ValueError(
             f"{path.name}: schema must be {TABLE_SCHEMA}, got {raw.get('schema')!r}: "
             "tune this GPU again with python -m fastres.kernels.tools.tune"
         )
+    pdl = raw.get("pdl", {})
+    if not isinstance(pdl, dict) or not all(type(enabled) is bool for enabled in pdl.values()):
+        raise ValueError(f"{path.name}: pdl must say true or false of names of GPUs, got {pdl!r}")
+    return raw
+
+
+@functools.cache
+def load_table(path: Path = TABLE_PATH) -> dict[str, dict[str, ConvConfig]]:
+    """Read the launch table; an absent file is an empty table.
+
+    Raises: ValueError: when the schema is not this version's, or anything is malformed.
+        OSError: when a file is there and cannot be read.
+    """
+    raw = _read_table(path)
     try:
         return {
             gpu: {key: ConvConfig(**entry) for key, entry in entries.items()}
@@ -193,6 +209,16 @@ def load_table(path: Path = TABLE_PATH) -> dict[str, dict[str, ConvConfig]]:
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name}: malformed entry: {error}") from error
+
+
+@functools.cache
+def load_pdl(path: Path = TABLE_PATH) -> dict[str, bool]:
+    """Read which GPUs start kernels by programmatic dependent launch; those not named do not.
+
+    Raises: as `load_table`.
+    """
+    pdl: dict[str, bool] = _read_table(path).get("pdl", {})
+    return pdl
 
 
 def table_key(op: ConvOp, shape: ConvShape, dtype: torch.dtype, *, tf32: bool = False) -> str:
@@ -215,6 +241,33 @@ def force_route(route: Route) -> AbstractContextManager[None]:
     Backward passes choose their route when they run, so they belong inside the block too.
     """
     return _forced_route.set(route)
+
+
+def force_pdl(enabled: bool) -> AbstractContextManager[None]:
+    """Start kernels inside the `with` block with or without programmatic dependent launch.
+
+    GPUs before Hopper do not have it, whatever is forced.
+    """
+    return _forced_pdl.set(enabled)
+
+
+def uses_pdl(device: torch.device) -> bool:
+    """Whether kernels on this device start by programmatic dependent launch: on GPUs alone."""
+    if device.type != "cuda":
+        return False
+    forced = _forced_pdl.value
+    return _has_pdl(device) and (_wants_pdl(device) if forced is None else forced)
+
+
+# Asked at every launch, so both answers are kept.
+@functools.cache
+def _has_pdl(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def _wants_pdl(device: torch.device) -> bool:
+    return load_pdl().get(gpu_name(device), False)
 
 
 def conv_config(

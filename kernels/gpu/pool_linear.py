@@ -27,7 +27,7 @@ import triton.language as tl
 from fastres.kernels.gpu.checks import check_activation, index_dtype, nhwc_strides
 from fastres.kernels.gpu.launch import Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import NUM_SMS
-from fastres.kernels.gpu.primitives import round_to, row_offsets
+from fastres.kernels.gpu.primitives import round_to, row_offsets, wait_for_previous_kernel
 from fastres.kernels.layout import empty_channels_last
 
 __all__ = ["HeadGrads", "pool_linear_bwd", "pool_linear_fwd"]
@@ -100,7 +100,9 @@ def _pool_linear_fwd_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     offs_n = tl.program_id(0).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_c = tl.arange(0, BLOCK_C)
     mask_n = offs_n < num_images
@@ -316,7 +318,9 @@ def _pool_linear_bwd_kernel(
     DW_BLOCK_B: tl.constexpr,
     DW_BLOCK_K: tl.constexpr,
     DW_BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     # The tiles of dw start first: each sums over the whole batch.
     program = tl.program_id(0)
     if program < num_dw_tiles:

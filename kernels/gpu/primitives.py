@@ -10,6 +10,7 @@ give hardware arithmetic in both places.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
     "INTERPRETED",
@@ -22,12 +23,36 @@ __all__ = [
     "relu",
     "relu_grad",
     "round_to",
+    "round_to_tf32",
     "row_offsets",
     "store_tile_stats",
     "store_tile_sum",
+    "wait_for_previous_kernel",
 ]
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def wait_for_previous_kernel(PDL: tl.constexpr):
+    """Programmatic dependent launch (PDL): the first statement of every kernel.
+
+    Launched with PDL, the programs of a kernel may start while the kernel before it in the stream
+    still runs, as soon as all of its programs said `gdc_launch_dependents` or ended: the launch and
+    its latency overlap. `gdc_wait` blocks until that kernel has ended and its writes are seen. It
+    stands before the first read, of what an earlier kernel may have written, and before the first
+    write, to memory which an earlier kernel may still read and the allocator handed on meanwhile.
+
+    Every kernel waits, even one that needs nothing of the last: only the kernel directly before is
+    waited for, and its end is the end of all others before it because it waited too. Dependents
+    are let in at once; they can do nothing before this kernel ends but be there.
+
+    Kernels of others in between are launched as ever: they wait for the end of what precedes them,
+    and the next kernel with PDL for theirs.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -54,8 +79,29 @@ def round_to(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def round_to_tf32(value):
+    """Round an fp32 tile to the 11 significant bits of TF32: to nearest, ties away from 0.
+
+    Written in integers, so that the interpreter computes it too. It is no slower: ptxas assembles
+    `cvt.rna.tf32.f32` into the same comparison, addition and mask on sm_80, sm_90 and sm_100.
+    """
+    bits = value.to(tl.uint32, bitcast=True)
+    # A carry runs on into the exponent, as it should; out of a NaN it would make a number.
+    bits = tl.where(value == value, bits + 0x1000, bits) & 0xFFFFE000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot_fp32(lhs, rhs, acc, PRECISION: tl.constexpr):
-    """`acc + lhs @ rhs` in fp32; PRECISION ("ieee" or "tf32") matters for fp32 operands only."""
+    """`acc + lhs @ rhs` in fp32; PRECISION ("ieee" or "tf32") matters for fp32 operands only.
+
+    Tensor cores ignore the 13 bits that TF32 lacks, and `tl.dot` rounds nothing for them. Cutting
+    them off makes every operand smaller, by 2**-11 on average, so the error of a sum would grow
+    with its length; rounding as cuDNN does has no bias.
+    """
+    if PRECISION == "tf32" and lhs.dtype == tl.float32:
+        lhs = round_to_tf32(lhs)
+        rhs = round_to_tf32(rhs)
     if INTERPRETED:
         lhs = lhs.to(tl.float32)
         rhs = rhs.to(tl.float32)

@@ -32,6 +32,7 @@ from fastres.kernels.gpu.launch import Launch
 __all__ = [
     "Build",
     "MachineCode",
+    "assemble",
     "compile_build",
     "compile_launch",
     "count_instructions",
@@ -219,23 +220,28 @@ def compile_launch(launch: Launch, compute_capability: int) -> MachineCode:
 
 def compile_build(build: Build, compute_capability: int) -> MachineCode:
     """Compile what `specialize` described, e.g. for 80, 90 or 100, and count its instructions."""
-    source = ASTSource(
-        getattr(importlib.import_module(build.module), build.kernel),
-        dict(build.signature),
-        {(i,): value for i, value in build.constants},
-        {(i,): [["tt.divisibility", 16]] for i in build.aligned},
-    )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", compute_capability, 32),
-        options={"num_warps": build.num_warps, "num_stages": build.num_stages},
-    )
+    compiled = assemble(build, compute_capability)
     sass, registers = disassemble(compiled.asm["cubin"])
     return MachineCode(
         registers=registers,
         shared_bytes=compiled.metadata.shared,
         **count_instructions(sass),
         load_bits=_load_bits(compiled.asm["ptx"]),
+    )
+
+
+def assemble(build: Build, compute_capability: int) -> Any:
+    """Triton's compiled kernel of a build: `asm` has its PTX and its cubin."""
+    source = ASTSource(
+        getattr(importlib.import_module(build.module), build.kernel),
+        dict(build.signature),
+        {(i,): value for i, value in build.constants},
+        {(i,): [["tt.divisibility", 16]] for i in build.aligned},
+    )
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", compute_capability, 32),
+        options={"num_warps": build.num_warps, "num_stages": build.num_stages},
     )
 
 

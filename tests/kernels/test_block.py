@@ -8,6 +8,7 @@ from fastres.kernels.block import Block
 from fastres.kernels.conv_types import ConvBN, ConvBNGrads
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu.launch import recording
+from fastres.kernels.gpu.launch_config import force_pdl, uses_pdl
 from fastres.kernels.reference import backend as reference_backend
 from fastres.kernels.tools.networks import NamedConv, resnet18_convs, resnet20_convs
 from tests.helpers.interpreter import DEVICE, needs_gpu, strict_memory  # noqa: F401
@@ -101,6 +102,43 @@ def test_block_replays_as_a_cuda_graph():
     graph.replay()
     for got, wanted in zip(captured, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_programmatic_dependent_launch_changes_no_bit(captured):
+    """Over several blocks in a row, so that kernels follow each other and memory is used again."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a GPU of the Hopper generation or later")
+    generator = torch.Generator().manual_seed(0)
+    layers = [make_layer(16, 16, 3, 1, torch.bfloat16, generator) for _ in range(2)]
+    x = channels_last(torch.randn((64, 16, 32, 32), generator=generator), torch.bfloat16)
+
+    def run():
+        results, source = [], x
+        for _ in range(4):
+            out, dx, grads = step(Block(layers, shortcut="input"), source, None, gpu_backend)
+            results += [out, dx, *(t for layer in grads for t in layer)]
+            source = out
+        return results
+
+    def replayed():
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = run()
+        for _ in range(20):
+            graph.replay()
+        return results
+
+    with force_pdl(False):
+        expected = run()
+    with force_pdl(True):
+        assert uses_pdl(DEVICE)
+        got = (replayed if captured else run)()
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def meta(*size, dtype=torch.bfloat16):

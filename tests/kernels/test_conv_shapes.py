@@ -112,16 +112,6 @@ def test_real_layers(name, dtype):
 
 
 @needs_gpu
-def test_tf32_is_as_good_as_eager_tf32(monkeypatch):
-    shape = ConvShape(16, 16, 16, 64, 64)
-    t = make_tensors(shape, FP32)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    y, _ = conv_fprop(t.x, t.w, padding=1, allow_tf32=True)
-    # TF32 rounds its operands to 11 bits, as fp16 does.
-    assert_like_eager("y", y, fprop(t, shape, False), fprop(t.double(), shape, False), FP16)
-
-
-@needs_gpu
 def test_more_than_2_to_the_31_elements():
     """The last image of a batch that 32-bit offsets cannot reach equals the same image alone."""
     batch = 2**31 // (64 * 64 * 64) + 8

@@ -1,0 +1,209 @@
+"""Programmatic dependent launch (PDL): every kernel waits first, and who decides whether to use it.
+
+Kernels are interpreted in the test process, so they are compiled in another one, which this file is
+the program of.
+"""
+
+import ast
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastres.kernels.gpu import launch as launch_module
+from fastres.kernels.gpu import launch_config
+from fastres.kernels.gpu.cross_entropy import smooth_cross_entropy_fwd
+from fastres.kernels.gpu.launch import Traffic, launch, recording
+from fastres.kernels.gpu.launch_config import ConvConfig, force_pdl, load_pdl, uses_pdl
+from fastres.kernels.tools.codegen_report import plan_entries
+from fastres.kernels.tools.machine_code import Build, assemble, disassemble, specialize
+from fastres.kernels.tools.tuner import merge_table
+from tests.helpers.interpreter import HAS_GPU
+
+REPO = Path(__file__).resolve().parents[2]
+SOURCES = sorted((REPO / "kernels" / "gpu").rglob("*.py"))
+GPU = torch.device("cuda", 0)
+
+# Whatever reads or writes global memory, or says something about the kernels before and after.
+PTX = r"griddepcontrol\.\w+|\b(?:ld|st|red|atom)\.global|cp\.async(?:\.bulk\.tensor|\.c[ag])"
+SASS = r"\b(?:ACQBULK|PREEXIT|LDG|LDGSTS|STG|RED|ATOMG?|UTMALDG|UTMASTG)\b"
+
+
+@functools.cache
+def kernels():
+    """The syntax tree of every kernel, by name."""
+    return {
+        node.name: node
+        for path in SOURCES
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and re.fullmatch(r"_\w+_kernel", node.name)
+        and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
+
+
+@pytest.mark.parametrize("name", kernels())
+def test_every_kernel_waits_first(name):
+    node = kernels()[name]
+    parameters = {a.arg: a.annotation and ast.unparse(a.annotation) for a in node.args.args}
+    assert parameters.get("PDL") == "tl.constexpr"
+    assert ast.unparse(node.body[0]) == "wait_for_previous_kernel(PDL)"
+
+
+def one_build_a_kernel():
+    """A build of every kernel, by name."""
+    plans = plan_entries("sm_90", "resnet20", "bf16", 512, ["training", "inference"])
+    builds = {plan.build.kernel: plan.build for plan in plans}
+    with recording() as launches:
+        # More classes than one tile of logits holds.
+        smooth_cross_entropy_fwd(
+            torch.empty(512, 1000, device="meta"),
+            torch.empty(512, dtype=torch.int64, device="meta"),
+            0.1,
+        )
+    return builds | {launch.kernel.fn.__name__: specialize(launch) for launch in launches}
+
+
+def memory_accesses(build: Build, pdl: bool):
+    """What PTX and machine code do with memory and other kernels, in the order of the text."""
+    index = [name for name, _ in build.signature].index("PDL")
+    constants = tuple((i, pdl if i == index else value) for i, value in build.constants)
+    compiled = assemble(build._replace(constants=constants), 90)
+    sass, _ = disassemble(compiled.asm["cubin"])
+    return re.findall(PTX, compiled.asm["ptx"]), re.findall(SASS, sass)
+
+
+def main() -> int:
+    builds = one_build_a_kernel()
+    codes = {name: memory_accesses(build, True) for name, build in builds.items()}
+    without = memory_accesses(builds["_bn_apply_kernel"], False)
+    print(json.dumps({"with": codes, "without": without}))
+    return 0
+
+
+@pytest.fixture(scope="module")
+def codes():
+    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, cwd=REPO, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", kernels())
+def test_no_access_to_memory_is_compiled_before_the_wait(codes, name):
+    ptx, sass = codes["with"][name]
+    assert ptx[:2] == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
+    assert sass[:2] == ["ACQBULK", "PREEXIT"]
+    for found in (ptx, sass):
+        assert len(found) > 2
+        assert not {*found[:2]} & {*found[2:]}
+
+
+def test_without_it_no_kernel_waits(codes):
+    ptx, sass = codes["without"]
+    assert not [word for word in ptx if word.startswith("griddepcontrol")]
+    assert not {"ACQBULK", "PREEXIT"} & {*sass}
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    """Pretend that there is a GPU, of this capability and with this entry in the launch table."""
+
+    def pretend(capability, table):
+        path = tmp_path / "table.json"
+        path.write_text(json.dumps({"schema": 2, "gpus": {}} | table))
+        monkeypatch.setattr(launch_config, "load_pdl", lambda: load_pdl(path))
+        monkeypatch.setattr(launch_config, "gpu_name", lambda device: "test")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    caches = (launch_config._has_pdl, launch_config._wants_pdl, load_pdl)
+    for cached in caches:
+        cached.cache_clear()
+    yield pretend
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "table", "forced", "wanted"),
+    [
+        ((9, 0), {}, None, False),
+        ((9, 0), {"pdl": {"other": True}}, None, False),
+        ((9, 0), {"pdl": {"test": False}}, None, False),
+        ((9, 0), {"pdl": {"test": True}}, None, True),
+        ((10, 0), {"pdl": {"test": True}}, False, False),
+        ((10, 0), {}, True, True),
+        ((8, 0), {"pdl": {"test": True}}, None, False),
+        ((8, 9), {}, True, False),
+    ],
+)
+def test_the_table_decides_unless_forced_where_a_gpu_has_it(gpu, capability, table, forced, wanted):
+    gpu(capability, table)
+    if forced is None:
+        assert uses_pdl(GPU) is wanted
+    else:
+        with force_pdl(forced):
+            assert uses_pdl(GPU) is wanted
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_only_gpus_use_it(device):
+    with force_pdl(True):
+        assert not uses_pdl(torch.device(device))
+
+
+@pytest.mark.parametrize("pdl", [[], "NVIDIA H200", {"NVIDIA H200": 1}, {"NVIDIA H200": "on"}])
+def test_a_bad_entry_is_refused_by_all_that_read_the_table(tmp_path, pdl):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"schema": 2, "gpus": {}, "pdl": pdl}))
+    for read in (load_pdl, launch_config.load_table):
+        with pytest.raises(ValueError, match=r"^table\.json: pdl must say true or false of names"):
+            read(path)
+
+
+def test_tuning_keeps_the_entries(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"schema": 2, "gpus": {}, "pdl": {"A": True}}))
+    merge_table(path, "A", {"x": ConvConfig(16, 16, 16, 1, 1)}, {})
+    assert load_pdl(path) == {"A": True}
+
+
+@pytest.mark.parametrize("pdl", [True, False])
+def test_a_launch_tells_the_kernel_and_triton(pdl, monkeypatch):
+    started = []
+
+    class Kernel(SimpleNamespace):
+        def __getitem__(self, grid):
+            return lambda **kwargs: started.append(kwargs)
+
+    monkeypatch.setattr(launch_module, "uses_pdl", lambda device: pdl)
+    x = torch.zeros(1)
+    traffic = Traffic(reads=4, writes=0)
+    with recording() as launches:
+        launch(Kernel(__name__="k"), (1,), {"x": x}, num_warps=1, num_stages=1, traffic=traffic)
+    assert launches[0].args["PDL"] is pdl
+    (kwargs,) = started
+    assert kwargs == {"x": x, "PDL": pdl, "num_warps": 1, "num_stages": 1, "launch_pdl": pdl}
+
+
+@pytest.mark.skipif(HAS_GPU, reason="a GPU compiles its kernels")
+def test_triton_offers_what_the_launch_and_the_wait_use():
+    from triton.backends.nvidia.compiler import CUDAOptions
+    from triton.language.extra import cuda
+
+    assert "launch_pdl" in CUDAOptions.__dataclass_fields__
+    assert {"gdc_wait", "gdc_launch_dependents"} <= {*cuda.__all__}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
