@@ -219,6 +219,7 @@ def conv_wgrad(
             writes=num_bytes(partials),
             flops=shape.flops,
         ),
+        trips=num_npq / (num_splits * config.block_k),
     )
     if num_splits > 1:
         _launch_sum_partials(partials, dw)
@@ -253,4 +254,5 @@ def _launch_sum_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:
         num_warps=4,
         num_stages=2,
         traffic=Traffic(reads=num_bytes(partials), writes=num_bytes(dw), flops=partials.numel()),
+        trips=triton.cdiv(partials.shape[0], BLOCK_SPLITS),
     )

@@ -61,6 +61,10 @@ class Launch:
     """One kernel launch: all it takes to count it, compile it or run it again.
 
     A record holds its tensors; record on the meta device unless the values matter.
+
+    trips: how often the loops of a program run in the mean, the outermost first; a loop that the
+        compiler unrolls has none. last_programs: how many programs find their ticket to be the
+        last, where a kernel has one.
     """
 
     kernel: Any
@@ -69,11 +73,18 @@ class Launch:
     num_warps: int
     num_stages: int
     traffic: Traffic
+    trips: tuple[float, ...] = (1.0,)
+    last_programs: int = 1
 
     @property
     def name(self) -> str:
         """The kernel's name without its leading underscore."""
         return self.kernel.__name__.removeprefix("_")
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's launcher takes beside the kernel's arguments."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -90,11 +101,12 @@ def _tensors(args: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 class KernelVariant(NamedTuple):
-    """One of the kernels that an operation has: its grid and the arguments that are its alone."""
+    """One of the kernels that an operation has: grid, arguments that are its alone, and trips."""
 
     kernel: Any
     grid: tuple[int, ...]
     args: dict[str, Any]
+    trips: tuple[float, ...]
 
 
 @contextmanager
@@ -118,8 +130,12 @@ def launch(
     num_warps: int,
     num_stages: int,
     traffic: Traffic,
+    trips: float | tuple[float, ...] = 1.0,
+    last_programs: int = 1,
 ) -> None:
     """Start `kernel` on `grid`, on the device of its tensors.
+
+    What the arguments mean stands at `Launch`; a number of trips is that of the main loop.
 
     Raises: ValueError: when the tensors lie on more than one device, or on a CPU while the
         kernels are not interpreted.
@@ -131,7 +147,10 @@ def launch(
         )
     launches = _recorder.value
     if launches is not None:
-        launches.append(Launch(kernel, grid, args, num_warps, num_stages, traffic))
+        loops = trips if isinstance(trips, tuple) else (float(trips),)
+        launches.append(
+            Launch(kernel, grid, args, num_warps, num_stages, traffic, loops, last_programs)
+        )
     (device,) = devices
     if device.type == "meta":
         return
