@@ -298,6 +298,7 @@ def bn_backward_finalize(
         raise ValueError(f"count must be at least 1, got {count}")
     dgamma, dbeta = torch.empty_like(mean), torch.empty_like(mean)
     coefficients = mean.new_empty((3, c))
+    block_tiles = min(BLOCK_TILES, triton.next_power_of_2(num_tiles))
     launch(
         _bn_backward_finalize_kernel,
         (c,),
@@ -313,7 +314,7 @@ def bn_backward_finalize(
             "num_tiles": num_tiles,
             "count": count,
             "C": c,
-            "BLOCK_TILES": min(BLOCK_TILES, triton.next_power_of_2(num_tiles)),
+            "BLOCK_TILES": block_tiles,
         },
         num_warps=4,
         num_stages=1,
@@ -322,6 +323,7 @@ def bn_backward_finalize(
             writes=num_bytes(dgamma, dbeta, coefficients),
             flops=2 * c * num_tiles,
         ),
+        trips=triton.cdiv(num_tiles, block_tiles),
     )
     return BNGrads(dgamma, dbeta, coefficients)
 

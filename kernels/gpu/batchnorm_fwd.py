@@ -209,6 +209,7 @@ def bn_finalize(
         raise ValueError(f"training needs more than 1 value a channel, got {stats.num_rows}")
     mean, var, unbiased_var, rstd = (torch.empty_like(weight) for _ in range(4))
     scale_shift = weight.new_empty((2, c))
+    block_tiles = min(BLOCK_TILES, triton.next_power_of_2(num_tiles))
     launch(
         _bn_finalize_kernel,
         (c,),
@@ -226,7 +227,7 @@ def bn_finalize(
             "count": stats.num_rows,
             "eps": eps,
             "C": c,
-            "BLOCK_TILES": min(BLOCK_TILES, triton.next_power_of_2(num_tiles)),
+            "BLOCK_TILES": block_tiles,
         },
         num_warps=4,
         num_stages=1,
@@ -235,6 +236,7 @@ def bn_finalize(
             writes=num_bytes(mean, var, unbiased_var, rstd, scale_shift),
             flops=8 * c * num_tiles,
         ),
+        trips=triton.cdiv(num_tiles, block_tiles),
     )
     return BNForward(mean, var, unbiased_var, rstd, scale_shift)
 

@@ -250,6 +250,7 @@ def conv_dgrad(
             writes=num_bytes(dx, sum_g, sum_gy),
             flops=shape.flops,
         ),
+        trips=variant.trips,
     )
     return dx, None if sum_g is None or sum_gy is None else GradSums(sum_g, sum_gy)
 
@@ -281,7 +282,14 @@ def _pointer_variant(
     tiles = tiles_m * triton.cdiv(shape.C, config.block_n)
     args = {"g_ptr": g, "y_ptr": y, "w_ptr": w}
     strides = {"G_STRIDES": nhwc_strides(g), "Y_STRIDES": nhwc_strides(y)}
-    return KernelVariant(_conv_dgrad_kernel, (tiles, u * u), args | strides, u * u * tiles_m)
+    # Phases have different taps: of the four of a strided 1x1 convolution three have none.
+    taps = [
+        len(range(r, shape.R, u)) * len(range(s, shape.S, u)) for r in range(u) for s in range(u)
+    ]
+    trips = sum(triton.cdiv(t * shape.K, config.block_k) for t in taps) / (u * u)
+    return KernelVariant(
+        _conv_dgrad_kernel, (tiles, u * u), args | strides, u * u * tiles_m, (trips,)
+    )
 
 
 def _patch_variant(

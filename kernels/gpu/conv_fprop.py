@@ -287,6 +287,7 @@ def _launch_fprop(
             writes=num_bytes(y, stats),
             flops=shape.flops,
         ),
+        trips=variant.trips,
     )
     return y, None if stats is None else TileStats(stats, config.block_m, num_npq)
 
@@ -299,7 +300,8 @@ def _pointer_variant(
     tiles_m = triton.cdiv(gemm.m, config.block_m)
     grid = (tiles_m * triton.cdiv(gemm.n, config.block_n),)
     args = {"x_ptr": x, "w_ptr": w, "X_STRIDES": nhwc_strides(x)}
-    return KernelVariant(_conv_fprop_kernel, grid, args, tiles_m)
+    trips = (triton.cdiv(shape.RSC, config.block_k),)
+    return KernelVariant(_conv_fprop_kernel, grid, args, tiles_m, trips)
 
 
 def _patch_variant(

@@ -241,11 +241,11 @@ def fprop_tma_variant(
     tile = _tma_tile(config, "fprop", shape, x, w)
     if tile is None:
         return None
-    grid, args = _schedule(config, "fprop", shape)
+    grid, args, trips = _schedule(config, "fprop", shape)
     args["x_desc"] = _describe_pixels(x, tile, config.block_k)
     args["w_desc"] = _describe_filters(w, config.block_n, config.block_k)
     tiles_m = triton.cdiv(shape.gemm("fprop").m, config.block_m)
-    return KernelVariant(_conv_fprop_tma_kernel, grid, args, tiles_m)
+    return KernelVariant(_conv_fprop_tma_kernel, grid, args, tiles_m, trips)
 
 
 def dgrad_tma_variant(
@@ -255,12 +255,12 @@ def dgrad_tma_variant(
     tile = _tma_tile(config, "dgrad", shape, g, w, *([] if y is None else [y]))
     if tile is None:
         return None
-    grid, args = _schedule(config, "dgrad", shape)
+    grid, args, trips = _schedule(config, "dgrad", shape)
     args["g_desc"] = _describe_pixels(g, tile, config.block_k)
     args["y_desc"] = None if y is None else _describe_pixels(y, tile, config.block_k)
     args["w_desc"] = _describe_filters(w, config.block_k, config.block_n)
     tiles_m = triton.cdiv(shape.gemm("dgrad").m, config.block_m)
-    return KernelVariant(_conv_dgrad_tma_kernel, grid, args, tiles_m)
+    return KernelVariant(_conv_dgrad_tma_kernel, grid, args, tiles_m, trips)
 
 
 def _tma_tile(
@@ -284,12 +284,18 @@ def _has_tma(device: torch.device) -> bool:
 
 def _schedule(
     config: ConvConfig, op: ConvOp, shape: ConvShape
-) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """The grid, and the arguments that divide the tiles among its programs."""
+) -> tuple[tuple[int, ...], dict[str, Any], tuple[float, ...]]:
+    """The grid, the arguments that divide the tiles among its programs, and trips of the loops."""
     gemm = shape.gemm(op)
     num_tiles = triton.cdiv(gemm.m, config.block_m) * triton.cdiv(gemm.n, config.block_n)
     grid_size = min(config.grid_size or num_tiles, num_tiles)
-    return (grid_size,), {"num_tiles": num_tiles, "PERSISTENT": grid_size < num_tiles}
+    is_persistent = grid_size < num_tiles
+    channels = shape.C if op == "fprop" else shape.K
+    steps = shape.R * shape.S * triton.cdiv(channels, config.block_k)
+    tiles = num_tiles / grid_size
+    # Flattened, the loops over tiles and steps are one.
+    trips = (tiles * steps,) if is_persistent else (tiles, steps)
+    return (grid_size,), {"num_tiles": num_tiles, "PERSISTENT": is_persistent}, trips
 
 
 def _describe_pixels(tensor: torch.Tensor, tile: TmaTile, block_c: int) -> TensorDescriptor:

@@ -212,6 +212,7 @@ def conv_wgrad(
             writes=num_bytes(partials),
             flops=shape.flops,
         ),
+        trips=variant.trips,
     )
     if num_splits > 1:
         _launch_sum_partials(partials, dw)
@@ -256,7 +257,8 @@ def _pointer_variant(
         "PRECISION": "tf32" if allow_tf32 else "ieee",
         **config.constexprs(),
     }
-    return KernelVariant(_conv_wgrad_kernel, (tiles, num_splits), args, num_splits)
+    trips = (num_npq / (num_splits * config.block_k),)
+    return KernelVariant(_conv_wgrad_kernel, (tiles, num_splits), args, num_splits, trips)
 
 
 def _patch_variant(
@@ -287,4 +289,5 @@ def _launch_sum_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:
         num_warps=4,
         num_stages=2,
         traffic=Traffic(reads=num_bytes(partials), writes=num_bytes(dw), flops=partials.numel()),
+        trips=triton.cdiv(partials.shape[0], BLOCK_SPLITS),
     )

@@ -154,6 +154,7 @@ def smooth_cross_entropy_fwd(
         num_warps=4,
         num_stages=1,
         traffic=Traffic(reads=num_bytes(shares), writes=num_bytes(loss), flops=num_tiles),
+        trips=triton.cdiv(num_tiles, BLOCK),
     )
     return loss, dlogits
 

@@ -62,6 +62,10 @@ class Launch:
     """One kernel launch: all it takes to count it, compile it or run it again.
 
     A record holds its tensors; record on the meta device unless the values matter.
+
+    trips: how often the loops of a program run in the mean, the outermost first; a loop that the
+        compiler unrolls has none. last_programs: how many programs find their ticket to be the
+        last, where a kernel has one.
     """
 
     kernel: Any
@@ -70,11 +74,19 @@ class Launch:
     num_warps: int
     num_stages: int
     traffic: Traffic
+    trips: tuple[float, ...] = (1.0,)
+    last_programs: int = 1
 
     @property
     def name(self) -> str:
         """The kernel's name without its leading underscore."""
         return self.kernel.__name__.removeprefix("_")
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's launcher takes beside the kernel's arguments."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | {"launch_pdl": self.args["PDL"]}
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -93,13 +105,14 @@ def _tensors(args: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 class KernelVariant(NamedTuple):
     """One of the kernels that an operation has: its grid and the arguments that are its alone.
 
-    num_tiles: how many partial statistics or sums it leaves for each channel.
+    num_tiles: how many partial statistics or sums it leaves for each channel. trips: see `Launch`.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     args: dict[str, Any]
     num_tiles: int
+    trips: tuple[float, ...]
 
 
 @contextmanager
@@ -123,10 +136,13 @@ def launch(
     num_warps: int,
     num_stages: int,
     traffic: Traffic,
+    trips: float | tuple[float, ...] = 1.0,
+    last_programs: int = 1,
 ) -> None:
     """Start `kernel` on `grid`, on the device of its tensors.
 
     Whether by programmatic dependent launch is decided here, for all kernels: each takes `PDL`.
+    What the arguments mean stands at `Launch`; a number of trips is that of the main loop.
 
     Raises: ValueError: when the tensors lie on more than one device, or on a CPU while the
         kernels are not interpreted.
@@ -137,11 +153,19 @@ def launch(
             f"{kernel.__name__}: all tensors must be on one device, got {sorted(map(str, devices))}"
         )
     (device,) = devices
-    pdl = uses_pdl(device)
-    args = {**args, "PDL": pdl}
+    made = Launch(
+        kernel,
+        grid,
+        {**args, "PDL": uses_pdl(device)},
+        num_warps,
+        num_stages,
+        traffic,
+        trips if isinstance(trips, tuple) else (float(trips),),
+        last_programs,
+    )
     launches = _recorder.value
     if launches is not None:
-        launches.append(Launch(kernel, grid, args, num_warps, num_stages, traffic))
+        launches.append(made)
     if device.type == "meta":
         return
     if device.type == "cpu" and isinstance(kernel, triton.JITFunction):
@@ -149,9 +173,8 @@ def launch(
             f"{kernel.__name__}: Triton kernels run on CPU tensors only when TRITON_INTERPRET=1 "
             "is set before triton is imported; use fastres.kernels.reference otherwise"
         )
-    options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": pdl}
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](**args, **options)
+            kernel[grid](**made.args, **made.options)
     else:
-        kernel[grid](**args, **options)
+        kernel[grid](**made.args, **made.options)

@@ -187,6 +187,8 @@ def pool_linear_fwd(
             writes=num_bytes(pooled, logits),
             flops=x.numel() + 2 * logits.numel() * c,
         ),
+        # Of the pixels; classes are few, or the loop over them short beside it.
+        trips=triton.cdiv(h * w, tiles.block_p),
     )
     return logits, pooled
 
@@ -395,5 +397,7 @@ def pool_linear_bwd(
             writes=num_bytes(dx, dw, dbias),
             flops=4 * dlogits.numel() * c + dlogits.numel(),
         ),
+        # Of the images, for the tiles of dw.
+        trips=triton.cdiv(n, dw_block_b),
     )
     return HeadGrads(dx, dw, dbias)

@@ -3,6 +3,11 @@
 Compiles every kernel in every configuration that the launch table or the heuristics give for the
 layers of the chosen networks, in training and in inference, by pointer loads and by TMA, for GPUs
 that this machine need not have. See codegen_report.py for what an entry says.
+
+    python -m fastres.kernels.tools.codegen --step resnet20 --batch 512 --arch sm_90 [--json]
+
+counts instead what one training step, or one inference batch, launches, torch's own launches among
+them, and what it would take at least on one named card; see step_report.py.
 """
 
 import argparse
@@ -18,7 +23,10 @@ from fastres.output import reader_may_leave
 from fastres.strict_json import dumps
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fastres.kernels.tools.codegen_report import CodegenEntry
+    from fastres.kernels.tools.step_report import StepReport
 
 __all__ = ["entry_record", "main"]
 
@@ -36,24 +44,51 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m fastres.kernels.tools.codegen", description=__doc__)
+    parser = _Parser(
+        prog="python -m fastres.kernels.tools.codegen",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
     def add_names(option: str, names: Sequence[str], default: Sequence[str], what: str) -> None:
         text = f"{what}: {', '.join(names)}; default {' '.join(default)}"
-        parser.add_argument(
-            option, nargs="+", choices=names, default=list(default), metavar="NAME", help=text
-        )
+        parser.add_argument(option, nargs="+", choices=names, metavar="NAME", help=text)
 
     add_names("--arch", ARCHITECTURES, ["sm_90"], "GPU architectures")
     add_names("--model", NETWORKS, NETWORKS, "networks")
     add_names("--dtype", DTYPES, ["bf16"], "precisions (tf32: fp32 as torch multiplies it)")
-    add_names("--phase", PHASES, PHASES, "what the network does")
+    add_names("--phase", PHASES, PHASES, "what the network does; with --step training")
     add = parser.add_argument
+    step = "count one step of this network, on one architecture, in one precision and phase: "
+    add("--step", choices=NETWORKS, metavar="NAME", help=step + ", ".join(NETWORKS))
     add("--batch", type=int, default=512, help="images; default 512")
     add("--jobs", type=int, help="processes that compile; default: the usable cores")
-    add("--json", type=Path, metavar="FILE", help="also write all entries as JSON")
+    json_help = "also write all entries as JSON; with --step print one JSON object, without a FILE"
+    add("--json", nargs="?", const=True, metavar="FILE", help=json_help)
     add("--csv", type=Path, metavar="FILE", help="also write all entries as CSV")
     return parser
+
+
+def _settle(options: argparse.Namespace) -> str | None:
+    """Fill in the defaults of what was not given; say what does not go together, or None."""
+    if options.step is None:
+        if options.json is True:
+            return "--json needs a FILE, but with --step"
+        options.json = options.json and Path(options.json)
+        options.model = options.model or list(NETWORKS)
+    else:
+        for name in ("arch", "dtype", "phase"):
+            given = getattr(options, name) or []
+            if len(given) > 1:
+                return f"--step counts one --{name} at a time, got {' '.join(given)}"
+        if options.model:
+            return "--step names the network: leave --model out"
+        if options.csv or options.json not in (None, True):
+            return "--step writes no file: give --json without one, and no --csv"
+    options.arch = options.arch or ["sm_90"]
+    options.dtype = options.dtype or ["bf16"]
+    options.phase = options.phase or (list(PHASES) if options.step is None else ["training"])
+    return None
 
 
 def _obstacle(options: argparse.Namespace) -> str | None:
@@ -84,6 +119,7 @@ def entry_record(entry: "CodegenEntry") -> dict[str, Any]:
         "configured_by": plan.configured_by,
         "tile": plan.tile,
         "launches": plan.launches,
+        "programs": plan.programs,
         "registers": code.registers,
         "spills": code.spills,
         "shared_bytes": code.shared_bytes,
@@ -96,8 +132,15 @@ def entry_record(entry: "CodegenEntry") -> dict[str, Any]:
         "narrow_stores": code.narrow_stores,
         "pixel_load_bits": entry.pixel_load_bits,
         "load_bits": ", ".join(f"{name} {bits}" for name, bits in code.load_bits.items()),
+        "programs_per_multiprocessor": entry.programs_per_multiprocessor,
+        "warp_instructions": round(entry.warp_instructions),
+        "last_program_instructions": code.program.last_instructions,
+        "count": "; ".join(entry.count_notes),
         "declared_bytes": plan.bytes,
         "declared_flops": plan.flops,
+        "issue_us_estimate": round(entry.issue_us, 3),
+        "bytes_us_estimate": round(entry.bytes_us, 3),
+        "arithmetic_us_estimate": round(entry.arithmetic_us, 3),
         "roofline_us_estimate": round(entry.roofline_us, 3),
         "bound": entry.bound,
         "violations": "; ".join(entry.violations),
@@ -128,17 +171,18 @@ def _compile(options: argparse.Namespace) -> "list[CodegenEntry]":
 
 def _print_entries(entries: "Sequence[CodegenEntry]", arch: str) -> None:
     """Print the entries of one architecture as a table, the peak rates below it."""
-    from rich.console import Console
     from rich.table import Table
 
-    from fastres.kernels.tools.codegen_report import PEAK_RATES
+    from fastres.kernels.tools.peak_rates import PEAK_RATES
 
     rates = PEAK_RATES[arch]
     table = Table(title=f"{arch}: {len(entries)} different launches", show_lines=False)
     for name in ("kernel", "variant", "network, layer", "tile"):
         table.add_column(name, overflow="fold")
-    numbers = ("times", "regs", "spills", "shared", "tensor cores", "narrowest loads, bits")
-    for name in (*numbers, "MB", "MFLOP", f"{rates.gpu} roofline, us (ESTIMATE)"):
+    numbers = ["times", "regs", "spills", "shared", "CTAs/SM", "tensor cores"]
+    numbers += ["narrowest loads, bits", "MB", "MFLOP"]
+    times = (f"{rates.gpu} issue, us (ESTIMATE)", f"{rates.gpu} roofline, us (ESTIMATE)")
+    for name in (*numbers, *times):
         table.add_column(name, justify="right", overflow="fold")
     for entry in entries:
         plan, code = entry.plan, entry.code
@@ -151,19 +195,95 @@ def _print_entries(entries: "Sequence[CodegenEntry]", arch: str) -> None:
             str(code.registers),
             str(code.spills),
             f"{code.shared_bytes / 1024:.1f} KiB",
+            str(entry.programs_per_multiprocessor),
             entry.tensor_cores,
             " ".join(f"{n.removesuffix('_ptr')}:{bits}" for n, bits in code.load_bits.items()),
             f"{plan.bytes / 1e6:.3g}",
             f"{plan.flops / 1e6:.3g}",
+            f"{entry.issue_us:.2f}",
             f"{entry.roofline_us:.2f} {entry.bound}",
             style="red" if entry.violations else None,
         )
+    _print_table(table)
+    _print_rates(arch)
+
+
+def _print_table(table: "Table") -> None:
+    from rich.console import Console
+
     console = Console()
     # A file or a pipe has no width of its own; a table squeezed into 80 columns is unreadable.
     (console if console.is_terminal else Console(width=220)).print(table)
+
+
+def _print_rates(arch: str) -> None:
+    """Say what the times of a table are, and for which card."""
+    from fastres.kernels.tools.peak_rates import PEAK_RATES
+
+    rates = PEAK_RATES[arch]
     peaks = ", ".join(f"{dtype} {flops / 1e12:g}" for dtype, flops in rates.peak.items())
-    print(f"The roofline is an ESTIMATE for {rates.gpu}: {rates.bandwidth / 1e12:g} TB/s; "
-          f"TFLOP/s: {peaks} ({rates.source}). No GPU time was measured.")  # fmt: skip
+    print(f"Issue time and roofline are ESTIMATES of lower bounds for {rates.gpu}: "
+          f"{rates.multiprocessors} multiprocessors at {rates.clock / 1e9:g} GHz, "
+          f"{rates.bandwidth / 1e12:g} TB/s; TFLOP/s: {peaks} ({rates.source}). "
+          "No GPU time was measured.")  # fmt: skip
+
+
+def _count_step(options: argparse.Namespace) -> "StepReport":
+    """Compile and count a step with a bar on stderr, silent when that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fastres.kernels.tools.step_report import count_step
+
+    hidden = not sys.stderr.isatty()
+    with Progress(console=Console(stderr=True), disable=hidden, transient=True) as progress:
+        task = progress.add_task("compiling kernels", total=None)
+        return count_step(
+            options.arch[0],
+            options.step,
+            options.dtype[0],
+            options.batch,
+            options.phase[0],
+            jobs=options.jobs or usable_cores(),
+            start=lambda total: progress.update(task, total=total),
+            advance=lambda: progress.advance(task),
+        )
+
+
+def _print_step(report: "StepReport") -> None:
+    """Print the launches of a step as a table, those that add most first, and the sums below."""
+    from rich.table import Table
+
+    title = f"{report.network} {report.phase}, batch {report.batch}, {report.precision}"
+    table = Table(title=f"{title}, {report.arch}: ESTIMATES of lower bounds, us")
+    for name in ("kernel", "form", "layer", "tile"):
+        table.add_column(name, overflow="fold")
+    numbers = ("times", "regs", "CTAs/SM", "issue", "bytes", "arithmetic", "bound", "all of them")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    table.add_column("count of instructions", overflow="fold")
+    for row in report.rows:
+        entry = row.entry
+        table.add_row(
+            row.name,
+            entry.plan.variant if entry else "",
+            row.layer,
+            entry.plan.tile if entry else "",
+            str(row.launches),
+            str(entry.code.registers) if entry else "",
+            str(entry.programs_per_multiprocessor) if entry else "",
+            f"{row.issue_us:.2f}" if entry else "",
+            f"{row.bytes_us:.2f}",
+            f"{row.arithmetic_us:.2f}",
+            f"{row.attainable_us:.2f}",
+            f"{row.total_us:.1f}",
+            "; ".join(entry.count_notes) if entry else "",
+        )
+    _print_table(table)
+    print(f"{report.num_launches} launches. Sums, us: issue {report.issue_us:.0f}, "
+          f"bytes {report.bytes_us:.0f}, arithmetic {report.arithmetic_us:.0f}; "
+          f"max(issue / 0.7, bytes, arithmetic) {report.attainable_us:.0f}")  # fmt: skip
+    _print_rates(report.arch)
 
 
 def _write(entries: "Sequence[CodegenEntry]", options: argparse.Namespace) -> None:
@@ -181,10 +301,14 @@ def _write(entries: "Sequence[CodegenEntry]", options: argparse.Namespace) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print, write; 1 where an entry has a violation, 2 where nothing can be compiled."""
     options = _parser().parse_args(argv)
-    reason = _obstacle(options)
+    reason = _settle(options) or _obstacle(options)
     if reason is not None:
         print(f"error: {reason}", file=sys.stderr)
         return 2
+    if options.step is not None:
+        report = _count_step(options)
+        print(dumps(report.record(), indent=1)) if options.json else _print_step(report)
+        return 0
     entries = _compile(options)
     for arch in options.arch:
         _print_entries([entry for entry in entries if entry.plan.arch == arch], arch)

@@ -2,19 +2,21 @@
 
 `plan_entries` records the launches of training and inference, `compile_entries` compiles each
 different one once, in several processes. An entry says how a kernel was built (tile, registers,
-spills, shared memory, tensor-core instructions, width of its loads) and what its launch declares to
-move and to compute; `CodegenEntry.violations` is what a good kernel must not show.
+spills, shared memory, tensor-core instructions, width of its loads), how many instructions its
+warps issue, and what its launch declares to move and to compute; `CodegenEntry.violations` is what
+a good kernel must not show.
 
-The roofline time of an entry is an ESTIMATE: declared bytes over the memory's bandwidth, or
-declared arithmetic over the peak, whichever is longer, with `PEAK_RATES`. Nothing is measured.
+All times are ESTIMATES of lower bounds for the cards of peak_rates.py: `issue_us` of the warp
+instructions counted in the machine code (control_flow.py), if every scheduler issued in every
+clock; `bytes_us` and `arithmetic_us` of what a launch declares. Nothing is measured.
 """
 
+import math
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from fastres.kernels.conv_shape import ConvOp
 from fastres.kernels.gpu.launch import Launch, Traffic
@@ -27,91 +29,41 @@ from fastres.kernels.gpu.launch_config import (
     tma_config,
 )
 from fastres.kernels.tools.describe import expected_bits, tile_label, variant_label
-from fastres.kernels.tools.machine_code import Build, MachineCode, compile_build, specialize
-from fastres.kernels.tools.network_launches import (
-    record_augmentation,
-    record_head,
-    record_inference,
-    record_training,
-)
-from fastres.kernels.tools.networks import (
-    PRECISIONS,
-    NamedBlock,
-    NamedConv,
-    Precision,
-    network_blocks,
-    network_convs,
-)
+from fastres.kernels.tools.machine_code import Build, MachineCode, compile_build, to_build
+from fastres.kernels.tools.network_launches import NamedLaunch, network_launches
+from fastres.kernels.tools.networks import PRECISIONS, NamedConv, Precision, network_convs
+from fastres.kernels.tools.peak_rates import PEAK_RATES
 
 __all__ = [
-    "PEAK_RATES",
     "CodegenEntry",
-    "PeakRates",
     "Plan",
+    "attainable_us",
     "compile_entries",
     "count_builds",
     "plan_entries",
+    "plan_launch",
 ]
 
 HEURISTICS = "heuristics"
 
 
-class PeakRates(NamedTuple):
-    """What a class of GPUs can do at most, for one architecture.
-
-    gpu: the class. bandwidth: bytes/s. peak: FLOP/s by precision. shared_bytes: shared memory that
-    one program may have. tables: GPUs of the launch table with this architecture, by words of
-    their names. source: where the figures are from.
-    """
-
-    gpu: str
-    bandwidth: float
-    peak: dict[str, float]
-    shared_bytes: int
-    tables: tuple[str, ...]
-    source: str
+# Share of its issue slots that a good kernel fills, of its peak that cuDNN reaches.
+EFFICIENCY = 0.7
 
 
-def _peak(bf16: float, fp32: float) -> dict[str, float]:
-    """Tensor cores multiply TF32 at half the rate of 16-bit numbers on all three."""
-    return {"bf16": bf16, "fp16": bf16, "tf32": bf16 / 2, "fp32": fp32}
-
-
-PEAK_RATES = {
-    "sm_80": PeakRates(
-        "A100 80 GB SXM",
-        2.039e12,
-        _peak(312e12, 19.5e12),
-        163 * 1024,
-        ("A100", "A30"),
-        "NVIDIA A100 datasheet, published",
-    ),
-    "sm_90": PeakRates(
-        "H200",
-        4.3e12,
-        _peak(790e12, 67e12),
-        227 * 1024,
-        ("H100", "H200", "GH200"),
-        "copy and bf16 product as measured on an H200; fp32 from NVIDIA's H200 datasheet",
-    ),
-    "sm_100": PeakRates(
-        "B200",
-        8e12,
-        _peak(2250e12, 80e12),
-        227 * 1024,
-        ("B200", "B100"),
-        "NVIDIA Blackwell architecture brief, HGX B200, dense, published",
-    ),
-}
+def attainable_us(issue_us: float, bytes_us: float, arithmetic_us: float) -> float:
+    """ESTIMATE of what a good kernel takes: the longest of issue / 0.7, bytes and arithmetic."""
+    return max(issue_us / EFFICIENCY, bytes_us, arithmetic_us)
 
 
 @dataclass(frozen=True)
 class Plan:
     """One different launch of a network, before it is compiled.
 
-    launches: how often a training step or an inference pass of the network makes it. bytes, flops:
-    declared by one launch. expected_bits: width that the layout and the tile of each operand in
-    pixels or filters allow its loads to have.
+    launches: how often a training step or an inference pass of the network makes it. programs,
+    num_warps: of one launch, warps of one program. trips, last_programs: see `Launch`. bytes,
+    flops: declared by one launch. expected_bits: width that the layout and the tile of each operand
+    in pixels or filters allow its loads to have.
     """
 
     model: str
@@ -124,6 +76,10 @@ class Plan:
     configured_by: str
     tile: str
     launches: int
+    programs: int
+    num_warps: int
+    trips: tuple[float, ...]
+    last_programs: int
     bytes: int
     flops: int
     expected_bits: dict[str, int]
@@ -138,18 +94,69 @@ class CodegenEntry:
     code: MachineCode
 
     @property
+    def warp_instructions(self) -> float:
+        """Instructions that all warps of one launch issue, as counted in the machine code."""
+        plan, program = self.plan, self.code.program
+        every = plan.programs * program.instructions(plan.trips)
+        return plan.num_warps * (every + plan.last_programs * program.last_instructions)
+
+    @property
+    def issue_us(self) -> float:
+        """ESTIMATE of a lower bound of one launch, in microseconds: all schedulers always issue."""
+        return PEAK_RATES[self.plan.arch].issue_us(self.warp_instructions)
+
+    @property
+    def bytes_us(self) -> float:
+        """ESTIMATE of what the declared bytes of one launch take at least, in microseconds."""
+        return PEAK_RATES[self.plan.arch].bytes_us(self.plan.bytes)
+
+    @property
+    def arithmetic_us(self) -> float:
+        """ESTIMATE of what the declared arithmetic of one launch takes at least."""
+        return PEAK_RATES[self.plan.arch].arithmetic_us(self.plan.flops, self.plan.precision)
+
+    @property
+    def attainable_us(self) -> float:
+        """ESTIMATE of what a good kernel would take for this launch; see `attainable_us`."""
+        return attainable_us(self.issue_us, self.bytes_us, self.arithmetic_us)
+
+    @property
     def roofline_us(self) -> float:
-        """ESTIMATE of the least time of one launch, in microseconds."""
-        rates = PEAK_RATES[self.plan.arch]
-        peak = rates.peak[self.plan.precision]
-        return 1e6 * max(self.plan.bytes / rates.bandwidth, self.plan.flops / peak)
+        """ESTIMATE of the least time of one launch, in microseconds, its instructions aside."""
+        return max(self.bytes_us, self.arithmetic_us)
 
     @property
     def bound(self) -> str:
         """What that estimate is bound by: memory or arithmetic."""
-        rates = PEAK_RATES[self.plan.arch]
-        seconds = self.plan.flops / rates.peak[self.plan.precision]
-        return "arithmetic" if seconds > self.plan.bytes / rates.bandwidth else "memory"
+        return "arithmetic" if self.arithmetic_us > self.bytes_us else "memory"
+
+    @property
+    def programs_per_multiprocessor(self) -> int:
+        """Programs that share a multiprocessor, by registers, shared memory and warps."""
+        return PEAK_RATES[self.plan.arch].programs_per_multiprocessor(
+            self.code.registers, self.code.shared_bytes, self.plan.num_warps
+        )
+
+    @property
+    def count_notes(self) -> list[str]:
+        """Where the count of instructions is no exact one, in words."""
+        plan, program = self.plan, self.code.program
+        notes = []
+        if program.loop_depth:
+            trips = " x ".join(f"{trips:.4g}" for trips in plan.trips[: program.loop_depth])
+            notes.append(f"loop x {trips}")
+        elif plan.trips[0] > 1:
+            notes.append("loop unrolled, or on another way")
+        if program.loop_depth > len(plan.trips):
+            notes.append("inner loop of unknown trips counted once")
+        if program.last_instructions:
+            notes.append(f"{program.last_instructions} by the last program alone")
+        if program.conditional:
+            share = f" x {plan.trips[0]:.2g}" if program.is_one_trip(plan.trips) else ""
+            notes.append(f"{program.conditional} under branches{share}")
+        if program.skipped:
+            notes.append(f"{program.skipped} of slow paths left out")
+        return notes
 
     @property
     def tensor_cores(self) -> str:
@@ -197,14 +204,34 @@ class CodegenEntry:
         return violations
 
 
-def _layer_name(block: NamedBlock, launch: Launch) -> str:
-    """The convolution that a launch computes, as networks.py calls it; else the block."""
-    if not launch.name.startswith("conv"):
-        return block.name
-    return next(
-        conv.name
-        for conv in block.convs()
-        if conv.shape.constexprs().items() <= launch.args.items()
+def plan_launch(
+    named: NamedLaunch, arch: str, model: str, precision: str, configured_by: str
+) -> Plan:
+    """The plan of one launch of this project's kernels, made as often as `named` says.
+
+    Raises: ValueError: when the kernels are interpreted in this process and cannot be compiled.
+    """
+    launch = named.launch
+    assert isinstance(launch, Launch)
+    return Plan(
+        model=model,
+        phase=named.phase,
+        layer=named.layer,
+        kernel=launch.name,
+        variant=variant_label(launch),
+        precision=precision,
+        arch=arch,
+        configured_by=configured_by,
+        tile=tile_label(launch),
+        launches=named.count,
+        programs=math.prod(launch.grid),
+        num_warps=launch.num_warps,
+        trips=launch.trips,
+        last_programs=launch.last_programs,
+        bytes=launch.traffic.bytes,
+        flops=launch.traffic.flops,
+        expected_bits=expected_bits(launch),
+        build=to_build(launch, int(arch.removeprefix("sm_"))),
     )
 
 
@@ -224,35 +251,22 @@ def plan_entries(
         table knows, with TMA loads where the GPU has them, and with some products on the route
         cudnn, for the kernels around those.
     """
-    blocks, convs = network_blocks(model, batch), network_convs(model, batch)
+    convs, numbers = network_convs(model, batch), PRECISIONS[precision]
     plans: dict[tuple[Build, Traffic], Plan] = {}
-    for configured_by, entries in _tables(arch, convs, PRECISIONS[precision]).items():
+    for configured_by, entries in _tables(arch, convs, numbers).items():
         with assume_entries(entries):
-            recorded = _recorded(blocks, precision, phases)
+            recorded = [
+                named
+                for phase in phases
+                for named in network_launches(model, batch, numbers, phase)
+                if isinstance(named.launch, Launch)
+            ]
         counts: Counter[tuple[Build, Traffic]] = Counter()
-        for phase, layer, launch, count in recorded:
-            build = specialize(launch)
-            key = (build, launch.traffic)
-            counts[key] += count
-            plans.setdefault(
-                key,
-                Plan(
-                    model=model,
-                    phase=phase,
-                    layer=layer,
-                    kernel=launch.name,
-                    variant=variant_label(launch),
-                    precision=precision,
-                    arch=arch,
-                    configured_by=configured_by,
-                    tile=tile_label(launch),
-                    launches=0,
-                    bytes=launch.traffic.bytes,
-                    flops=launch.traffic.flops,
-                    expected_bits=expected_bits(launch),
-                    build=build,
-                ),
-            )
+        for named in recorded:
+            plan = plan_launch(named, arch, model, precision, configured_by)
+            key = (plan.build, named.launch.traffic)
+            counts[key] += named.count
+            plans.setdefault(key, plan)
         for key, count in counts.items():
             if plans[key].configured_by == configured_by:
                 plans[key] = replace(plans[key], launches=count)
@@ -303,28 +317,6 @@ def _on_cudnn(
     }
 
 
-def _recorded(
-    blocks: Sequence[NamedBlock], precision: str, phases: Sequence[str]
-) -> list[tuple[str, str, Launch, int]]:
-    """Every launch of a network: phase, layer, launch, and how often it is made."""
-    numbers = PRECISIONS[precision]
-    record = {"training": record_training, "inference": record_inference}
-    found = [
-        (phase, _layer_name(block, launch), launch, block.count)
-        for phase in phases
-        for block in blocks
-        for launch in record[phase](block, numbers)
-    ]
-    last = blocks[-1].layers[-1]
-    for phase in phases:
-        is_training = phase == "training"
-        around = {"head": record_head(last, numbers, training=is_training)}
-        if is_training:
-            around["augmentation"] = record_augmentation(last.N, numbers)
-        found += [(phase, name, launch, 1) for name in around for launch in around[name]]
-    return found
-
-
 def compile_entries(
     plans: Sequence[Plan], jobs: int, advance: Callable[[], None] = lambda: None
 ) -> list[CodegenEntry]:
@@ -338,10 +330,10 @@ def compile_entries(
     Returns: an entry a plan, in order.
     """
     builds = _builds(plans)
-    codes: dict[tuple[Build, int], MachineCode] = {}
+    codes: dict[Build, MachineCode] = {}
     if jobs == 1:
         for build in builds:
-            codes[build] = compile_build(*build)
+            codes[build] = compile_build(build)
             advance()
     else:
         # The server imports torch and triton once; its children are forked from it, so no thread
@@ -349,11 +341,11 @@ def compile_entries(
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-            running = {pool.submit(compile_build, *build): build for build in builds}
+            running = {pool.submit(compile_build, build): build for build in builds}
             for done in as_completed(running):
                 codes[running[done]] = done.result()
                 advance()
-    return [CodegenEntry(plan, codes[plan.build, _capability(plan)]) for plan in plans]
+    return [CodegenEntry(plan, codes[plan.build]) for plan in plans]
 
 
 def count_builds(plans: Sequence[Plan]) -> int:
@@ -361,9 +353,5 @@ def count_builds(plans: Sequence[Plan]) -> int:
     return len(_builds(plans))
 
 
-def _builds(plans: Sequence[Plan]) -> list[tuple[Build, int]]:
-    return list(dict.fromkeys((plan.build, _capability(plan)) for plan in plans))
-
-
-def _capability(plan: Plan) -> int:
-    return int(plan.arch.removeprefix("sm_"))
+def _builds(plans: Sequence[Plan]) -> list[Build]:
+    return list(dict.fromkeys(plan.build for plan in plans))

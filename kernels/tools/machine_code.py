@@ -1,8 +1,8 @@
 """Machine code of a recorded launch, compiled for any NVIDIA architecture without a GPU.
 
-`specialize` describes a kernel exactly as the launch would build it (shapes as constants, 16-byte
-aligned pointers, integers divisible by 16); `compile_build` assembles it with the ptxas of the
-Triton wheel, and counts in the code what decides a kernel's speed.
+`to_build` asks Triton's own launcher how it would specialize the kernel (shapes as constants,
+16-byte aligned pointers, integers divisible by 16); `compile_build` has the launcher compile that
+for a GPU that a driver stands in for, and counts in the code what decides a kernel's speed.
 
     with recording() as launches:
         conv_fprop(x_meta, w_meta, padding=1)
@@ -15,69 +15,65 @@ import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastres.kernels.gpu import launch
 from fastres.kernels.gpu.launch import Launch
+from fastres.kernels.tools.control_flow import ProgramCount, count_program
+from fastres.kernels.tools.stand_in_driver import standing_in
 
 __all__ = [
     "Build",
     "MachineCode",
-    "assemble",
     "compile_build",
     "compile_launch",
     "count_instructions",
     "disassemble",
-    "specialize",
+    "to_build",
 ]
-
-POINTER_TYPES = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int64: "*i64",
-    torch.uint8: "*u8",
-}
 
 _LOAD = re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s")
 _COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S* \[[^]]+\], \[[^]]+\], (0x\w+|\d+)")
 
 
-class Build(NamedTuple):
-    """Everything that decides the code of a kernel but the GPU; hashable and fit for pickling.
+@dataclass(frozen=True)
+class Build:
+    """A kernel as a launch on one kind of GPU builds it; hashable and fit for pickling.
 
-    module, kernel: where the kernel is. signature: name and type of every parameter. constants:
-    (index of a parameter, its value). aligned: indices of parameters divisible by 16.
+    module, kernel: where the kernel is. compute_capability: e.g. 90. key: Triton's own, of types,
+    constants, alignment and options. args, options: a launch that has this key.
     """
 
     module: str
     kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[int, Any], ...]
-    aligned: tuple[int, ...]
-    num_warps: int
-    num_stages: int
+    compute_capability: int
+    key: str
+    args: Mapping[str, Any] = field(compare=False, repr=False)
+    options: Mapping[str, Any] = field(compare=False, repr=False)
+
+    def run_launcher(self) -> Any:
+        """Let Triton's launcher compile the kernel, and return what it returns."""
+        kernel = getattr(importlib.import_module(self.module), self.kernel)
+        with standing_in(self.compute_capability):
+            return kernel.run(grid=(1,), warmup=True, **self.args, **self.options)
 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """Counts in the code of one kernel; instructions are counted once, loops or not.
+    """Counts in the code of one kernel; what is not `program` is counted once, loops or not.
 
     registers: of one thread. shared_bytes: of one program. spills: loads and stores of registers
     that did not fit. hgmma: Hopper's warpgroup products. hmma: tensor-core products of Ampere.
     tcgen05: Blackwell's. tma_loads: TMA copies, of Hopper and later.
     wide_loads: 16-byte loads from global memory by a thread; narrow_loads: all others. wide_stores
     and narrow_stores: the same for stores. load_bits: for each pointer that the source loads from,
-    as the loading function calls it, the width of its narrowest load.
+    as the loading function calls it, the width of its narrowest load. program: instructions that a
+    warp issues.
     """
 
     registers: int
@@ -92,6 +88,7 @@ class MachineCode:
     wide_stores: int
     narrow_stores: int
     load_bits: dict[str, int]
+    program: ProgramCount
 
     @property
     def tensor_core_instructions(self) -> int:
@@ -99,45 +96,29 @@ class MachineCode:
         return self.hgmma + self.hmma + self.tcgen05
 
 
-def specialize(launch: Launch) -> Build:
-    """The kernel with the types and constants that Triton's launcher would give it.
+def to_build(launch: Launch, compute_capability: int) -> Build:
+    """What compiling a recorded launch takes; nothing is compiled yet.
 
     Raises: ValueError: when the kernels are interpreted in this process and cannot be compiled.
     """
     if not isinstance(launch.kernel, triton.JITFunction):
         raise ValueError("kernels are interpreted; unset TRITON_INTERPRET to compile them")
-    signature: list[tuple[str, str]] = []
-    constants: list[tuple[int, Any]] = []
-    divisible: list[int] = []
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.args[parameter.name]
-        aligned = isinstance(value, torch.Tensor)
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            kind, aligned = "constexpr", False
-            constants.append((i, value))
-        elif isinstance(value, torch.Tensor):
-            kind = POINTER_TYPES[value.dtype]
-        elif isinstance(value, TensorDescriptor):
-            element = POINTER_TYPES[value.base.dtype].removeprefix("*")
-            kind = f"tensordesc<{element}{list(value.block_shape)}>"
-        elif isinstance(value, int):
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
-        else:
-            kind = "fp32"
-        signature.append((parameter.name, kind))
-        if aligned:
-            divisible.append(i)
     fn = launch.kernel.fn
-    return Build(
-        fn.__module__,
-        fn.__name__,
-        tuple(signature),
-        tuple(constants),
-        tuple(divisible),
-        launch.num_warps,
-        launch.num_stages,
-    )
+    build = Build(fn.__module__, fn.__name__, compute_capability, "", launch.args, launch.options)
+    keys: list[str] = []
+
+    def keep_key(*, key: Any, **_: Any) -> bool:
+        """Called by the launcher before it compiles; true has it return instead."""
+        keys.append(str(key))
+        return True
+
+    before = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = keep_key
+    try:
+        build.run_launcher()
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before
+    return replace(build, key=keys[0])
 
 
 @functools.cache
@@ -215,33 +196,19 @@ def compile_launch(launch: Launch, compute_capability: int) -> MachineCode:
 
     Raises: ValueError: when the kernels are interpreted in this process and cannot be compiled.
     """
-    return compile_build(specialize(launch), compute_capability)
+    return compile_build(to_build(launch, compute_capability))
 
 
-def compile_build(build: Build, compute_capability: int) -> MachineCode:
-    """Compile what `specialize` described, e.g. for 80, 90 or 100, and count its instructions."""
-    compiled = assemble(build, compute_capability)
+def compile_build(build: Build) -> MachineCode:
+    """Compile what `to_build` described, and count its instructions."""
+    compiled = build.run_launcher()
     sass, registers = disassemble(compiled.asm["cubin"])
     return MachineCode(
         registers=registers,
         shared_bytes=compiled.metadata.shared,
         **count_instructions(sass),
         load_bits=_load_bits(compiled.asm["ptx"]),
-    )
-
-
-def assemble(build: Build, compute_capability: int) -> Any:
-    """Triton's compiled kernel of a build: `asm` has its PTX and its cubin."""
-    source = ASTSource(
-        getattr(importlib.import_module(build.module), build.kernel),
-        dict(build.signature),
-        {(i,): value for i, value in build.constants},
-        {(i,): [["tt.divisibility", 16]] for i in build.aligned},
-    )
-    return triton.compile(
-        source,
-        target=GPUTarget("cuda", compute_capability, 32),
-        options={"num_warps": build.num_warps, "num_stages": build.num_stages},
+        program=count_program(sass),
     )
 
 

@@ -1,8 +1,12 @@
 """The launches that the real networks make, recorded on meta tensors without a GPU.
 
 Blocks, the head and the augmentation run through the very steps of training, so what is recorded is
-what a GPU would be given, prologues, epilogues and all.
+what a GPU would be given, prologues, epilogues and all. `record_update` lists what a step launches
+besides; `network_launches` is all of it.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -13,11 +17,27 @@ from fastres.kernels.conv_types import ConvBN
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu.augment import augment_normalize
 from fastres.kernels.gpu.cross_entropy import smooth_cross_entropy_bwd, smooth_cross_entropy_fwd
-from fastres.kernels.gpu.launch import Launch, recording
+from fastres.kernels.gpu.launch import Launch
 from fastres.kernels.gpu.pool_linear import pool_linear_bwd, pool_linear_fwd
-from fastres.kernels.tools.networks import NamedBlock, Precision, precision_set
+from fastres.kernels.tools.networks import (
+    PRECISIONS,
+    NamedBlock,
+    Precision,
+    network_blocks,
+    network_convs,
+    precision_set,
+)
+from fastres.kernels.tools.torch_launches import AnyLaunch, recording_all
 
-__all__ = ["record_augmentation", "record_head", "record_inference", "record_training"]
+__all__ = [
+    "NamedLaunch",
+    "network_launches",
+    "record_augmentation",
+    "record_head",
+    "record_inference",
+    "record_training",
+    "record_update",
+]
 
 # Images and classes of CIFAR-10.
 NUM_IMAGES = 50_000
@@ -35,7 +55,7 @@ def _layer(shape: ConvShape, dtype: torch.dtype) -> ConvBN:
     return ConvBN(w, _empty(shape.K), _empty(shape.K), shape.stride, shape.padding)
 
 
-def record_training(named: NamedBlock, precision: Precision) -> list[Launch]:
+def record_training(named: NamedBlock, precision: Precision) -> list[AnyLaunch]:
     """The launches of forward and backward of one block."""
     dtype = precision.dtype
     first = named.layers[0]
@@ -43,7 +63,7 @@ def record_training(named: NamedBlock, precision: Precision) -> list[Launch]:
     projection = None if named.projection is None else _layer(named.projection, dtype)
     layers = [_layer(shape, dtype) for shape in named.layers]
     block = Block(layers, projection, named.shortcut)
-    with precision_set(precision), recording() as launches:
+    with precision_set(precision), recording_all() as launches:
         out, states = block_ops.forward(block, x, None, gpu_backend)
         mask = None if named.shortcut == "none" else out
         dout = torch.empty_like(out)
@@ -51,7 +71,7 @@ def record_training(named: NamedBlock, precision: Precision) -> list[Launch]:
     return launches
 
 
-def record_inference(named: NamedBlock, precision: Precision) -> list[Launch]:
+def record_inference(named: NamedBlock, precision: Precision) -> list[AnyLaunch]:
     """The launches of one block with every batch norm folded into its convolution."""
     dtype = precision.dtype
     first = named.layers[0]
@@ -61,7 +81,7 @@ def record_inference(named: NamedBlock, precision: Precision) -> list[Launch]:
         layer = _layer(shape, dtype)
         return gpu_backend.conv_folded(source, layer, _empty(2, shape.K), residual, relu)
 
-    with precision_set(precision), recording() as launches:
+    with precision_set(precision), recording_all() as launches:
         shortcut = x if named.shortcut == "input" else None
         if named.projection is not None:
             shortcut = folded(x, named.projection, None, False)
@@ -73,7 +93,7 @@ def record_inference(named: NamedBlock, precision: Precision) -> list[Launch]:
     return launches
 
 
-def record_head(last: ConvShape, precision: Precision, *, training: bool) -> list[Launch]:
+def record_head(last: ConvShape, precision: Precision, *, training: bool) -> list[AnyLaunch]:
     """The launches of pool and classifier and, in training, of the loss and backward too.
 
     last: the network's last convolution.
@@ -81,7 +101,7 @@ def record_head(last: ConvShape, precision: Precision, *, training: bool) -> lis
     dtype = precision.dtype
     x = _empty(last.N, last.K, last.P, last.Q, dtype=dtype)
     weight, bias = _empty(NUM_CLASSES, last.K), _empty(NUM_CLASSES)
-    with recording() as launches:
+    with recording_all() as launches:
         logits, pooled = pool_linear_fwd(x, weight, bias)
         if training:
             labels = _empty(last.N, dtype=torch.int64)
@@ -91,10 +111,10 @@ def record_head(last: ConvShape, precision: Precision, *, training: bool) -> lis
     return launches
 
 
-def record_augmentation(batch: int, precision: Precision) -> list[Launch]:
+def record_augmentation(batch: int, precision: Precision) -> list[AnyLaunch]:
     """The launch that crops, mirrors, paints and normalises a batch for the stem."""
     images = torch.empty((NUM_IMAGES, 32, 32, 3), dtype=torch.uint8, device="meta")
-    with recording() as launches:
+    with recording_all() as launches:
         augment_normalize(
             images,
             _empty(batch, dtype=torch.int64),
@@ -108,3 +128,119 @@ def record_augmentation(batch: int, precision: Precision) -> list[Launch]:
             dtype=precision.dtype,
         )
     return launches
+
+
+def record_update(network: str, batch: int, precision: Precision) -> list[AnyLaunch]:
+    """What a training step launches besides blocks, head and augmentation.
+
+    That of `python -m fastres.train --fast` on a GPU, with SGD, as one CUDA graph: the batch is
+    copied to where the graph reads it and cast, the filters are cast and their gradients cast back,
+    the gradient of the loss starts as 1; then optimizer, running statistics, sums of the epoch and
+    learning rate. The scaling of losses of fp16 is left out.
+    """
+    dtype = precision.dtype
+    layers = [s for _, s, count in network_convs(network, batch) for _ in range(count)]
+    filters = [_empty(s.K, s.C, s.R, s.S) for s in layers]
+    vectors = [_empty(s.K) for s in layers for _ in ("weight", "bias")]
+    head = [_empty(NUM_CLASSES, layers[-1].K), _empty(NUM_CLASSES)]
+    with recording_all() as launches:
+        _start_step(batch, dtype)
+        for w in filters:
+            w.to(dtype).to(w.dtype)
+        for params in ([*filters, head[0]], [*vectors, head[1]]):
+            _update_parameters(params)
+        _update_running_statistics(vectors)
+        _add_to_totals(batch, dtype)
+    return launches
+
+
+def _start_step(batch: int, dtype: torch.dtype) -> None:
+    """The learning rate, the inputs of the graph, the gradient of the loss."""
+    _empty().fill_(0.1)
+    images, labels = _empty(batch, 3, 32, 32), _empty(batch, dtype=torch.int64)
+    torch.empty_like(images).copy_(images).to(dtype)
+    torch.empty_like(labels).copy_(labels)
+    torch.ones_like(_empty())
+
+
+def _update_parameters(params: list[torch.Tensor]) -> None:
+    """SGD of one group of parameters, by torch's fused kernel."""
+    grads, momenta = ([torch.empty_like(p) for p in params] for _ in range(2))
+    torch.ops.aten._fused_sgd_.tensor_lr(
+        params,
+        grads,
+        momenta,
+        weight_decay=5e-4,
+        momentum=0.9,
+        lr=_empty(),
+        dampening=0.0,
+        nesterov=True,
+        maximize=False,
+        is_first_step=False,
+    )
+
+
+def _update_running_statistics(averages: list[torch.Tensor]) -> None:
+    """Those of all layers, two vectors each, and the counts of their batches."""
+    counts = [_empty(dtype=torch.int64) for _ in averages[::2]]
+    torch._foreach_add_(counts, 1)
+    torch._foreach_lerp_(averages, [torch.empty_like(t) for t in averages], 0.1)
+
+
+def _add_to_totals(batch: int, dtype: torch.dtype) -> None:
+    """The sums of an epoch: loss, right answers, images, lost batches; see fastres.engine.step."""
+    loss, logits = _empty(), _empty(batch, NUM_CLASSES, dtype=dtype)
+    totals, labels = _empty(4, dtype=torch.float64), _empty(batch, dtype=torch.int64)
+    right = (logits.argmax(dim=1) == labels).sum()
+    count = torch.full_like(right, batch)
+    lost = loss - loss != 0
+    totals += torch.stack([loss.double() * batch, right.double(), count.double(), lost.double()])
+
+
+@dataclass(frozen=True)
+class NamedLaunch:
+    """A launch of a network: training or inference, where in the network, how often it is made."""
+
+    phase: str
+    layer: str
+    launch: AnyLaunch
+    count: int
+
+
+def _layer_name(block: NamedBlock, launch: AnyLaunch) -> str:
+    """The convolution that a launch computes, as networks.py calls it; else the block."""
+    if not isinstance(launch, Launch) or not launch.name.startswith("conv"):
+        return block.name
+    return next(
+        conv.name
+        for conv in block.convs()
+        if conv.shape.constexprs().items() <= launch.args.items()
+    )
+
+
+def network_launches(
+    network: str, batch: int, precision: Precision, phase: str
+) -> Iterator[NamedLaunch]:
+    """Yield every launch of a step of "training", or of a batch of "inference".
+
+    Args:
+        network: a key of NETWORKS.
+        batch: images.
+        precision: of activations and filters.
+        phase: "training" or "inference"; the batches of the latter are normalised already, and its
+            filters cast and batch norms folded.
+    """
+    is_training = phase == "training"
+    record = record_training if is_training else record_inference
+    blocks = network_blocks(network, batch)
+    for block in blocks:
+        for launch in record(block, precision):
+            yield NamedLaunch(phase, _layer_name(block, launch), launch, block.count)
+    around = {"head": record_head(blocks[-1].layers[-1], precision, training=is_training)}
+    if is_training:
+        # The loader does not know in which precision the network computes.
+        around["augmentation"] = record_augmentation(batch, PRECISIONS["fp32"])
+        around["update"] = record_update(network, batch, precision)
+    for name, launches in around.items():
+        for launch in launches:
+            yield NamedLaunch(phase, name, launch, 1)

@@ -25,6 +25,7 @@ from fastres.kernels.reference.block import bn_fold_ref
 from fastres.kernels.reference.error_bound import RATIO, UNIT_ROUNDOFF
 from fastres.kernels.tools.network_launches import record_training
 from fastres.kernels.tools.networks import NamedBlock, Precision, network_blocks, precision_set
+from fastres.kernels.tools.torch_launches import AnyLaunch
 
 __all__ = [
     "ConvCase",
@@ -96,8 +97,10 @@ def _variants_of(block: NamedBlock) -> list[tuple[ConvVariant, ConvShape]]:
     return variants
 
 
-def _is_of(launch: Launch, shape: ConvShape) -> bool:
-    return launch.name.startswith("conv") and shape.constexprs().items() <= launch.args.items()
+def _is_of(launch: AnyLaunch, shape: ConvShape) -> bool:
+    if not isinstance(launch, Launch) or not launch.name.startswith("conv"):
+        return False
+    return shape.constexprs().items() <= launch.args.items()
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,15 @@ from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.tools import codegen
 from fastres.kernels.tools.codegen_report import (
-    PEAK_RATES,
     CodegenEntry,
     Plan,
     compile_entries,
     plan_entries,
 )
+from fastres.kernels.tools.control_flow import ProgramCount
 from fastres.kernels.tools.machine_code import MachineCode, compile_launch
 from fastres.kernels.tools.networks import NETWORKS, PRECISIONS, network_blocks, network_convs
+from fastres.kernels.tools.peak_rates import PEAK_RATES
 from tests.helpers.interpreter import HAS_GPU
 
 REPO = Path(__file__).resolve().parents[2]
@@ -192,8 +193,9 @@ def make_entry(arch="sm_90", precision="bf16", kernel="conv_fprop_kernel", **cha
         "wide_stores": 4,
         "narrow_stores": 0,
         "load_bits": {"x_ptr": 128, "scale_shift_ptr": 32},
+        "program": ProgramCount((100, 40)),
     }
-    numbers = {"bytes": 4_300_000, "flops": 1000}
+    numbers = {"bytes": 3_000_000, "flops": 1000, "trips": (5.0,), "last_programs": 1}
     for name in numbers:
         numbers[name] = changes.pop(name, numbers[name])
     plan = Plan(
@@ -207,6 +209,8 @@ def make_entry(arch="sm_90", precision="bf16", kernel="conv_fprop_kernel", **cha
         configured_by="heuristics",
         tile="",
         launches=1,
+        programs=132,
+        num_warps=4,
         expected_bits={"x_ptr": 128},
         build=None,
         **numbers,
@@ -231,9 +235,42 @@ def test_what_counts_as_a_violation():
 def test_the_roofline_is_the_longer_of_memory_and_arithmetic():
     by_memory = make_entry()
     assert (by_memory.roofline_us, by_memory.bound) == (pytest.approx(1.0), "memory")
-    by_arithmetic = make_entry(flops=7_900_000_000)
+    by_arithmetic = make_entry(flops=8_000_000_000)
     assert (by_arithmetic.roofline_us, by_arithmetic.bound) == (pytest.approx(10.0), "arithmetic")
-    assert make_entry(precision="tf32", flops=7_900_000_000).roofline_us == pytest.approx(20.0)
+    assert make_entry(precision="tf32", flops=8_000_000_000).roofline_us == pytest.approx(20.0)
+
+
+def test_issue_time_counts_every_warp_and_every_trip():
+    entry = make_entry()
+    assert entry.warp_instructions == 132 * 4 * (100 + 5 * 40)
+    # As many programs as multiprocessors, as many warps as schedulers: 300 clocks.
+    assert entry.issue_us == pytest.approx(300 / 1755)
+    assert entry.attainable_us == pytest.approx(1.0)
+    assert make_entry(trips=(1000.0,)).attainable_us == pytest.approx(40_100 / 1755 / 0.7)
+    assert entry.count_notes == ["loop x 5"]
+    last = make_entry(program=ProgramCount((100, 40), (30, 8)), last_programs=2)
+    assert last.warp_instructions == 4 * (132 * 300 + 2 * 38)
+    assert last.count_notes == ["loop x 5", "38 by the last program alone"]
+    # A loop that most programs do not enter has become a branch.
+    branch = make_entry(program=ProgramCount((100,), conditional=60), trips=(0.25,))
+    assert branch.warp_instructions == 132 * 4 * (40 + 0.25 * 60)
+    unrolled = make_entry(program=ProgramCount((300,), skipped=9)).count_notes
+    assert unrolled == ["loop unrolled, or on another way", "9 of slow paths left out"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "programs"),
+    [
+        # 64 registers of 32 x 4 threads; 57 take as many, being given by eights.
+        ({}, 8),
+        ({"registers": 57}, 8),
+        ({"registers": 24}, 16),
+        ({"registers": 16, "shared_bytes": 113 * 1024}, 2),
+        ({"registers": 16, "shared_bytes": 113 * 1024 + 1}, 1),
+    ],
+)
+def test_programs_that_share_a_multiprocessor(changes, programs):
+    assert make_entry(**changes).programs_per_multiprocessor == programs
 
 
 @pytest.mark.parametrize(("network", "blocks"), [("resnet20", 9), ("resnet18", 8)])
@@ -258,6 +295,12 @@ def test_convolutions_are_those_of_the_blocks(network, blocks):
         (["--dtype", "int8"], "choose from"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--json"], "--json needs a FILE, but with --step"),
+        (["--step", "vgg"], "choose from"),
+        (["--step", "resnet20", "--json", "x"], "--step writes no file"),
+        (["--step", "resnet20", "--csv", "x"], "--step writes no file"),
+        (["--step", "resnet20", "--model", "resnet20"], "leave --model out"),
+        (["--step", "resnet20", "--arch", "sm_80", "sm_90"], "one --arch at a time"),
     ],
 )
 def test_wrong_use_is_one_sentence(argv, message, capsys):
@@ -270,7 +313,7 @@ def test_wrong_use_is_one_sentence(argv, message, capsys):
     assert message in error
     assert error.count("\n") == 1
     if message == "choose from":
-        names = {"--arch": PEAK_RATES, "--model": NETWORKS, "--dtype": PRECISIONS}[argv[0]]
+        names = {"--arch": PEAK_RATES, "--dtype": PRECISIONS}.get(argv[0], NETWORKS)
         assert all(name in error for name in names)
 
 
@@ -296,7 +339,7 @@ def test_the_command_prints_and_writes_its_entries(tmp_path):
         command, env=compiling_environment(), cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "ESTIMATE for H200: 4.3 TB/s" in done.stdout
+    assert "ESTIMATES of lower bounds for H100 SXM: 132 multiprocessors at 1.755" in done.stdout
     assert done.stdout.endswith(" entries, 0 with a violation\n")
     entries = json.loads((tmp_path / "report.json").read_text())
     with (tmp_path / "report.csv").open(newline="") as stream:

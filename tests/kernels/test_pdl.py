@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from fastres.kernels.gpu.cross_entropy import smooth_cross_entropy_fwd
 from fastres.kernels.gpu.launch import Traffic, launch, recording
 from fastres.kernels.gpu.launch_config import ConvConfig, force_pdl, load_pdl, uses_pdl
 from fastres.kernels.tools.codegen_report import plan_entries
-from fastres.kernels.tools.machine_code import Build, assemble, disassemble, specialize
+from fastres.kernels.tools.machine_code import Build, disassemble, to_build
 from fastres.kernels.tools.tuner import merge_table
 from tests.helpers.interpreter import HAS_GPU
 
@@ -68,14 +69,12 @@ def one_build_a_kernel():
             torch.empty(512, dtype=torch.int64, device="meta"),
             0.1,
         )
-    return builds | {launch.kernel.fn.__name__: specialize(launch) for launch in launches}
+    return builds | {launch.kernel.fn.__name__: to_build(launch, 90) for launch in launches}
 
 
 def memory_accesses(build: Build, pdl: bool):
     """What PTX and machine code do with memory and other kernels, in the order of the text."""
-    index = [name for name, _ in build.signature].index("PDL")
-    constants = tuple((i, pdl if i == index else value) for i, value in build.constants)
-    compiled = assemble(build._replace(constants=constants), 90)
+    compiled = replace(build, args={**build.args, "PDL": pdl}).run_launcher()
     sass, _ = disassemble(compiled.asm["cubin"])
     return re.findall(PTX, compiled.asm["ptx"]), re.findall(SASS, sass)
 
@@ -121,7 +120,7 @@ def gpu(tmp_path, monkeypatch):
 
     def pretend(capability, table):
         path = tmp_path / "table.json"
-        path.write_text(json.dumps({"schema": 2, "gpus": {}} | table))
+        path.write_text(json.dumps({"schema": 3, "gpus": {}} | table))
         monkeypatch.setattr(launch_config, "load_pdl", lambda: load_pdl(path))
         monkeypatch.setattr(launch_config, "gpu_name", lambda device: "test")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -165,7 +164,7 @@ def test_only_gpus_use_it(device):
 @pytest.mark.parametrize("pdl", [[], "NVIDIA H200", {"NVIDIA H200": 1}, {"NVIDIA H200": "on"}])
 def test_a_bad_entry_is_refused_by_all_that_read_the_table(tmp_path, pdl):
     path = tmp_path / "table.json"
-    path.write_text(json.dumps({"schema": 2, "gpus": {}, "pdl": pdl}))
+    path.write_text(json.dumps({"schema": 3, "gpus": {}, "pdl": pdl}))
     for read in (load_pdl, launch_config.load_table):
         with pytest.raises(ValueError, match=r"^table\.json: pdl must say true or false of names"):
             read(path)
@@ -173,7 +172,7 @@ def test_a_bad_entry_is_refused_by_all_that_read_the_table(tmp_path, pdl):
 
 def test_tuning_keeps_the_entries(tmp_path):
     path = tmp_path / "table.json"
-    path.write_text(json.dumps({"schema": 2, "gpus": {}, "pdl": {"A": True}}))
+    path.write_text(json.dumps({"schema": 3, "gpus": {}, "pdl": {"A": True}}))
     merge_table(path, "A", {"x": ConvConfig(16, 16, 16, 1, 1)}, {})
     assert load_pdl(path) == {"A": True}
 
