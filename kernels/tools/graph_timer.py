@@ -5,15 +5,17 @@ A graph has no launch latency between its kernels, as the captured training step
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-__all__ = ["GRAPH_REPLAYS", "GraphSampler", "GraphTimer", "Trial", "graph_sample"]
+__all__ = ["GRAPH_REPLAYS", "L2", "GraphSampler", "GraphTimer", "Trial", "graph_sample"]
 
 GRAPH_REPLAYS = 10
 _HOT_CALLS = 8
 _ROUNDS = 15
+
+L2 = Literal["cold", "hot", "both"]
 
 
 class Trial(NamedTuple):
@@ -100,17 +102,21 @@ class GraphTimer:
 
     Args:
         device: the GPU.
-        cold: whether the L2 cache is emptied before each call; else it holds what the last left.
+        l2: "cold": the L2 cache is emptied before each call. "hot": it holds what the last call of
+            the same trial left. "both": the mean of the two medians, because in a training step the
+            operand that the last launch wrote is there, as far as it fits, and older ones are not.
     """
 
-    def __init__(self, device: torch.device, *, cold: bool):
-        self._sampler = GraphSampler(device, cold=cold)
+    def __init__(self, device: torch.device, *, l2: L2):
+        states = {"cold": [True], "hot": [False], "both": [True, False]}[l2]
+        self._samplers = [GraphSampler(device, cold=cold) for cold in states]
 
     def __call__(self, trials: Sequence[Trial]) -> list[float]:
         """Median seconds of one run of each trial."""
-        samples = [self._sampler.sample(trial.run) for trial in trials]
-        times: list[list[float]] = [[] for _ in samples]
+        samples = [[s.sample(trial.run) for s in self._samplers] for trial in trials]
+        times: list[list[list[float]]] = [[[] for _ in of_trial] for of_trial in samples]
         for _ in range(_ROUNDS):
-            for sample, spent in zip(samples, times, strict=True):
-                spent.append(sample())
-        return [statistics.median(spent) for spent in times]
+            for of_trial, spent in zip(samples, times, strict=True):
+                for sample, seconds in zip(of_trial, spent, strict=True):
+                    seconds.append(sample())
+        return [statistics.fmean(map(statistics.median, spent)) for spent in times]

@@ -1,21 +1,23 @@
 """Measure this GPU and write its launch table: `python -m fastres.kernels.tools.tune`.
 
-For every convolution of the chosen networks the tuner times tile configurations and, as equal work,
-the `triton` and `cudnn` routes, and keeps the fastest that computes the right thing; see tuner.py.
-All layers get their routes first, with heuristic tiles, then their tiles; those that move most
-bytes come first, and the table is written after each, so a run that is cut off loses little.
-Entries of other GPUs and of other layers stay.
+Round 1 times, for every convolution of the chosen networks, the forms of its kernels and, as equal
+work, the `triton` and `cudnn` routes: few compilations. Round 2 turns the knobs of the fastest
+form: tiles, patches, load order, warps, stages, programs, parts of a wgrad. Layers that move most
+bytes come first, every candidate is proved right before it is timed, and the table is written after
+each layer, so a run that is cut off loses little. Entries of other GPUs and of other layers stay.
+See tuner.py. Ends with 1 when the GPU stops answering, with 2 when nothing can be measured.
 """
 
 import argparse
 import importlib.util
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fastres.host import provenance
+from fastres.host import provenance, usable_cores
 from fastres.output import reader_may_leave
 
 if TYPE_CHECKING:
@@ -23,12 +25,13 @@ if TYPE_CHECKING:
 
     from fastres.kernels.conv_shape import ConvOp
     from fastres.kernels.tools.tune_workloads import ConvWorkload
-    from fastres.kernels.tools.tuner import Choice
+    from fastres.kernels.tools.tuner import Choice, Tuner
 
 __all__ = ["main"]
 
 NETWORKS = ("resnet20", "resnet18")
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
+BUDGET = 180.0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,11 +49,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--batches", nargs="+", type=int, default=[512], metavar="N", help="images; default 512")
     text = f"precisions: {', '.join(DTYPES)} (tf32: fp32 as torch multiplies it); default bf16"
     add("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], metavar="NAME", help=text)
-    add("--budget", type=float, metavar="SECONDS", help="stop in time and keep what is done")
+    text = f"stop in time and keep what is done; default {BUDGET:g}, inf: until all is tried"
+    add("--budget", type=float, default=BUDGET, metavar="SECONDS", help=text)
     add("--out", type=Path, metavar="FILE", help="table to write; default: the package's")
-    add("--candidates", type=int, default=24, metavar="N", help="tiles a product; default 24")
-    text = "cold: emptied before every call (default); hot: as the call before left it"
-    add("--l2", choices=("cold", "hot"), default="cold", help=text)
+    text = "configurations that round 2 tries of a product; default 24"
+    add("--candidates", type=int, default=24, metavar="N", help=text)
+    text = (
+        "cold: emptied before every call; hot: as the call before left it; both (default): the "
+        "mean of the two, because in a training step some operands are there and some are not"
+    )
+    add("--l2", choices=("cold", "hot", "both"), default="both", help=text)
     add("--dry-run", action="store_true", help="list the candidates and measure nothing")
     return parser
 
@@ -62,7 +70,7 @@ def _obstacle(options: argparse.Namespace) -> str | None:
             return f"--batches must be at least 1, got {batch}"
     if options.candidates < 1:
         return f"--candidates must be at least 1, got {options.candidates}"
-    if options.budget is not None and options.budget <= 0:
+    if not options.budget > 0:  # Nor is NaN.
         return f"--budget must be above 0 seconds, got {options.budget:g}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton (Linux only)"
@@ -85,25 +93,35 @@ def _workloads(options: argparse.Namespace) -> "list[ConvWorkload]":
 
 def _print_candidates(workloads: "Sequence[ConvWorkload]", limit: int) -> None:
     """List what would be timed, most valuable layer first."""
-    from fastres.kernels.gpu.launch_config import table_key
-    from fastres.kernels.tools.tuner import candidates
+    from fastres.kernels.tools.candidates import (
+        GpuLimits,
+        Product,
+        neighbourhood,
+        start_configs,
+    )
 
-    whole = sum(workload.bytes for workload in workloads)
-    number = 0
+    whole, gpu = sum(workload.bytes for workload in workloads), GpuLimits()
+    num_starts = 0
     for workload in workloads:
-        tf32, dtype = workload.precision.tf32, workload.precision.dtype
         ops: list[ConvOp] = ["fprop", "dgrad", "wgrad"]
         if not any(variant.need_dx for variant in workload.variants):
             ops.remove("dgrad")
         for op in ops:
-            found = candidates(op, workload.shape, dtype, tf32=tf32, limit=limit)
-            number += len(found)
-            key = table_key(op, workload.shape, dtype, tf32=tf32)
+            product = Product(op, workload.shape, workload.precision)
+            starts = start_configs(product, gpu)
+            num_starts += len(starts)
             share = workload.bytes / whole
-            print(f"{key}: {100 * share:.1f} % of the bytes, {len(found)} candidates")
-            for config in found:
-                print(f"  {config.label}")
-    print(f"{number} candidates of {len(workloads)} layers; cudnn besides, for each product")
+            print(f"{product.key}: {100 * share:.1f} % of the bytes")
+            for start in starts:
+                tiles = neighbourhood(product, start, gpu)
+                near = min(limit, len(tiles))
+                print(f"  {start.form}: {start.label}; nearest {near} of {len(tiles)} neighbours:")
+                for config in tiles[:limit]:
+                    print(f"    {config.label}")
+    print(
+        f"{num_starts} starts of {len(workloads)} layers, and cudnn for each product; then up to "
+        f"{limit} neighbours of the fastest, nearest to the fastest so far first"
+    )
 
 
 def _provenance(options: argparse.Namespace, device: "torch.device") -> dict[str, Any]:
@@ -130,47 +148,70 @@ def _report(choices: "Sequence[Choice]") -> None:
         )
 
 
+def _tuner(options: argparse.Namespace, device: "torch.device", started: float) -> "Tuner":
+    import torch
+
+    from fastres.kernels.tools.candidates import GpuLimits
+    from fastres.kernels.tools.graph_timer import GraphTimer
+    from fastres.kernels.tools.tuner import Tuner
+
+    # Not every release of torch names the attributes in its type stubs.
+    properties: Any = torch.cuda.get_device_properties(device)
+    return Tuner(
+        device,
+        GraphTimer(device, l2=options.l2),
+        deadline=started + options.budget,
+        gpu=GpuLimits(
+            shared_bytes=properties.shared_memory_per_block_optin,
+            multiprocessors=properties.multi_processor_count,
+            has_tma=properties.major >= 9,
+        ),
+        limit=options.candidates,
+        threads=usable_cores(),
+        synchronize=lambda: torch.cuda.synchronize(device),
+    )
+
+
 def _measure(options: argparse.Namespace) -> int:
-    """Tune, writing after each layer."""
+    """Tune, writing after each layer; 1 where the GPU stops answering."""
     import torch
 
     from fastres.kernels.gpu.launch_config import TABLE_PATH, gpu_name
-    from fastres.kernels.tools.graph_timer import GraphTimer
-    from fastres.kernels.tools.tuner import Tuner, merge_table
+    from fastres.kernels.tools.tuner import GpuLostError, merge_table
 
     # As training sets it: cuDNN times its algorithms too.
     torch.backends.cudnn.benchmark = True
     device = torch.device("cuda", torch.cuda.current_device())
     out = options.out or TABLE_PATH
     started = time.monotonic()
-    # Not every release of torch names the attribute in its type stubs.
-    properties: Any = torch.cuda.get_device_properties(device)
-    tuner = Tuner(
-        device,
-        GraphTimer(device, cold=options.l2 == "cold"),
-        deadline=None if options.budget is None else started + options.budget,
-        shared_bytes=properties.shared_memory_per_block_optin,
-        multiprocessors=properties.multi_processor_count,
-        has_tma=properties.major >= 9,
-        limit=options.candidates,
-    )
-    workloads = _workloads(options)
+    tuner, workloads = _tuner(options, device, started), _workloads(options)
     name, measured = gpu_name(device), _provenance(options, device)
-    print(f"{name}: {len(workloads)} layers, {options.l2} L2, table {out}")
-    done: list[Choice] = []
-    for choices in tuner.run(workloads):
-        merge_table(out, name, {choice.key: choice.config for choice in choices}, measured)
-        _report(choices)
-        done += choices
-    tuned = len({choice.key.rpartition("/")[2] for choice in done})
-    spent = time.monotonic() - started
-    print(f"{len(done)} entries of {tuned} layer shapes written to {out} in {spent:.0f} s")
+    print(f"{name}: {len(workloads)} layers, {options.l2} L2, {options.budget:g} s, table {out}")
+    num_layers, written = Counter[str](), set[str]()
+    lost: GpuLostError | None = None
+    try:
+        for tuned in tuner.run(workloads):
+            if tuned.choices:
+                entries = {choice.key: choice.config for choice in tuned.choices}
+                merge_table(out, name, entries, measured)
+                written |= set(entries)
+            _report(tuned.choices)
+            num_layers[tuned.round] += 1
+    except GpuLostError as error:
+        lost = error
+    print(
+        f"{len(written)} entries written to {out} in {time.monotonic() - started:.0f} s: forms of "
+        f"{num_layers['forms']}, tiles of {num_layers['tiles']} of {len(workloads)} layers"
+    )
+    if lost is not None:
+        print(f"error: {lost}", file=sys.stderr)
+        return 1
     return 0
 
 
 @reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Tune or list; 2 where nothing can be measured."""
+    """Tune or list; 1 where the GPU stops answering, 2 where nothing can be measured."""
     options = _parser().parse_args(argv)
     reason = _obstacle(options)
     if reason is not None:

@@ -8,10 +8,11 @@ variant and runs it on any back end, so that the `triton` and `cudnn` routes do 
 convolution and all that is fused with it.
 """
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +30,10 @@ from fastres.kernels.tools.torch_launches import AnyLaunch
 
 __all__ = [
     "ConvCase",
+    "ConvPass",
     "ConvVariant",
     "ConvWorkload",
-    "check_parity",
+    "ParityCheck",
     "conv_workloads",
     "make_case",
 ]
@@ -39,6 +41,9 @@ __all__ = [
 # Images of a parity check, whose truth is computed in fp64. The code of a kernel depends on the
 # layer, not on the batch.
 PARITY_BATCH = 4
+
+# Of one layer, as training runs it: its convolution and all that is fused with it.
+ConvPass = Literal["forward", "backward"]
 
 
 class ConvVariant(NamedTuple):
@@ -130,17 +135,29 @@ class ConvCase:
             need_dx=self.need_dx,
         )
 
+    def run(self, name: ConvPass, backend: Backend) -> LayerState | ConvGrads:
+        """One of the two passes."""
+        return self.forward(backend) if name == "forward" else self.backward(backend)
+
     def double(self) -> "ConvCase":
         """The same numbers in fp64."""
+        return self._map(Tensor.double)
 
-        def widen(value: Any) -> Any:
+    def on_meta(self) -> "ConvCase":
+        """Sizes, strides and dtypes alone: to record launches without making them."""
+        return self._map(
+            lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        )
+
+    def _map(self, of_tensor: Callable[[Tensor], Tensor]) -> "ConvCase":
+        def of_value(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value.double()
+                return of_tensor(value)
             if isinstance(value, tuple):
-                return type(value)(*(widen(item) for item in value))
+                return type(value)(*(of_value(item) for item in value))
             return value
 
-        return ConvCase(**{name: widen(value) for name, value in vars(self).items()})
+        return ConvCase(**{name: of_value(value) for name, value in vars(self).items()})
 
 
 def make_case(
@@ -184,47 +201,76 @@ def make_case(
     )
 
 
-def _outcome(case: ConvCase, op: str, backend: Backend) -> dict[str, Tensor]:
-    """What one product of a case computes: tensors by name."""
-    if op == "fprop":
+def _outcome(case: ConvCase, name: ConvPass, backend: Backend) -> dict[str, Tensor]:
+    """What a pass of a case computes: tensors by name."""
+    if name == "forward":
         state = case.forward(backend)
         return {"y": state.y, "mean": state.mean, "scale_shift": state.scale_shift}
     grads = case.backward(backend)
-    if op == "wgrad":
-        return {"dw": grads.dw}
-    assert grads.dx is not None
-    outcome = {"dx": grads.dx}
-    if case.producer is not None:
+    outcome = {"dw": grads.dw}
+    if grads.dx is not None:
+        outcome["dx"] = grads.dx
+    if grads.sums is not None:
         # The kernels leave their sums in tiles.
-        for name in ("g", "gy"):
-            total = getattr(grads.sums, name)
-            outcome[f"sum of {name}"] = total.sum(1) if total.dim() == 2 else total
+        for of in ("g", "gy"):
+            total = getattr(grads.sums, of)
+            outcome[f"sum of {of}"] = total.sum(1) if total.dim() == 2 else total
     return outcome
 
 
-def check_parity(
-    workload: ConvWorkload, op: str, backend: Backend, device: torch.device
-) -> str | None:
-    """Run one product on small batches in every variant; say what is wrong with it, or None.
+class ParityCheck:
+    """Compares a pass of a layer, in all variants and on small batches, with the truth in fp64.
 
     Wrong is an error against fp64 above RATIO times that of plain torch in the same dtype and one
-    rounding, in root mean square or in the largest element, or a NaN.
+    rounding, in root mean square or in the largest element, or a NaN. Truth and plain torch are
+    computed once and serve every candidate.
+
+    Args:
+        workload: the layer.
+        device: where it runs.
     """
-    shape = replace(workload.shape, N=min(PARITY_BATCH, workload.shape.N))
-    dtype = workload.precision.dtype
-    for variant in workload.variants:
-        if op == "dgrad" and not variant.need_dx:
-            continue
-        case = make_case(shape, variant, dtype, device)
-        with precision_set(workload.precision):
-            computed = _outcome(case, op, backend)
-            eager = _outcome(case, op, reference_backend)
-        truth = _outcome(case.double(), op, reference_backend)
-        for name, value in computed.items():
-            wrong = _excess(value, eager[name], truth[name], _roundoff(workload.precision))
-            if wrong is not None:
-                return f"{name} is off by {wrong}"
-    return None
+
+    def __init__(self, workload: ConvWorkload, device: torch.device):
+        self._workload = workload
+        self._device = device
+        self._expected: dict[tuple[ConvPass, ConvVariant], _Expected] = {}
+
+    @functools.cached_property
+    def cases(self) -> dict[ConvVariant, ConvCase]:
+        """The tensors of each variant."""
+        shape = replace(self._workload.shape, N=min(PARITY_BATCH, self._workload.shape.N))
+        dtype = self._workload.precision.dtype
+        return {v: make_case(shape, v, dtype, self._device) for v in self._workload.variants}
+
+    def __call__(self, name: ConvPass, backend: Backend) -> str | None:
+        """Run the pass; say what is wrong with it, or None."""
+        precision = self._workload.precision
+        for variant, case in self.cases.items():
+            with precision_set(precision):
+                computed = _outcome(case, name, backend)
+            eager, truth = self._expect(name, variant)
+            for what, value in computed.items():
+                wrong = _excess(value, eager[what], truth[what], _roundoff(precision))
+                if wrong is not None:
+                    return f"{what} is off by {wrong}"
+        return None
+
+    def _expect(self, name: ConvPass, variant: ConvVariant) -> "_Expected":
+        place = name, variant
+        if place not in self._expected:
+            case = self.cases[variant]
+            with precision_set(self._workload.precision):
+                eager = _outcome(case, name, reference_backend)
+            truth = _outcome(case.double(), name, reference_backend)
+            self._expected[place] = _Expected(eager, truth)
+        return self._expected[place]
+
+
+class _Expected(NamedTuple):
+    """What plain torch computes in the dtype of a case, and in fp64."""
+
+    eager: dict[str, Tensor]
+    truth: dict[str, Tensor]
 
 
 def _roundoff(precision: Precision) -> float:

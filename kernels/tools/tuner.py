@@ -1,9 +1,13 @@
-"""The tuner: candidates for every convolution, checked, timed, chosen, and kept in a launch table.
+"""The tuner: forms and tiles of every convolution, checked, timed, chosen, kept in a launch table.
 
-For a layer, first the tiles: candidates near the heuristic ones that fit the GPU, each proved right
-before it is timed. Then the routes, as whole passes of the layer: the forward product with its
-statistics on `triton` and on `cudnn`, and the two gradients together on all four pairs of routes,
-because a dy that is stored for one of them serves both.
+A layer has two passes: forward, its product with the statistics, and backward, both gradients. Each
+is timed as training runs it, so that a dy stored for one gradient serves the other, and one launch
+that computes both competes with two. Candidates meet in races: proved right, then timed in turns
+with the entries that lead so far and with the heuristics.
+
+    round 1, forms   every layer, those that move most bytes first: the start of each form, and
+                     the routes `triton` and `cudnn`; few compilations
+    round 2, tiles   the same layers: the knobs of the form that leads, nearest to it first
 
 How time is measured is a `Timer`, so everything else runs and is tested without a GPU.
 """
@@ -11,49 +15,62 @@ How time is measured is a `Timer`, so everything else runs and is tested without
 import functools
 import itertools
 import json
-import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
-from fastres.kernels.conv_shape import ConvOp, ConvShape
+from fastres.kernels.conv_shape import ConvOp
 from fastres.kernels.gpu import backend as gpu_backend
-from fastres.kernels.gpu.conv_dgrad import conv_dgrad
-from fastres.kernels.gpu.conv_wgrad import conv_wgrad
+from fastres.kernels.gpu.launch import Launch, recording
 from fastres.kernels.gpu.launch_config import (
-    NUM_SMS,
     TABLE_SCHEMA,
     ConvConfig,
-    Route,
+    Form,
     assume_entries,
-    heuristic_config,
     load_table,
-    table_key,
-    tma_config,
 )
+from fastres.kernels.tools.candidates import (
+    GpuLimits,
+    Product,
+    distance,
+    heuristic_start,
+    im2col_start,
+    neighbourhood,
+    start_configs,
+)
+from fastres.kernels.tools.compile_ahead import compile_ahead
 from fastres.kernels.tools.graph_timer import Trial
 from fastres.kernels.tools.networks import precision_set
 from fastres.kernels.tools.tune_workloads import (
     ConvCase,
+    ConvPass,
     ConvVariant,
     ConvWorkload,
-    check_parity,
+    ParityCheck,
     make_case,
 )
 from fastres.strict_json import dumps
 
-__all__ = ["Choice", "Timer", "Tuner", "candidates", "merge_table"]
+__all__ = ["Choice", "GpuLostError", "Timer", "Tuned", "Tuner", "merge_table"]
 
-T = TypeVar("T")
+# Candidates of one race: compiled together, then timed in turns.
+RACE_SIZE = 8
 
-# Accumulators and a computed operand that a thread can hold beside its addresses, in fp32 numbers.
-MAX_NUMBERS_A_THREAD = 160
+# How many times a kernel may gain from its knobs: where cuDNN leads by more, no tiles are tried.
+TILE_GAIN = 1.5
+
+# One configuration of each product of a pass, in order.
+Entries = tuple[ConvConfig, ...]
+
+
+class GpuLostError(RuntimeError):
+    """The GPU fails in every call, not in the last one alone."""
 
 
 class Timer(Protocol):
@@ -66,9 +83,8 @@ class Timer(Protocol):
 class Choice(NamedTuple):
     """A decision for one product: its entry, its time and that of the heuristic entry, in seconds.
 
-    Times are of all variants of the layer in a step together. The gradients are timed together, so
-    both of a layer carry the times of the pair. Heuristic tiles that compute the wrong thing are
-    replaced by the nearest right ones.
+    Times are of a whole pass, in all variants of the layer in a step together: both gradients carry
+    the same. Heuristics that compute the wrong thing are replaced by the next right candidate.
     """
 
     key: str
@@ -82,110 +98,11 @@ class Choice(NamedTuple):
         return self.heuristic_seconds / self.seconds
 
 
-def _powers(low: int, high: int) -> list[int]:
-    return [2**i for i in range(low.bit_length() - 1, high.bit_length()) if low <= 2**i <= high]
+class Tuned(NamedTuple):
+    """What a round leaves of a layer."""
 
-
-def _fits(
-    config: ConvConfig, op: ConvOp, shape: ConvShape, itemsize: int, shared_bytes: int
-) -> bool:
-    """Whether tiles fit shared memory and registers, and give every thread 16 bytes to load."""
-    m, n, k = config.block_m, config.block_n, config.block_k
-    threads = 32 * config.num_warps
-    # The gradients compute an operand from two: both are staged.
-    staged = {"fprop": m * k + k * n, "dgrad": 2 * m * k + k * n, "wgrad": k * m + 2 * k * n}[op]
-    computed = {"fprop": m * k, "dgrad": m * k, "wgrad": k * (m + n)}[op]
-    gemm = shape.gemm(op)
-    rows, columns = (gemm.n, gemm.m) if op == "wgrad" else (gemm.m, gemm.n)
-    return (
-        staged * itemsize * config.num_stages <= shared_bytes
-        and (m * n + computed) / threads <= MAX_NUMBERS_A_THREAD
-        and min(m * k, k * n if op == "wgrad" else m * n) * itemsize >= 16 * threads
-        and m < 2 * max(rows, 64)
-        and n < 2 * max(columns, 16)
-        and k < 2 * max(gemm.k, 16)
-        and config.split_k <= -(-gemm.k // config.block_k)
-    )
-
-
-def _distance(config: ConvConfig, start: ConvConfig) -> float:
-    """Doublings between two configurations; any other number of stages counts as one."""
-    names = ("block_m", "block_n", "block_k", "num_warps", "split_k")
-    doublings = (abs(math.log2(getattr(config, name) / getattr(start, name))) for name in names)
-    return sum(doublings) + (config.num_stages != start.num_stages)
-
-
-def _with_tma(
-    op: ConvOp, shape: ConvShape, start: ConvConfig, tiles: Sequence[ConvConfig], grid_size: int
-) -> dict[ConvConfig, float]:
-    """TMA tiles among `tiles`, with one program a tile and `grid_size`; their distances."""
-    found = {}
-    for config in (start, *tiles):
-        by_tma = replace(config, form="tma")
-        if by_tma.block_k <= start.block_k and by_tma.tma_tile(op, shape) is not None:
-            for size in (0, grid_size):
-                found[replace(by_tma, grid_size=size)] = 1 + _distance(by_tma, start)
-    return found
-
-
-def candidates(
-    op: ConvOp,
-    shape: ConvShape,
-    dtype: torch.dtype,
-    *,
-    tf32: bool = False,
-    shared_bytes: int = 227 * 1024,
-    multiprocessors: int = NUM_SMS,
-    has_tma: bool = True,
-    limit: int = 24,
-) -> list[ConvConfig]:
-    """Tiles worth timing: the heuristic ones, then what fits the GPU, nearest to them first.
-
-    Args:
-        op: the product.
-        shape: of the convolution.
-        dtype: of its operands.
-        tf32: whether fp32 is rounded to TF32.
-        shared_bytes: shared memory that one program may have.
-        multiprocessors: size of a persistent grid.
-        has_tma: whether the GPU has TMA, as Hopper and later do.
-        limit: how many at most.
-
-    Returns: configurations on the route `triton`, without repetition.
-    """
-    start = heuristic_config(op, shape, dtype, tf32=tf32)
-    splits = [1]
-    if op == "wgrad":
-        splits = sorted({max(1, start.split_k // 2), start.split_k, 2 * start.split_k})
-    grid = itertools.product(
-        (64, 128, 256), _powers(16, 256), _powers(16, 128), (4, 8), (2, 3, 4), splits
-    )
-    fitting = [
-        config
-        for config in (ConvConfig(*numbers) for numbers in grid)
-        if config != start and _fits(config, op, shape, dtype.itemsize, shared_bytes)
-    ]
-    distances = {config: _distance(config, start) for config in fitting}
-    by_tma = tma_config(op, shape, dtype, tf32=tf32) if has_tma else None
-    if by_tma is not None:
-        distances |= _with_tma(op, shape, by_tma, fitting, multiprocessors)
-    return [start, *sorted(distances, key=distances.__getitem__)[: limit - 1]]
-
-
-def _product(case: ConvCase, op: ConvOp, config: ConvConfig, tf32: bool) -> Callable[[], object]:
-    """One product of a case on the route `triton`, with its prologue and epilogue."""
-    geometry: dict[str, Any] = {"stride": case.layer.stride, "padding": case.layer.padding}
-    geometry |= {"allow_tf32": tf32, "config": config}
-    w, producer = case.layer.w, case.producer
-    if op == "dgrad":
-        size = (case.x.shape[2], case.x.shape[3])
-        return lambda: conv_dgrad(
-            case.dy, w, size, shortcut=case.shortcut, producer=case.producer, **geometry
-        )
-    scale_shift = None if producer is None else producer.scale_shift
-    return lambda: conv_wgrad(
-        case.x, case.dy, (w.shape[2], w.shape[3]), scale_shift=scale_shift, **geometry
-    )
+    round: Literal["forms", "tiles"]
+    choices: list[Choice]
 
 
 def merge_table(
@@ -216,181 +133,308 @@ def merge_table(
 
 
 @dataclass
+class _Contest:
+    """One pass of a layer: what its candidates took so far.
+
+    seconds: of a step, in all variants together, from the last race of each. leader: the fastest.
+    baseline: the heuristics, or the first right candidate. tried: all that were checked.
+    """
+
+    name: ConvPass
+    workload: ConvWorkload
+    products: tuple[Product, ...]
+    check: ParityCheck
+    seconds: dict[Entries, float] = field(default_factory=dict)
+    tried: set[Entries] = field(default_factory=set)
+    leader: Entries | None = None
+    baseline: Entries | None = None
+
+    def table(self, entries: Entries) -> dict[str, ConvConfig]:
+        """The entries by the names of the launch table."""
+        return {p.key: config for p, config in zip(self.products, entries, strict=True)}
+
+    def label(self, entries: Entries) -> str:
+        """The entries for people."""
+        table = self.table(entries).items()
+        return " with ".join(f"{key} {config.route} {config.label}" for key, config in table)
+
+    def heuristic(self) -> Entries:
+        """What an unmeasured GPU uses."""
+        return tuple(map(heuristic_start, self.products))
+
+    def all_cudnn(self) -> Entries:
+        """Every product on cuDNN, which must be right."""
+        return tuple(replace(im2col_start(p), route="cudnn") for p in self.products)
+
+    def fastest(self, position: int, form: Form | None = None) -> ConvConfig | None:
+        """The fastest configuration there on `triton`: of a form, or of all that compute it alone.
+
+        The fused form decides both products, so its entries say nothing of one.
+        """
+        found = {
+            entries: seconds
+            for entries, seconds in self.seconds.items()
+            if entries[position].route == "triton"
+            and (not _is_fused(entries) if form is None else entries[position].form == form)
+        }
+        return min(found, key=found.__getitem__)[position] if found else None
+
+    def with_config(self, position: int, config: ConvConfig) -> Entries:
+        """The fastest entries of separate launches with another configuration there."""
+        separate = {e: seconds for e, seconds in self.seconds.items() if not _is_fused(e)}
+        base = min(separate, key=separate.__getitem__) if separate else self.heuristic()
+        return (*base[:position], config, *base[position + 1 :])
+
+    def fused(self, config: ConvConfig) -> Entries:
+        """Both gradients in one launch; beside it the wgrad of operands that it cannot take."""
+        return config, self.fastest(1) or im2col_start(self.products[1])
+
+    def lead_over(self, position: int, config: ConvConfig) -> float:
+        """How many times faster the leader is than the fastest entries with `config` there."""
+        assert self.leader is not None
+        with_it = min(s for entries, s in self.seconds.items() if entries[position] == config)
+        return with_it / self.seconds[self.leader]
+
+    def routes(self) -> list[Entries]:
+        """Every combination of routes, with the fastest tiles of each product."""
+        places = [
+            [config for config in (self.fastest(position), cudnn) if config is not None]
+            for position, cudnn in enumerate(self.all_cudnn())
+        ]
+        return list(itertools.product(*places))
+
+    def choices(self) -> list[Choice]:
+        """The leader's entries; none where nothing right was timed."""
+        if self.leader is None or self.baseline is None:
+            return []
+        times = self.seconds[self.leader], self.seconds[self.baseline]
+        return [Choice(key, config, *times) for key, config in self.table(self.leader).items()]
+
+
+@dataclass
 class Tuner:
     """Tunes layer by layer on one device.
 
     Attributes:
         device: where the kernels run.
         timer: how trials are timed.
-        deadline: on `clock`, when to stop; None never does.
-        shared_bytes: shared memory that one program may have.
-        multiprocessors: of the device.
-        has_tma: whether the device has TMA, as Hopper and later do.
-        limit: candidates a product.
+        deadline: on `clock`, when to stop; looked at before each candidate. None never does.
+        gpu: what bounds the candidates.
+        limit: tiles of a product that the second round tries.
+        threads: that compile the candidates of a race before it; 0 leaves that to their runs.
         say: receives one line for each candidate that is left out, and why.
+        synchronize: waits for the device, and raises what went wrong there.
         clock: seconds.
     """
 
     device: torch.device
     timer: Timer
     deadline: float | None = None
-    shared_bytes: int = 227 * 1024
-    multiprocessors: int = NUM_SMS
-    has_tma: bool = True
+    gpu: GpuLimits = field(default_factory=GpuLimits)
     limit: int = 24
+    threads: int = 0
     say: Callable[[str], None] = print
+    synchronize: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.monotonic
     _cases: dict[ConvVariant, ConvCase] = field(default_factory=dict, init=False)
 
-    def run(self, workloads: Sequence[ConvWorkload]) -> Iterator[list[Choice]]:
-        """Yield the choices of each layer as soon as they are made; stop at the deadline.
+    def run(self, workloads: Sequence[ConvWorkload]) -> Iterator[Tuned]:
+        """Yield each layer's choices as soon as a round has made them; stop at the deadline.
 
-        First the routes of all layers with heuristic tiles, which compiles little, then the tiles.
+        Raises: GpuLostError: when the GPU fails in every call after that of a candidate.
         """
-        for limit in sorted({1, self.limit}):
-            for workload in workloads:
-                if self._is_late():
-                    return
-                choices = self.tune_layer(workload, limit)
-                if choices:
-                    yield choices
+        layers = [(workload, self._contests(workload)) for workload in workloads]
+        for workload, contests in layers:
+            if self._is_late():
+                return
+            yield Tuned("forms", self._tune(workload, contests, self._try_forms))
+        for workload, contests in layers:
+            if self._is_late():
+                return
+            yield Tuned("tiles", self._tune(workload, contests, self._try_tiles))
+
+    def _contests(self, workload: ConvWorkload) -> list[_Contest]:
+        """A layer's passes; one whose input needs no gradient has a filter gradient alone."""
+        check = ParityCheck(workload, self.device)
+        need_dx = any(variant.need_dx for variant in workload.variants)
+        passes: dict[ConvPass, tuple[ConvOp, ...]] = {
+            "forward": ("fprop",),
+            "backward": ("dgrad", "wgrad") if need_dx else ("wgrad",),
+        }
+        return [
+            _Contest(
+                name,
+                workload,
+                tuple(Product(op, workload.shape, workload.precision) for op in ops),
+                check,
+            )
+            for name, ops in passes.items()
+        ]
 
     def _is_late(self) -> bool:
         return self.deadline is not None and self.clock() >= self.deadline
 
-    def tune_layer(self, workload: ConvWorkload, limit: int) -> list[Choice]:
-        """Choose among `limit` tiles and the routes; of a pass that the deadline cuts off, none."""
+    def _tune(
+        self,
+        workload: ConvWorkload,
+        contests: Sequence[_Contest],
+        attempt: Callable[[_Contest], None],
+    ) -> list[Choice]:
         dtype = workload.precision.dtype
         self._cases = {
             variant: make_case(workload.shape, variant, dtype, self.device)
             for variant in workload.variants
         }
         with precision_set(workload.precision):
-            return self._tune_forward(workload, limit) + self._tune_backward(workload, limit)
+            for contest in contests:
+                attempt(contest)
+        return [choice for contest in contests for choice in contest.choices()]
 
-    def _key(self, op: ConvOp, workload: ConvWorkload) -> str:
-        precision = workload.precision
-        return table_key(op, workload.shape, precision.dtype, tf32=precision.tf32)
+    def _try_forms(self, contest: _Contest) -> None:
+        """The start of each form, one product after the other; then routes, and both in one."""
+        starts = [start_configs(product, self.gpu) for product in contest.products]
+        heuristic = contest.heuristic()
+        forms = [
+            [contest.with_config(position, config) for config in configs]
+            for position, configs in enumerate(starts)
+        ]
+        self._compile(contest, [heuristic, *itertools.chain(*forms)])
+        self._race(contest, [heuristic])
+        if contest.leader is None:
+            # Partners of what follows must be right, or nothing would be.
+            self._race(contest, [contest.all_cudnn()])
+        for position, configs in enumerate(starts):
+            alone = [config for config in configs if config.form != "fused"]
+            self._race(contest, [contest.with_config(position, config) for config in alone])
+        self._race(contest, contest.routes())
+        self._race(contest, [contest.fused(c) for c in starts[0] if c.form == "fused"])
 
-    def _right_candidates(self, op: ConvOp, workload: ConvWorkload, limit: int) -> list[ConvConfig]:
-        """The candidates that compute the right thing, the heuristic one first if it does."""
-        precision = workload.precision
-        right: list[ConvConfig] = []
-        for config in candidates(
-            op,
-            workload.shape,
-            precision.dtype,
-            tf32=precision.tf32,
-            shared_bytes=self.shared_bytes,
-            multiprocessors=self.multiprocessors,
-            has_tma=self.has_tma,
-            limit=limit,
-        ):
-            if right and self._is_late():
+    def _try_tiles(self, contest: _Contest) -> None:
+        """The knobs of the leading form, then the routes again."""
+        if contest.leader is None:
+            return
+        if _is_fused(contest.leader):
+            self._turn_knobs(contest, 0, contest.leader[0])
+            return
+        for position in range(len(contest.products)):
+            start = contest.fastest(position)
+            if start is not None and contest.lead_over(position, start) <= TILE_GAIN:
+                self._turn_knobs(contest, position, start)
+        self._race(contest, contest.routes())
+
+    def _turn_knobs(self, contest: _Contest, position: int, start: ConvConfig) -> None:
+        """Race the neighbours of the start, those nearest to the fastest so far first."""
+        pool = neighbourhood(contest.products[position], start, self.gpu)
+        left = self.limit
+        while left and pool and not self._is_late():
+            centre = contest.fastest(position, start.form) or start
+            pool.sort(key=lambda config: distance(config, centre))
+            size = min(left, RACE_SIZE)
+            group, pool, left = pool[:size], pool[size:], left - size
+            is_fused = start.form == "fused"
+            self._race(
+                contest,
+                [contest.fused(c) if is_fused else contest.with_config(position, c) for c in group],
+            )
+
+    def _race(self, contest: _Contest, challengers: Iterable[Entries]) -> None:
+        """Time the right ones among new challengers, in turns with leader and baseline."""
+        new = [entries for entries in dict.fromkeys(challengers) if entries not in contest.tried]
+        if not new or self._is_late():
+            return
+        self._compile(contest, new)
+        right = []
+        for entries in new:
+            if self._is_late():
                 break
-            key = self._key(op, workload)
-            try:
-                with assume_entries({key: config}):
-                    wrong = check_parity(workload, op, gpu_backend, self.device)
-            except Exception as error:  # Whatever a compiler or a driver raises.
-                wrong = f"{type(error).__name__}: {error}".splitlines()[0]
+            contest.tried.add(entries)
+            wrong = self._fault(contest, entries)
             if wrong is None:
-                right.append(config)
+                right.append(entries)
             else:
-                self.say(f"left out: {key} {config}: {wrong}")
-        return right
+                self.say(f"left out: {contest.label(entries)}: {wrong}")
+        if right:
+            known = [e for e in (contest.baseline, contest.leader) if e is not None]
+            self._time(contest, list(dict.fromkeys([*known, *right])))
 
-    def _totals(
-        self,
-        what: str,
-        variants: Mapping[ConvVariant, int],
-        options: Mapping[T, Callable[[ConvCase], Callable[[], object]]],
-    ) -> dict[T, float]:
-        """Seconds of a step that each option takes in all these variants of the layer together."""
-        places = [(option, variant) for variant in variants for option in options]
-        trials = [
-            Trial(f"{what} {option} {variant}", options[option](self._cases[variant]))
-            for option, variant in places
-        ]
-        totals = dict.fromkeys(options, 0.0)
-        for (option, variant), seconds in zip(places, self.timer(trials), strict=True):
-            totals[option] += variants[variant] * seconds
-        return totals
+    def _run(self, contest: _Contest, entries: Entries, case: ConvCase) -> object:
+        with assume_entries(contest.table(entries)):
+            return case.run(contest.name, gpu_backend)
 
-    def _pass(
-        self, run_pass: Callable[[ConvCase, Any], object], entries: Mapping[str, ConvConfig]
-    ) -> Callable[[ConvCase], Callable[[], object]]:
-        """A pass of a layer with these entries in the table."""
+    def _compile(self, contest: _Contest, options: Sequence[Entries]) -> None:
+        """Have the kernels of these candidates ready, before anything is timed.
 
-        def of_case(case: ConvCase) -> Callable[[], object]:
-            def run() -> object:
-                with assume_entries(entries):
-                    return run_pass(case, gpu_backend)
-
-            return run
-
-        return of_case
-
-    def _tune_forward(self, workload: ConvWorkload, limit: int) -> list[Choice]:
-        key = self._key("fprop", workload)
-        right = self._right_candidates("fprop", workload, limit)
-        if not right or self._is_late():
-            return []
-        options = {
-            config: self._pass(ConvCase.forward, {key: config})
-            for config in (*right, replace(right[0], route="cudnn"))
-        }
-        totals = self._totals("fprop", workload.variants, options)
-        best = min(totals, key=totals.__getitem__)
-        return [Choice(key, best, totals[best], totals[right[0]])]
-
-    def _best_tiles(
-        self, op: ConvOp, workload: ConvWorkload, limit: int
-    ) -> tuple[ConvConfig, ConvConfig] | None:
-        """The fastest right tiles and the heuristic ones, on the route `triton`; None: too late."""
-        right = self._right_candidates(op, workload, limit)
-        if not right or self._is_late():
-            return None
-        tf32 = workload.precision.tf32
-        options = {
-            config: functools.partial(_product, op=op, config=config, tf32=tf32) for config in right
-        }
-        variants = {
-            variant: count
-            for variant, count in workload.variants.items()
-            if variant.need_dx or op == "wgrad"
-        }
-        totals = self._totals(op, variants, options)
-        return min(totals, key=totals.__getitem__), right[0]
-
-    def _tune_backward(self, workload: ConvWorkload, limit: int) -> list[Choice]:
-        """Tiles of each gradient, then the pair of routes.
-
-        A layer whose input needs no gradient has a filter gradient alone.
+        Compiling beside a race would hold up the threads that start its kernels.
         """
-        ops: list[ConvOp] = ["wgrad"]
-        if any(variant.need_dx for variant in workload.variants):
-            ops.insert(0, "dgrad")
-        tiles = []
-        for op in ops:
-            found = self._best_tiles(op, workload, limit)
-            if found is None:
-                return []
-            tiles.append(found)
-        keys = [self._key(op, workload) for op in ops]
-        start = tuple(heuristic for _, heuristic in tiles)
-        routes: list[Route] = ["triton", "cudnn"]
-        pairs = {
-            tuple(replace(best, route=route) for (best, _), route in zip(tiles, pair, strict=True))
-            for pair in itertools.product(routes, repeat=len(ops))
-        } | {start}
-        options = {
-            pair: self._pass(ConvCase.backward, dict(zip(keys, pair, strict=True)))
-            for pair in sorted(pairs, key=str)
-        }
-        totals = self._totals("gradients", workload.variants, options)
-        best = min(totals, key=totals.__getitem__)
-        return [
-            Choice(key, config, totals[best], totals[start])
-            for key, config in zip(keys, best, strict=True)
+        if self.threads and not self._is_late():
+            compile_ahead(self._launches(contest, options), self.threads, self._is_late)
+
+    def _launches(self, contest: _Contest, options: Sequence[Entries]) -> list[Launch]:
+        """What check and race will start, recorded without starting it."""
+        cases = [*contest.check.cases.values(), *self._cases.values()]
+        on_meta = [case.on_meta() for case in cases]
+        launches = []
+        for entries, case in itertools.product(options, on_meta):
+            with recording() as recorded:
+                try:
+                    self._run(contest, entries, case)
+                except Exception:  # The candidate's own run meets it again and names it.
+                    continue
+            launches += recorded
+        return launches
+
+    def _fault(self, contest: _Contest, entries: Entries) -> str | None:
+        """What is wrong with a candidate: its numbers on a few images, or its run at full size."""
+        try:
+            with assume_entries(contest.table(entries)):
+                wrong = contest.check(contest.name, gpu_backend)
+            if wrong is None:
+                for case in self._cases.values():
+                    self._run(contest, entries, case)
+                self.synchronize()
+        except Exception as error:  # Whatever a compiler or a driver raises.
+            self._stop_if_lost(contest.label(entries), error)
+            wrong = _first_line(error)
+        return wrong
+
+    def _stop_if_lost(self, candidate: str, error: Exception) -> None:
+        """Raise GpuLostError if the GPU fails without the candidate too, as after a bad address."""
+        try:
+            self.synchronize()
+        except Exception:
+            raise GpuLostError(
+                f"the GPU fails in every call since it ran {candidate}: {_first_line(error)}"
+            ) from error
+
+    def _time(self, contest: _Contest, runners: Sequence[Entries]) -> None:
+        """Time all runners in turns in all variants; the fastest leads."""
+        variants = contest.workload.variants
+        places = list(itertools.product(variants, runners))
+        trials = [
+            Trial(
+                f"{contest.name} {entries} {variant}",
+                functools.partial(self._run, contest, entries, self._cases[variant]),
+            )
+            for variant, entries in places
         ]
+        try:
+            times = self.timer(trials)
+        except Exception as error:
+            labels = ", ".join(map(contest.label, runners))
+            self._stop_if_lost(f"one of {labels}", error)
+            self.say(f"not timed: {labels}: {_first_line(error)}")
+            return
+        totals = dict.fromkeys(runners, 0.0)
+        for (variant, entries), seconds in zip(places, times, strict=True):
+            totals[entries] += variants[variant] * seconds
+        contest.seconds |= totals
+        contest.baseline = contest.baseline or runners[0]
+        contest.leader = min(totals, key=totals.__getitem__)
+
+
+def _is_fused(entries: Entries) -> bool:
+    return entries[0].form == "fused"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -3,11 +3,13 @@
 import fnmatch
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,32 +18,46 @@ from fastres.kernels.conv_shape import ConvShape
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu import launch_config
 from fastres.kernels.gpu.launch import recording
-from fastres.kernels.gpu.launch_config import (
-    ConvConfig,
-    gpu_name,
-    heuristic_config,
-    load_table,
-    tma_config,
-)
+from fastres.kernels.gpu.launch_config import ConvConfig, gpu_name, load_table, tma_config
+from fastres.kernels.reference import backend as reference_backend
 from fastres.kernels.tools import graph_timer, tune
-from fastres.kernels.tools.graph_timer import GraphTimer, Trial
+from fastres.kernels.tools.candidates import (
+    STARTS,
+    GpuLimits,
+    Product,
+    distance,
+    heuristic_start,
+    neighbourhood,
+    start_configs,
+)
+from fastres.kernels.tools.graph_timer import L2, GraphTimer, Trial
 from fastres.kernels.tools.networks import NETWORKS, PRECISIONS, network_convs
 from fastres.kernels.tools.tune_workloads import (
+    PARITY_BATCH,
+    ConvCase,
     ConvVariant,
     ConvWorkload,
-    check_parity,
+    ParityCheck,
     conv_workloads,
     make_case,
 )
-from fastres.kernels.tools.tuner import Tuner, candidates, merge_table
+from fastres.kernels.tools.tuner import (
+    RACE_SIZE,
+    TILE_GAIN,
+    GpuLostError,
+    Tuner,
+    merge_table,
+)
 from tests.helpers.interpreter import DEVICE, HAS_GPU, needs_gpu
 
 REPO = Path(__file__).resolve().parents[2]
 BF16, FP32 = PRECISIONS["bf16"], PRECISIONS["fp32"]
 FIRST, INNER = ConvVariant(False, True, True), ConvVariant(True, False, True)
+GPU = GpuLimits()
 SMALL = ConvShape(2, 6, 6, 3, 5)
 WORKLOAD = ConvWorkload(SMALL, BF16, {FIRST: 1, INNER: 2}, bytes=1)
 STEM = ConvWorkload(SMALL, BF16, {ConvVariant(False, False, False): 1}, bytes=1)
+OTHER = ConvWorkload(ConvShape(2, 4, 4, 5, 3), BF16, {INNER: 1}, bytes=1)
 TILE = ConvConfig(64, 16, 32, 4, 3)
 
 
@@ -65,40 +81,146 @@ def tuner(timer, **options):
     return made, left_out
 
 
+def run(timer, workloads=(WORKLOAD,), **options):
+    """All choices of a run, by key, the last of each; and what was left out."""
+    made, left_out = tuner(timer, **options)
+    choices = {c.key.partition("/")[0]: c for t in made.run(workloads) for c in t.choices}
+    return choices, left_out
+
+
+def add_form(monkeypatch, form, **knobs):
+    """Let every fprop and dgrad (of "fused": every dgrad) begin with such a configuration too.
+
+    Its kernel need not exist: a launch that a form cannot take is computed by another.
+    """
+    start = ConvConfig(64, 16, 16, 4, 1, form=form, **knobs)
+    ops = ("dgrad",) if form == "fused" else ("fprop", "dgrad")
+    monkeypatch.setitem(STARTS, form, lambda product: start if product.op in ops else None)
+    return start
+
+
+@pytest.fixture
+def instant(monkeypatch):
+    """Every candidate is right and runs in no time: for tests of what is tried, and when."""
+    monkeypatch.setattr(ParityCheck, "__call__", lambda *_: None)
+    monkeypatch.setattr(ConvCase, "run", lambda *_: None)
+
+
+def products(op, precision=BF16, network="resnet18"):
+    return [Product(op, conv.shape, precision) for conv in network_convs(network, 512)]
+
+
 def test_the_fastest_route_is_chosen_for_equal_work():
     timer = Told(lambda label: 0.5 ** label.count("route='cudnn'"))
-    made, left_out = tuner(timer)
-    forward, dgrad, wgrad = made.tune_layer(WORKLOAD, 1)
+    choices, left_out = run(timer, limit=1)
     assert left_out == []
+    forward, dgrad, wgrad = (choices[op] for op in ("fprop", "dgrad", "wgrad"))
     assert forward.key == "fprop/bfloat16/n2/h6w6c3k5r3s3u1p1"
     assert [choice.config.route for choice in (forward, dgrad, wgrad)] == ["cudnn"] * 3
     # One layer of one variant, two of the other.
     assert (forward.seconds, forward.heuristic_seconds) == (3 * 0.5, 3)
     assert dgrad.speedup == wgrad.speedup == 4
     # Both gradients at once on all four pairs of routes, in both variants.
-    pairs = [label for label in timer.labels if label.count("ConvConfig") == 2]
-    assert len(pairs) == len(set(pairs)) == 8
-    assert sum("route='cudnn'" in label for label in pairs) == 6
+    pairs = {label for label in timer.labels if label.count("ConvConfig") == 2}
+    assert len({label for label in pairs if label.count("route='cudnn'") == 1}) == 4
+    assert len({label for label in pairs if label.count("route='cudnn'") == 2}) == 2
 
 
 def test_the_fastest_tiles_are_chosen_where_cudnn_is_slow():
-    offered = {op: candidates(op, SMALL, torch.bfloat16, limit=3) for op in ("fprop", "wgrad")}
-    fast = {op: configs[-1] for op, configs in offered.items()}
+    start = {op: start_configs(Product(op, SMALL, BF16), GPU)[0] for op in ("fprop", "wgrad")}
+    near = {op: neighbourhood(Product(op, SMALL, BF16), start[op], GPU)[:3] for op in start}
+    fast = {op: configs[-1] for op, configs in near.items()}
 
     def seconds(label):
         if "cudnn" in label:
             return 9.0
-        op = "fprop" if label.startswith("fprop") else "wgrad"
-        return 0.5 if str(fast[op]) in label else 1.0
+        return 0.5 if any(str(config) in label for config in fast.values()) else 1.0
 
-    made, _ = tuner(Told(seconds))
-    chosen = {choice.key.partition("/")[0]: choice for choice in made.tune_layer(STEM, 3)}
-    assert {op: choice.config for op, choice in chosen.items()} == fast
-    assert all(choice.speedup == 2 for choice in chosen.values())
+    choices, _ = run(Told(seconds), [STEM], limit=3)
+    assert {op: choice.config for op, choice in choices.items()} == fast
+    assert all(choice.speedup == 2 for choice in choices.values())
+
+
+def test_forms_of_all_layers_come_before_tiles_and_near_tiles_before_far_ones(instant):
+    timer = Told()
+    made, _ = tuner(timer, limit=RACE_SIZE + 2)
+    rounds = [(t.round, t.choices[0].key) for t in made.run([WORKLOAD, OTHER])]
+    first, second = (f"fprop/bfloat16/n2/{w.shape.layer_key}" for w in (WORKLOAD, OTHER))
+    assert rounds == [("forms", first), ("forms", second), ("tiles", first), ("tiles", second)]
+    product = Product("fprop", SMALL, BF16)
+    start = start_configs(product, GPU)[0]
+    near = neighbourhood(product, start, GPU)[: RACE_SIZE + 2]
+    labels = list(dict.fromkeys(label for label in timer.labels if label.startswith("forward")))
+    order = [next(i for i, label in enumerate(labels) if f"({config}" in label) for config in near]
+    assert order == sorted(order)
+    assert order[0] > max(i for i, label in enumerate(labels) if f"({start}" in label)
+
+
+def test_the_centre_follows_the_fastest_so_far(instant):
+    product = Product("fprop", SMALL, BF16)
+    start = start_configs(product, GPU)[0]
+    near = neighbourhood(product, start, GPU)
+    fast, rest = near[RACE_SIZE - 1], near[RACE_SIZE:]
+    rest.sort(key=lambda config: distance(config, fast))
+    timer = Told(lambda label: 9.0 if "cudnn" in label else 0.5 if str(fast) in label else 1.0)
+    run(timer, [STEM], limit=2 * RACE_SIZE)
+    labels = "".join(label for label in timer.labels if label.startswith("forward"))
+    tried = [config for config in near if str(config) in labels]
+    assert set(tried) == {*near[:RACE_SIZE], *rest[:RACE_SIZE]}
+    assert rest[:RACE_SIZE] != near[RACE_SIZE : 2 * RACE_SIZE]
+
+
+def test_where_cudnn_leads_by_far_no_tiles_are_tried(instant):
+    def tiles_tried(lead):
+        timer = Told(lambda label: 1 / lead if "cudnn" in label else 1.0)
+        run(timer, [STEM], limit=3)
+        return len({label for label in timer.labels if "cudnn" not in label})
+
+    assert tiles_tried(TILE_GAIN * 1.1) == 2
+    assert tiles_tried(TILE_GAIN / 1.1) == 2 + 2 * 3
+
+
+def test_a_form_competes_in_both_passes_and_its_knobs_are_turned(instant, monkeypatch):
+    start = add_form(monkeypatch, "strip", patch_h=4)
+    timer = Told(lambda label: 9.0 if "cudnn" in label else 0.5 ** label.count("form='strip'"))
+    choices, left_out = run(timer, limit=2)
+    assert left_out == []
+    assert [choices[op].config.form for op in ("fprop", "dgrad")] == ["strip", "strip"]
+    assert choices["wgrad"].config.form == "im2col"
+    assert choices["fprop"].speedup == choices["dgrad"].speedup == 2
+    turned = {label for label in timer.labels if "'strip'" in label and str(start) not in label}
+    assert turned
+
+
+@pytest.mark.parametrize("speed", [0.9, 1.1])
+def test_both_gradients_in_one_launch_compete_with_two(speed, instant, monkeypatch):
+    """The fused form is timed as a whole pass against separate products, cuDNN's too."""
+    start = add_form(monkeypatch, "fused", grid_size=264)
+
+    def seconds(label):
+        if "form='fused'" in label:
+            return speed
+        return 1.0 if "route='cudnn'" in label else 1.5
+
+    timer = Told(seconds)
+    choices, _ = run(timer, limit=2, gpu=GpuLimits(multiprocessors=1))
+    pairs = [label for label in timer.labels if "form='fused'" in label]
+    assert pairs
+    assert all(label.startswith("backward (ConvConfig") for label in pairs)
+    # What is beside the fused entry serves operands that it cannot take.
+    assert not any("cudnn" in label for label in pairs)
+    is_chosen = speed < 1
+    assert (choices["dgrad"].config.form == "fused") == is_chosen
+    assert choices["dgrad"].seconds == choices["wgrad"].seconds == 3 * min(speed, 1)
+    assert choices["wgrad"].config.route == ("triton" if is_chosen else "cudnn")
+    # The winner's knobs are turned, the loser's are not.
+    others = {label for label in pairs if str(start) not in label}
+    assert bool(others) == is_chosen
 
 
 def test_wrong_and_failing_candidates_are_left_out_and_named(monkeypatch):
-    right, wrong, failing = candidates("fprop", SMALL, torch.bfloat16, limit=3)
+    right = start_configs(Product("fprop", SMALL, BF16), GPU)[0]
+    wrong, failing, *_ = neighbourhood(Product("fprop", SMALL, BF16), right, GPU)
     honest = gpu_backend.conv_fprop
 
     def broken(*args, config, **options):
@@ -109,30 +231,169 @@ def test_wrong_and_failing_candidates_are_left_out_and_named(monkeypatch):
 
     monkeypatch.setattr(gpu_backend, "conv_fprop", broken)
     timer = Told(lambda label: 9.0 if "cudnn" in label or str(right) in label else 0.1)
-    made, left_out = tuner(timer)
-    forward, _ = made.tune_layer(STEM, 3)
-    assert forward.config == right
+    # The device answers: a candidate that fails costs nothing but itself.
+    choices, left_out = run(timer, [STEM], limit=2)
+    assert choices["fprop"].config == right
     assert len(left_out) == 2
-    assert f"{wrong}: y is off by" in left_out[0]
+    assert f"{wrong.label}: y is off by" in left_out[0]
     assert left_out[1].endswith("RuntimeError: out of resource: shared memory")
     assert not any(str(config) in " ".join(timer.labels) for config in (wrong, failing))
 
 
-@pytest.mark.parametrize("op", ["dgrad", "wgrad"])
-def test_a_gradient_that_is_a_little_wrong_is_found(op, monkeypatch):
-    assert check_parity(WORKLOAD, op, gpu_backend, DEVICE) is None
-    name = f"conv_{op}"
-    honest = getattr(gpu_backend, name)
+def test_wrong_heuristics_are_replaced_by_what_is_right(monkeypatch):
+    heuristic = heuristic_start(Product("wgrad", SMALL, BF16))
+    honest = gpu_backend.conv_wgrad
+
+    def broken(*args, config, **options):
+        return honest(*args, config=config, **options) * (1.05 if config == heuristic else 1)
+
+    monkeypatch.setattr(gpu_backend, "conv_wgrad", broken)
+    choices, left_out = run(Told(lambda label: 1 + label.count("cudnn")), limit=1)
+    assert choices["wgrad"].config.route == "cudnn"
+    assert choices["dgrad"].config.route == "triton"
+    assert all("dw is off by" in line for line in left_out)
+
+
+def test_a_candidate_that_fails_at_full_size_alone_is_left_out(monkeypatch):
+    shape = replace(SMALL, N=PARITY_BATCH + 1)
+    product = Product("fprop", shape, BF16)
+    failing = neighbourhood(product, start_configs(product, GPU)[0], GPU)[0]
+    honest = gpu_backend.conv_fprop
+
+    def broken(x, *args, config, **options):
+        if config == failing and x.shape[0] == shape.N:
+            raise RuntimeError("too many tiles")
+        return honest(x, *args, config=config, **options)
+
+    monkeypatch.setattr(gpu_backend, "conv_fprop", broken)
+    timer = Told()
+    _, left_out = run(timer, [replace(STEM, shape=shape)], limit=1)
+    assert left_out == [
+        f"left out: {product.key} triton {failing.label}: RuntimeError: too many tiles"
+    ]
+    assert str(failing) not in " ".join(timer.labels)
+
+
+class Lost(Told):
+    """A device that never answers again once a configuration has run.
+
+    late: the failing call itself returns, as launches do.
+    """
+
+    def __init__(self, fatal, monkeypatch, late=False):
+        super().__init__()
+        self.is_lost, self.calls_after = False, 0
+        honest = gpu_backend.conv_fprop
+
+        def conv_fprop(*args, config, **options):
+            self.calls_after += self.is_lost
+            was_lost = self.is_lost
+            self.is_lost |= config == fatal
+            if was_lost or (self.is_lost and not late):
+                raise RuntimeError("CUDA error: an illegal memory access was encountered\nhints")
+            return honest(*args, config=config, **options)
+
+        monkeypatch.setattr(gpu_backend, "conv_fprop", conv_fprop)
+
+    def synchronize(self):
+        if self.is_lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_lost_gpu_ends_the_run_and_names_the_candidate(late, monkeypatch):
+    product = Product("fprop", SMALL, BF16)
+    fatal = neighbourhood(product, start_configs(product, GPU)[0], GPU)[1]
+    lost = Lost(fatal, monkeypatch, late)
+    made, left_out = tuner(lost, synchronize=lost.synchronize, limit=3)
+    with pytest.raises(GpuLostError) as raised:
+        list(made.run([STEM, OTHER]))
+    message = str(raised.value)
+    assert f"since it ran {product.key} triton {fatal.label}: RuntimeError: CUDA error" in message
+    assert "\n" not in message
+    # A late failure meets the candidate's own run at full size.
+    assert lost.calls_after == late
+    assert left_out == []
+
+
+def test_a_gpu_lost_while_timing_ends_the_run(monkeypatch):
+    lost = Lost(None, monkeypatch)
+
+    def fail(trials):
+        lost.is_lost = True
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    made, _ = tuner(fail, synchronize=lost.synchronize)
+    with pytest.raises(GpuLostError, match=r"ran one of fprop/.*: unspecified launch failure"):
+        list(made.run([STEM]))
+
+
+def test_what_cannot_be_timed_is_left_out_where_the_gpu_answers():
+    def fail(trials):
+        raise RuntimeError("out of memory")
+
+    choices, left_out = run(fail, [STEM], limit=1)
+    assert choices == {}
+    assert left_out[0].startswith("not timed: fprop/")
+
+
+def test_a_lost_gpu_ends_the_command_with_1_and_keeps_what_was_written(
+    tmp_path, monkeypatch, capsys
+):
+    product = Product("fprop", SMALL, BF16)
+    fatal = neighbourhood(product, start_configs(product, GPU)[0], GPU)[1]
+    lost = Lost(fatal, monkeypatch)
+    made, _ = tuner(lost, synchronize=lost.synchronize, limit=3)
+    monkeypatch.setattr(tune, "_tuner", lambda *_: made)
+    monkeypatch.setattr(tune, "_obstacle", lambda options: None)
+    monkeypatch.setattr(tune, "_workloads", lambda options: [STEM, OTHER])
+    monkeypatch.setattr(tune, "_provenance", lambda options, device: {"l2": options.l2})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch_config, "gpu_name", lambda device: "A GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    path = tmp_path / "table.json"
+    assert tune.main(["--out", str(path)]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("error: the GPU fails in every call since it ran fprop/")
+    assert err.count("\n") == 1
+    assert "forms of 2, tiles of 0 of 2 layers" in out
+    # Both layers had been through the first round.
+    assert len(load_table(path)["A GPU"]) == 2 + 3
+    assert json.loads(path.read_text())["provenance"]["A GPU"] == {"l2": "both"}
+
+
+@pytest.mark.parametrize("name", ["dgrad", "wgrad"])
+def test_a_gradient_that_is_a_little_wrong_is_found(name, monkeypatch):
+    check = ParityCheck(WORKLOAD, DEVICE)
+    assert check("backward", gpu_backend) is None
+    honest = getattr(gpu_backend, f"conv_{name}")
 
     def broken(*args, **options):
         made = honest(*args, **options)
-        if op == "wgrad":
+        if name == "wgrad":
             return made * 1.02
         return made[0], made[1] and made[1]._replace(gy=made[1].gy * 1.02)
 
-    monkeypatch.setattr(gpu_backend, name, broken)
-    wrong = check_parity(WORKLOAD, op, gpu_backend, DEVICE)
-    assert wrong.startswith("dw is off" if op == "wgrad" else "sum of gy is off")
+    monkeypatch.setattr(gpu_backend, f"conv_{name}", broken)
+    wrong = check("backward", gpu_backend)
+    assert wrong.startswith("dw is off" if name == "wgrad" else "sum of gy is off")
+
+
+def test_truth_and_plain_torch_are_computed_once_for_all_candidates(monkeypatch):
+    calls = []
+    for name in ("conv_bn", "conv_backward"):
+        honest = getattr(reference_backend, name)
+
+        def counted(x, *args, honest=honest, name=name, **options):
+            calls.append(name)
+            return honest(x, *args, **options)
+
+        monkeypatch.setattr(reference_backend, name, counted)
+    workload = replace(OTHER, variants={FIRST: 1, INNER: 1})
+    _, left_out = run(Told(), [workload], limit=1)
+    assert left_out == []
+    # In each of two variants, in bf16 and in fp64.
+    assert sorted(calls) == ["conv_backward"] * 4 + ["conv_bn"] * 4
 
 
 def test_no_pre_activation_is_near_a_tie():
@@ -141,24 +402,36 @@ def test_no_pre_activation_is_near_a_tie():
     assert (a * case.x.float() + b).abs().min() > 0.02
 
 
-def test_the_deadline_ends_the_run_and_keeps_what_is_done(monkeypatch):
-    now = iter(range(1000))
-    made, _ = tuner(Told(), limit=1, deadline=12, clock=lambda: next(now))
-    done = list(made.run([STEM] * 50))
-    assert 0 < len(done) < 50
+class Clock:
+    """Time that stands still but for the checks of candidates, each of ten seconds."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.checks = 0.0, 0
+        honest = ParityCheck.__call__
+
+        def check(*args):
+            self.now += 10
+            self.checks += 1
+            return honest(*args)
+
+        monkeypatch.setattr(ParityCheck, "__call__", check)
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.parametrize("budget", [5, 35, 75, 115])
+def test_the_budget_is_looked_at_before_each_candidate_and_what_is_timed_is_kept(
+    budget, instant, monkeypatch
+):
+    clock = Clock(monkeypatch)
+    made, _ = tuner(Told(), limit=20, deadline=budget, clock=clock)
+    done = list(made.run([STEM, OTHER, STEM]))
+    assert clock.checks == -(-budget // 10)
+    # The layer that was cut off has what was timed of it.
+    assert done[-1].choices
     late, _ = tuner(Told(), deadline=0, clock=lambda: 1)
-    assert late.tune_layer(STEM, 3) == []
-    assert late.timer.labels == []
-    monkeypatch.setattr(late, "tune_layer", lambda *_: pytest.fail("a layer after the deadline"))
     assert list(late.run([STEM])) == []
-
-
-def test_routes_of_all_layers_come_before_tiles(monkeypatch):
-    made, _ = tuner(Told(), limit=7)
-    asked = []
-    monkeypatch.setattr(made, "tune_layer", lambda workload, limit: asked.append((workload, limit)))
-    assert list(made.run([WORKLOAD, STEM])) == []
-    assert asked == [(WORKLOAD, 1), (STEM, 1), (WORKLOAD, 7), (STEM, 7)]
 
 
 def test_entries_are_merged_and_other_gpus_stay(tmp_path):
@@ -215,47 +488,114 @@ def test_every_layer_of_a_network_is_listed_in_all_its_variants(network):
 
 @pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
-def test_candidates_are_distinct_and_fit(op, precision):
-    dtype, tf32 = PRECISIONS[precision].dtype, PRECISIONS[precision].tf32
-    for conv in network_convs("resnet18", 512) + network_convs("resnet20", 512):
-        found = candidates(op, conv.shape, dtype, tf32=tf32, shared_bytes=99 * 1024)
-        assert found[0] == heuristic_config(op, conv.shape, dtype, tf32=tf32)
-        assert 12 <= len(found) == len(set(found)) <= 24, conv
-        for config in found[1:]:
-            per_stage = config.block_k * (config.block_m + config.block_n)
-            assert per_stage * dtype.itemsize * config.num_stages <= 99 * 1024
-            assert config.block_m * config.block_n <= 160 * 32 * config.num_warps
-        assert len({(c.block_m, c.block_n, c.block_k) for c in found}) > 1
+def test_tiles_are_distinct_fit_and_are_sorted_by_distance(op, precision):
+    gpu = GpuLimits(shared_bytes=99 * 1024, has_tma=False)
+    itemsize = PRECISIONS[precision].dtype.itemsize
+    for network in NETWORKS:
+        for product in products(op, PRECISIONS[precision], network):
+            (start,) = start_configs(product, gpu)
+            found = neighbourhood(product, start, gpu)
+            assert start == replace(heuristic_start(product), route="triton")
+            assert start not in found
+            assert len(found) == len(set(found)) >= 12, product
+            distances = [distance(config, start) for config in found]
+            assert distances == sorted(distances)
+            for config in found:
+                per_stage = config.block_k * (config.block_m + config.block_n)
+                assert per_stage * itemsize * config.num_stages <= 99 * 1024
+                assert config.block_m * config.block_n <= 160 * 32 * config.num_warps
+            assert len({(c.block_m, c.block_n, c.block_k) for c in found[:24]}) > 1
+            if op == "wgrad":
+                near = {config.split_k / start.split_k for config in found[:24]}
+                assert near >= {2, 4, 8}, product
 
 
 @pytest.mark.parametrize("op", ["fprop", "dgrad"])
 def test_candidates_by_tma_are_offered_where_a_gpu_has_it(op):
-    for conv in network_convs("resnet18", 512) + network_convs("resnet20", 512):
-        shape, dtype = conv.shape, torch.bfloat16
-        found = candidates(op, shape, dtype, multiprocessors=78)
-        by_tma = [config for config in found if config.form == "tma"]
-        start = tma_config(op, shape, dtype)
-        assert (start is None) == (by_tma == [])
-        if start is not None:
-            assert by_tma[:2] == [start, replace(start, grid_size=78)]
-            assert all(config.tma_tile(op, shape) for config in by_tma)
-        without = candidates(op, shape, dtype, has_tma=False)
-        assert {config.form for config in without} == {"im2col"}
+    gpu = GpuLimits(multiprocessors=78)
+    for product in products(op) + products(op, network="resnet20"):
+        start = tma_config(op, product.shape, torch.bfloat16)
+        by_tma = [config for config in start_configs(product, gpu) if config.form == "tma"]
+        assert by_tma == ([] if start is None else [start])
+        assert all(c.form != "tma" for c in start_configs(product, GpuLimits(has_tma=False)))
+        if start is None:
+            continue
+        found = neighbourhood(product, start, gpu)
+        assert all(config.tma_tile(op, product.shape) for config in found)
+        tiles = -(-product.shape.gemm(op).m // start.block_m) * -(
+            -product.shape.gemm(op).n // start.block_n
+        )
+        sizes = [size for size in (78, 156, 312) if size < tiles]
+        assert {replace(start, grid_size=size) for size in sizes} <= set(found[: len(sizes) + 8])
 
 
-def test_a_winner_by_tma_is_chosen_kept_and_served(tmp_path, monkeypatch):
+def knob_values(configs):
+    names = ("block_m", "patch_h", "ahead", "num_warps", "num_stages", "grid_size", "split_k")
+    return {name: {getattr(config, name) for config in configs} for name in names}
+
+
+STAGE1 = ConvShape(512, 32, 32, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("form", "op", "ahead"),
+    [
+        ("strip", "fprop", {0, 2, 3, 4, 6}),
+        ("strip", "dgrad", {0, 2, 3, 4, 6}),
+        ("strip", "wgrad", {0, 2, 3, 4, 6}),
+        ("pixel", "fprop", {0, 8, 12, 16, 24}),
+        ("fused", "dgrad", {0, 2, 3, 4, 6}),
+    ],
+)
+def test_the_knobs_of_patches_are_all_turned(form, op, ahead):
+    start = ConvConfig(64, 16, 16, 4, 1, split_k=33 if op == "wgrad" else 1, form=form, patch_h=4)
+    programs = {0, 132, 264, 528}
+    if form == "fused":
+        start, programs = replace(start, grid_size=264), programs - {0}
+    found = neighbourhood(Product(op, STAGE1, BF16), start, GpuLimits(multiprocessors=132))
+    assert len(found) == len(set(found))
+    assert {(c.form, c.block_n, c.block_k) for c in found} == {(form, 16, 16)}
+    assert knob_values(found) == {
+        "block_m": {32, 64, 128},
+        "patch_h": {2, 4},
+        "ahead": ahead,
+        "num_warps": {4, 8},
+        "num_stages": {1, 2, 3},
+        "grid_size": {0} if op == "wgrad" else programs,
+        "split_k": {16, 33, 66, 132, 264} if op == "wgrad" else {1},
+    }
+    # Each knob is turned alone before two are turned together.
+    alone = [config for config in found if distance(config, start) == 1]
+    assert found[: len(alone)] == alone
+    assert len(alone) >= 9
+    assert len(alone) < 24
+
+
+def test_patches_that_cannot_fit_the_registers_are_left_out():
+    wide = ConvShape(512, 8, 8, 64, 64)
+    start = ConvConfig(64, 64, 64, 4, 1, form="pixel")
+    found = neighbourhood(Product("fprop", wide, BF16), start, GPU)
+    # Sums of 128 patches of 2x2 outputs and 64 channels are 256 numbers a thread of four warps.
+    assert not any((c.block_m, c.num_warps) == (128, 4) for c in found)
+    assert any((c.block_m, c.num_warps) == (128, 8) for c in found)
+    assert any((c.block_m, c.num_warps, c.ahead) == (32, 4, 8) for c in found)
+    # There are 512 * 16 patches: no more programs than tiles.
+    assert max(c.grid_size for c in found if c.block_m == 64) <= 128
+
+
+def test_a_winner_by_tma_is_chosen_kept_and_served(instant, tmp_path, monkeypatch):
     shape = ConvShape(2, 8, 8, 8, 16)
     workload = ConvWorkload(shape, BF16, {INNER: 1}, bytes=1)
-    timer = Told(lambda label: 9.0 if "cudnn" in label else 0.5 ** label.count("grid_size=7"))
-    made, left_out = tuner(timer)
-    made.limit, made.multiprocessors = 16, 7
-    choices = made.tune_layer(workload, made.limit)
+    names = ("form='tma'", "grid_size=1")
+    timer = Told(lambda label: 9.0 if "cudnn" in label else 0.5 ** sum(map(label.count, names)))
+    made, left_out = tuner(timer, limit=1, gpu=GpuLimits(multiprocessors=1))
+    *_, last = made.run([workload])
     assert left_out == []
-    forward, dgrad, wgrad = (choice.config for choice in choices)
-    assert (forward.form, forward.grid_size) == (dgrad.form, dgrad.grid_size) == ("tma", 7)
+    forward, dgrad, wgrad = (choice.config for choice in last.choices)
+    assert (forward.form, forward.grid_size) == (dgrad.form, dgrad.grid_size) == ("tma", 1)
     assert wgrad.form == "im2col"
     path = tmp_path / "table.json"
-    merge_table(path, "test", {choice.key: choice.config for choice in choices}, {})
+    merge_table(path, "test", {choice.key: choice.config for choice in last.choices}, {})
     monkeypatch.setattr(launch_config, "load_table", lambda: load_table(path))
     monkeypatch.setattr(launch_config, "gpu_name", lambda device: "test")
     case = make_case(shape, INNER, torch.bfloat16, DEVICE)
@@ -272,7 +612,9 @@ def test_dry_run_lists_candidates(capsys):
     assert tune.main(["--dry-run", "--models", "resnet20", "--candidates", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("fprop/bfloat16/n512/h32w32c16k16r3s3u1p1: ")
-    assert lines[-1].startswith("46 candidates of 8 layers")
+    assert lines[1].startswith("  im2col: 128x16x32 w4 s4 k1; nearest 2 of ")
+    assert lines[2].startswith("    64x16x32 w4 s4 k1")
+    assert re.match(r"\d+ starts of 8 layers, and cudnn .* up to 2 neighbours", lines[-1])
     assert "dgrad/bfloat16/n512/h32w32c3k16r3s3u1p1" not in "".join(lines)
 
 
@@ -283,6 +625,8 @@ def test_dry_run_lists_candidates(capsys):
         (["--dtypes", "int8"], "choose from"),
         (["--batches", "0", "--dry-run"], "--batches must be at least 1, got 0"),
         (["--budget", "0"], "--budget must be above 0 seconds, got 0"),
+        (["--budget", "nan"], "--budget must be above 0 seconds, got nan"),
+        (["--l2", "warm"], "choose from"),
         (["--candidates", "0"], "--candidates must be at least 1, got 0"),
         (["--out", "nowhere/table.json"], "--out: there is no folder nowhere"),
     ],
@@ -332,22 +676,32 @@ def test_tuning_this_gpu_writes_a_table_that_training_reads(tmp_path, monkeypatc
 
 
 @needs_gpu
-@pytest.mark.parametrize("cold", [True, False])
-def test_the_graph_timer_tells_a_long_call_from_a_short_one(cold):
+@pytest.mark.parametrize("l2", get_args(L2))
+def test_the_graph_timer_tells_a_long_call_from_a_short_one(l2):
     small, large = (torch.zeros(n, device="cuda") for n in (1 << 20, 1 << 28))
     trials = [
         Trial("small", lambda: small.add_(1)),
         Trial("large", lambda: large.add_(1)),
     ]
-    short, long = GraphTimer(torch.device("cuda", 0), cold=cold)(trials)
+    short, long = GraphTimer(torch.device("cuda", 0), l2=l2)(trials)
     assert 0 < short < long / 10
     # 2 GiB there and back: no GPU of today is faster than 20 TB/s.
     assert long > 2**31 / 20e12
 
 
-@pytest.mark.parametrize("cold", [True, False])
-def test_the_graph_timer_takes_medians_of_turns(cold, monkeypatch):
-    """Without a GPU: a sampler that counts stands for the one that captures and replays."""
+@pytest.mark.parametrize(
+    ("l2", "states", "times"),
+    [
+        ("cold", [True], [3.0, 6.0]),
+        ("hot", [False], [1.0, 2.0]),
+        ("both", [True, False], [2.0, 4.0]),
+    ],
+)
+def test_the_graph_timer_takes_medians_of_turns(l2, states, times, monkeypatch):
+    """Without a GPU: a sampler that counts stands for the one that captures and replays.
+
+    A call takes three times as long with a cold L2, and its first replay nine seconds.
+    """
     turns = []
 
     class Counting:
@@ -355,7 +709,7 @@ def test_the_graph_timer_takes_medians_of_turns(cold, monkeypatch):
             self.cold = cold
 
         def sample(self, call):
-            seconds = iter([9.0, *[call()] * 20])
+            seconds = iter([9.0, *[call() * (3 if self.cold else 1)] * 20])
 
             def replay():
                 turns.append((call(), self.cold))
@@ -364,7 +718,80 @@ def test_the_graph_timer_takes_medians_of_turns(cold, monkeypatch):
             return replay
 
     monkeypatch.setattr(graph_timer, "GraphSampler", Counting)
-    timer = GraphTimer(torch.device("cuda", 0), cold=cold)
-    assert timer([Trial("a", lambda: 1.0), Trial("b", lambda: 2.0)]) == [1.0, 2.0]
-    assert turns == [(1.0, cold), (2.0, cold)] * (len(turns) // 2)
-    assert len(turns) >= 20
+    timer = GraphTimer(torch.device("cuda", 0), l2=l2)
+    assert timer([Trial("a", lambda: 1.0), Trial("b", lambda: 2.0)]) == times
+    one_round = [(call, cold) for call in (1.0, 2.0) for cold in states]
+    assert turns == one_round * (len(turns) // len(one_round))
+    assert len(turns) >= 10 * len(one_round)
+
+
+def test_the_default_of_the_l2_is_both():
+    assert tune._parser().parse_args([]).l2 == "both"
+    assert set(get_args(L2)) == {"cold", "hot", "both"}
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+
+class StandIn:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+driver.set_active(StandIn())
+import torch
+from fastres.kernels.conv_shape import ConvShape
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.tools.candidates import Product
+from fastres.kernels.tools.compile_ahead import compile_ahead
+from fastres.kernels.tools.networks import PRECISIONS
+from fastres.kernels.tools.tune_workloads import ConvVariant, ConvWorkload, make_case
+from fastres.kernels.tools.tuner import Tuner
+
+compiled = []
+triton.knobs.runtime.jit_post_compile_hook = lambda **of: compiled.append(of["repr"])
+meta = torch.device("meta")
+variant = ConvVariant(True, False, True)
+workload = ConvWorkload(ConvShape(8, 8, 8, 16, 16), PRECISIONS["bf16"], {variant: 1}, 1)
+tuner = Tuner(torch.device("cpu"), None)
+contest, _ = tuner._contests(workload)
+options = [(ConvConfig(64, 16, 16, 4, stages),) for stages in (1, 2)]
+launches = tuner._launches(contest, options)
+compile_ahead(launches, 2, lambda: True)
+print(len(compiled), "too late")
+for launch in launches:
+    launch.kernel.device_caches.clear()
+compile_ahead(launches, 2)
+names = sorted(text.partition("[")[0] for text in compiled)
+print(names.count("_conv_fprop_kernel"), names.count("_bn_finalize_kernel"), "compiled")
+number = len(compiled)
+for launch in launches:
+    launch.kernel.run(
+        grid=launch.grid,
+        warmup=True,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        **launch.args,
+    )
+print(len(compiled) - number, "compiled again")
+"""
+
+
+def test_kernels_of_a_race_are_compiled_before_it(tmp_path):
+    """Without a GPU, by a driver that stands for one; each kernel once, none after the deadline."""
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=REPO, env=env, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["0 too late", "2 1 compiled", "0 compiled again"], (
+        done.stderr
+    )
