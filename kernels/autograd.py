@@ -34,6 +34,7 @@ from fastres.kernels.block import (
 from fastres.kernels.conv_types import ConvBN, LayerState
 from fastres.kernels.cpu import backend as cpu_backend
 from fastres.kernels.dispatch import choose_backend, no_autocast
+from fastres.kernels.filter_copies import low_precision_filter, round_filter
 from fastres.kernels.layout import to_channels_last, to_dense_channels_last
 from fastres.kernels.plain_tensors import are_plain
 from fastres.kernels.reference import backend as reference_backend
@@ -72,16 +73,25 @@ class BlockSpec(NamedTuple):
         geometry = [number for layer in layers for number in (layer.stride, layer.padding)]
         return cls(geometry, [layer.eps for layer in layers], block.shortcut, block.relu)
 
-    def to_block(self, params: Sequence[Tensor]) -> Block:
-        """Put w, weight and bias of every layer back; filters become channels_last."""
+    def to_block(
+        self,
+        params: Sequence[Tensor],
+        dtype: torch.dtype,
+        rounded: Callable[[Tensor, torch.dtype], Tensor] = low_precision_filter,
+    ) -> Block:
+        """Put w, weight and bias of every layer back, beside activations in `dtype`.
+
+        Filters become channels_last; fp32 ones beside a lower precision are `rounded` to it.
+        """
         layers = [
             ConvBN(
-                params[3 * i].contiguous(memory_format=torch.channels_last),
+                rounded(params[3 * i], dtype).contiguous(memory_format=torch.channels_last),
                 params[3 * i + 1].contiguous(),
                 params[3 * i + 2].contiguous(),
                 self.geometry[2 * i],
                 self.geometry[2 * i + 1],
                 self.eps[i],
+                params[3 * i].dtype,
             )
             for i in range(len(params) // 3)
         ]
@@ -109,7 +119,7 @@ def run_forward(
     """`block.forward` of flat tensors in any layout."""
     given = None if residual is None else to_channels_last(residual)
     with no_autocast(x):
-        return forward(spec.to_block(params), to_channels_last(x), given, backend)
+        return forward(spec.to_block(params, x.dtype), to_channels_last(x), given, backend)
 
 
 def run_backward(
@@ -129,7 +139,7 @@ def run_backward(
     """
     with no_autocast(x):
         grads = backward(
-            spec.to_block(params),
+            spec.to_block(params, x.dtype),
             to_channels_last(dout),
             to_channels_last(x),
             None if out is None else to_dense_channels_last(out),
@@ -137,7 +147,7 @@ def run_backward(
             backend,
             need_dx=need_dx,
         )
-    return _flat_grads(grads)
+    return _flat_grads(grads, params)
 
 
 def _as_kernels_left(t: Tensor) -> Tensor:
@@ -159,19 +169,19 @@ def recompute_gradients(
     The states of the layers are computed again, in plain torch; out decides the ReLU's mask alone.
     """
     with no_autocast(x):
-        block = spec.to_block(params)
+        block = spec.to_block(params, x.dtype, round_filter)
         dout, x = to_channels_last(dout), to_channels_last(x)
         states = layer_states(block, x, reference_backend)
         mask = None if out is None else out.detach()
-        return _flat_grads(
-            backward(block, dout, x, mask, states, reference_backend, need_dx=need_dx)
-        )
+        grads = backward(block, dout, x, mask, states, reference_backend, need_dx=need_dx)
+        return _flat_grads(grads, params)
 
 
-def _flat_grads(grads: BlockGrads) -> list[Tensor]:
+def _flat_grads(grads: BlockGrads, params: Sequence[Tensor]) -> list[Tensor]:
     """Return dx where wanted, dresidual where there is one, then the gradients of all params."""
     inputs = [t for t in (grads.dx, grads.dresidual) if t is not None]
-    return [*inputs, *(tensor for layer in grads.layers for tensor in layer)]
+    of_params = (tensor for layer in grads.layers for tensor in layer)
+    return [*inputs, *(t.to(param.dtype) for t, param in zip(of_params, params, strict=True))]
 
 
 def save_block(

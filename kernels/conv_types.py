@@ -21,7 +21,10 @@ __all__ = [
 
 
 class ConvBN(NamedTuple):
-    """A convolution and its batch norm: w (K, C, R, S), weight and bias (K,)."""
+    """A convolution and its batch norm: w (K, C, R, S), weight and bias (K,).
+
+    dw_dtype: of the gradient of w, for back ends that can round it once; None: that of w.
+    """
 
     w: Tensor
     weight: Tensor
@@ -29,6 +32,7 @@ class ConvBN(NamedTuple):
     stride: int = 1
     padding: int = 0
     eps: float = 1e-5
+    dw_dtype: torch.dtype | None = None
 
 
 class LayerState(NamedTuple):

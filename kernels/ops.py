@@ -38,6 +38,7 @@ from fastres.kernels.autograd import (
 from fastres.kernels.block import Backend, Block, Shortcut, check_layer, check_shortcut, forward
 from fastres.kernels.conv_types import ConvBN, stat_dtype
 from fastres.kernels.dispatch import choose_backend, no_autocast
+from fastres.kernels.filter_copies import round_filter
 from fastres.kernels.flops import block_backward_flops, block_flops, conv_flops, count_flops
 from fastres.kernels.layout import empty_channels_last, to_channels_last
 from fastres.kernels.plain_tensors import are_plain
@@ -211,8 +212,12 @@ def _run(
     """Compute a block by a training op, the same without torch's dispatcher, or plain torch."""
     params = flat_params(block)
     if not are_plain(x, residual, *params):
+        layers = [layer._replace(w=round_filter(layer.w, x.dtype)) for layer in block.all_layers]
+        projection = None if block.projection is None else layers.pop()
         with no_autocast(x):
-            out, states = forward(block, x, residual, reference_backend)
+            out, states = forward(
+                block._replace(layers=layers, projection=projection), x, residual, reference_backend
+            )
         return out, [BatchStats(s.mean.detach(), s.unbiased_var.detach()) for s in states]
     backend = eager_backend(x, residual, *params)
     if backend is not None:
@@ -229,7 +234,9 @@ def conv_bn_relu(x: Tensor, layer: ConvBN, *, relu: bool = True) -> tuple[Tensor
 
     Args:
         x: (N, C, H, W) channels_last; bf16, fp16, fp32, or fp64 in plain torch.
-        layer: w (K, C, R, S) in the dtype of x; weight and bias (K,) fp32 (fp64 beside fp64).
+        layer: w (K, C, R, S) in the dtype of x, or in fp32: then it is rounded to the dtype of x,
+            see filter_copies.py, and its gradient is fp32; weight and bias (K,) fp32 (fp64 beside
+            fp64).
         relu: whether the ReLU is applied.
 
     Returns: out: (N, K, P, Q) dense channels_last, dtype of x; the statistics of its one layer.

@@ -13,7 +13,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"kernels": 0, "fastres": 1, "benchmarks": 2, "tests": 3}
-MAY_USE_KERNELS = ("fastres/model/", "fastres/data/loaders/resident.py")
+MAY_USE_KERNELS = (
+    "fastres/model/",
+    "fastres/data/loaders/resident.py",
+    "fastres/engine/step_kernels.py",
+)
 # Below everything: what the machine is, how an error is reported, how a command prints, what a
 # cache holds, how JSON is written.
 FOR_ALL = (

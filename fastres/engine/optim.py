@@ -6,11 +6,14 @@ torch's plain SGD is given a number: it would read the tensor back once a parame
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from fastres.config import Config
+from fastres.engine.step_kernels import FilterCopies, OneLaunchSGD
 
 __all__ = ["Optimizer", "lr_factor"]
 
@@ -47,10 +50,20 @@ class Optimizer:
     Args:
         model: on its device and in its memory format.
         config: optimizer, lr, momentum, weight_decay.
-        fused: update all parameters in one kernel.
+        fused: update all parameters in few kernels.
+        one_launch: of SGD in one, which is our own and keeps `copies` up to date.
+        copies: of filters in a lower precision, or None.
     """
 
-    def __init__(self, model: nn.Module, config: Config, *, fused: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        *,
+        fused: bool,
+        one_launch: bool = False,
+        copies: FilterCopies | None = None,
+    ):
         self.names = {id(p): name for name, p in model.named_parameters()}
         params = list(model.parameters())
         device = params[0].device
@@ -67,14 +80,19 @@ class Optimizer:
                 groups, lr=config.lr, betas=betas, fused=fused, capturable=on_cuda
             )
         else:
-            nesterov = config.momentum > 0
-            self.rule = torch.optim.SGD(
-                groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused
-            )
+            momentum, nesterov = config.momentum, config.momentum > 0
+            options: dict[str, Any] = {"lr": config.lr, "momentum": momentum, "nesterov": nesterov}
+            if fused and one_launch:
+                self.rule = OneLaunchSGD(groups, copies, **options)
+            else:
+                self.rule = torch.optim.SGD(groups, **options, fused=fused)
             if fused and config.momentum:
                 # Torch leaves a new buffer uninitialised where a loss scaler skips its first step.
                 for param in params:
                     self.rule.state[param]["momentum_buffer"] = torch.zeros_like(param)
+        if fused and not isinstance(self.rule, OneLaunchSGD):
+            # Torch's fused kernels tell autograd nothing, nor whoever keeps copies of weights.
+            self.rule.register_step_post_hook(lambda *_: increment_version(params))
         self._reads_lr = not fused and config.optimizer == "sgd"
         for group in self.rule.param_groups:
             group["lr"] = config.lr if self._reads_lr else self.lr

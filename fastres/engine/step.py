@@ -18,6 +18,7 @@ from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.ema import WeightAverage
 from fastres.engine.optim import Optimizer, lr_factor
 from fastres.engine.runtime import Runtime
+from fastres.engine.step_kernels import add_to_totals, copy_filters, has_step_kernels
 from fastres.model.conv_bn import batched_running_stats
 from fastres.model.fused_modules import SmoothCrossEntropy
 
@@ -31,13 +32,21 @@ class Totals:
 
     `values` holds the sum of losses, the number of right answers, of images, and of batches whose
     loss was not finite, in float64.
+
+    Args:
+        device: of what is added.
+        one_launch: add in one kernel of our own.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, *, one_launch: bool = False):
         self.values = torch.zeros(4, dtype=torch.float64, device=device)
+        self._one_launch = one_launch
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: its mean loss, (B, classes) logits and (B,) labels."""
+        if self._one_launch:
+            add_to_totals(self.values, loss, logits, labels)
+            return
         right = (logits.argmax(dim=1) == labels).sum()
         count = torch.full_like(right, len(labels))
         # A finite number less itself is 0; a NaN or an infinity less itself is a NaN.
@@ -92,8 +101,16 @@ class TrainStep:
         self.config = config
         self.runtime = runtime
         self.total_steps = total_steps
-        self.optimizer = Optimizer(model, config, fused=runtime.fused_optimizer)
-        self.totals = Totals(runtime.device)
+        has_kernels = has_step_kernels(runtime)
+        self._copies = copy_filters(model, runtime)
+        self.optimizer = Optimizer(
+            model,
+            config,
+            fused=runtime.fused_optimizer,
+            one_launch=has_kernels,
+            copies=self._copies,
+        )
+        self.totals = Totals(runtime.device, one_launch=has_kernels)
         self.average = WeightAverage(model, config.ema) if config.ema else None
         self.scaler = torch.amp.GradScaler(
             runtime.device.type, enabled=runtime.dtype == torch.float16
@@ -103,6 +120,8 @@ class TrainStep:
         self._loss = loss(label_smoothing=config.label_smoothing)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, Tensor] | None = None
+        # Where backward gets none to start from, torch makes one in every step.
+        self._grad_of_loss = torch.ones((), device=runtime.device)
 
     def __call__(self, step: int, images: Tensor, labels: Tensor) -> None:
         """Train on one batch.
@@ -113,6 +132,7 @@ class TrainStep:
             labels: (B,) int64.
         """
         self.optimizer.set_lr(self.learning_rate(step))
+        self._refresh_copies()
         if self._graph is not None and self._inputs is not None:
             self._inputs[0].copy_(images)
             self._inputs[1].copy_(labels)
@@ -130,15 +150,22 @@ class TrainStep:
 
     def _compute(self, images: Tensor, labels: Tensor) -> None:
         """Forward, backward and update: everything that the graph captures."""
-        with self.runtime.autocast(), batched_running_stats():
-            logits = self._forward(images)
-            loss = self._loss(logits, labels)
-        self.scaler.scale(loss).backward()
+        with self._copies.in_use() if self._copies is not None else nullcontext():
+            with self.runtime.autocast(), batched_running_stats():
+                logits = self._forward(images)
+                loss = self._loss(logits, labels)
+            self.scaler.scale(loss).backward(self._grad_of_loss)
         self.processes.average(self.model)
         self.scaler.step(self.optimizer.rule)
         self.scaler.update()
+        self._refresh_copies()
         self.optimizer.rule.zero_grad(set_to_none=True)
         self.totals.add(loss.detach(), logits.detach(), labels)
+
+    def _refresh_copies(self) -> None:
+        """Round the filters that anybody but the optimizer's own kernel has changed."""
+        if self._copies is not None:
+            self._copies.refresh()
 
     def prepare(self, images: Tensor, labels: Tensor) -> None:
         """Compile and capture on a batch of the real shape, and leave no trace in the model.
@@ -152,7 +179,9 @@ class TrainStep:
             if not self.runtime.graph:
                 self._compute(images, labels)
                 return
-            self._inputs = (images.clone(), labels.clone())
+            # Images are rounded on their way into the graph, in the copy that they take anyway.
+            dtype = self.runtime.dtype if self._copies is not None else images.dtype
+            self._inputs = (images.to(dtype, copy=True), labels.clone())
             side = torch.cuda.Stream(self.runtime.device)
             side.wait_stream(torch.cuda.current_stream(self.runtime.device))
             with torch.cuda.stream(side):

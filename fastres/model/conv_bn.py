@@ -2,8 +2,8 @@
 
 In training with the statistics of the batch, in evaluation with the running statistics folded into
 the convolution, and by the modules themselves wherever an op would compute something else. Under
-autocast activations and filters are cast to its dtype; parameters and statistics of batch norm are
-used in float32.
+autocast activations and filters are cast to its dtype, the filters by the ops where kernels run;
+parameters and statistics of batch norm are used in float32.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastres.kernels import ops
 from fastres.kernels.conv_types import ConvBN, stat_dtype
+from fastres.kernels.dispatch import runs_on_triton
 from fastres.kernels.ops import BatchStats
 from fastres.kernels.plain_tensors import have_plain_types
 from fastres.kernels.reference.block import bn_fold_ref
@@ -80,10 +81,16 @@ def to_compute_dtype(x: Tensor) -> Tensor:
 
 
 def layer_params(layer: ConvBNModules, x: Tensor) -> ConvBN:
-    """The parameters of a layer as the ops take them, beside activations like x."""
+    """The parameters of a layer as the training ops take them, beside activations like x.
+
+    Filters in fp32 stay so where kernels return their gradient in fp32: they are rounded in the op.
+    """
     conv, bn = layer
     wide = stat_dtype(x.dtype)
-    w = conv.weight.to(cast_dtype(x))
+    w = conv.weight
+    # A compiler cannot ask for kernels. Where none run, the op does what is done here.
+    if w.dtype != torch.float32 or not (torch.compiler.is_compiling() or runs_on_triton(x)):
+        w = w.to(cast_dtype(x))
     padding = cast(tuple[int, int], conv.padding)
     return ConvBN(
         w, bn.weight.to(wide), bn.bias.to(wide), conv.stride[0], padding[0], float(bn.eps)
@@ -107,7 +114,8 @@ def _fold(layer: ConvBNModules, x: Tensor) -> tuple[ConvBN, Tensor]:
     """Parameters beside activations like x, and the batch norm as a * y + b: (2, K)."""
     bn, params, wide = layer.bn, layer_params(layer, x), stat_dtype(x.dtype)
     # Here, where it is kept, and not in every call of an op.
-    params = params._replace(w=params.w.contiguous(memory_format=torch.channels_last))
+    w = params.w.to(cast_dtype(x)).contiguous(memory_format=torch.channels_last)
+    params = params._replace(w=w)
     assert bn.running_mean is not None
     assert bn.running_var is not None
     rstd = (bn.running_var.to(wide) + bn.eps).rsqrt()

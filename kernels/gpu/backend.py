@@ -158,11 +158,10 @@ def _filter_gradient(
     if config.route == "cudnn":
         assert isinstance(dy, Tensor)
         activation = x if scale_shift is None else bn_apply(x, scale_shift)
-        return to_dense_channels_last(
-            ref.conv_wgrad_ref(
-                activation, dy, filter_size, stride=layer.stride, padding=layer.padding
-            )
+        dw = ref.conv_wgrad_ref(
+            activation, dy, filter_size, stride=layer.stride, padding=layer.padding
         )
+        return to_dense_channels_last(dw).to(layer.dw_dtype or dw.dtype)
     return conv_wgrad(
         x,
         dy,
@@ -171,6 +170,7 @@ def _filter_gradient(
         padding=layer.padding,
         scale_shift=scale_shift,
         allow_tf32=_allow_tf32(x),
+        dw_dtype=layer.dw_dtype,
         config=config,
     )
 

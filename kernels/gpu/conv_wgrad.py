@@ -160,6 +160,7 @@ def conv_wgrad(
     padding: int = 0,
     scale_shift: torch.Tensor | None = None,
     allow_tf32: bool = False,
+    dw_dtype: torch.dtype | None = None,
     config: ConvConfig | None = None,
 ) -> torch.Tensor:
     """`dw = sum over pixels of dy * window(x)`, with x and dy recomputed while loading.
@@ -173,9 +174,10 @@ def conv_wgrad(
         padding: the forward convolution's.
         scale_shift: (2, C) fp32, a above b: the forward convolution read relu(a * x + b).
         allow_tf32: let fp32 products be rounded to TF32.
+        dw_dtype: of dw; by default that of x.
         config: tiles and split; by default those of the launch table.
 
-    Returns: dw: (K, C, R, S) dense channels_last, dtype of x.
+    Returns: dw: (K, C, R, S) dense channels_last, dw_dtype.
 
     Raises: ValueError: when a tensor's shape, dtype, device or layout is not as above.
 
@@ -192,7 +194,7 @@ def conv_wgrad(
     variant = variant or _pointer_variant(config, shape, x, g, y, allow_tf32)
     num_splits = variant.num_tiles
     krsc = (shape.K, shape.R, shape.S, shape.C)
-    dw = x.new_empty(krsc)
+    dw = x.new_empty(krsc, dtype=dw_dtype or x.dtype)
     partials = dw if num_splits == 1 else x.new_empty((num_splits, *krsc), dtype=torch.float32)
     args = {
         **variant.args,

@@ -1,4 +1,4 @@
-"""The machine code of head, loss and augmentation, compiled for GPUs that need not be here.
+"""The machine code of head, loss, augmentation and SGD, compiled for GPUs that need not be here.
 
 Kernels are interpreted in the test process, so they are compiled in another one, which this file
 is the program of.
@@ -18,6 +18,8 @@ from fastres.kernels.gpu.augment import augment_normalize
 from fastres.kernels.gpu.cross_entropy import smooth_cross_entropy_bwd, smooth_cross_entropy_fwd
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.pool_linear import pool_linear_bwd, pool_linear_fwd
+from fastres.kernels.gpu.sgd import SGDTensors, SGDUpdate
+from fastres.kernels.gpu.totals import add_to_totals
 from fastres.kernels.tools.machine_code import compile_launch
 
 REPO = Path(__file__).resolve().parents[2]
@@ -55,12 +57,23 @@ def start_augmentation(dtype):
     )
 
 
+def start_step(dtype):
+    """SGD with a copy of one parameter, a whole chunk and a tail, and the sums of an epoch."""
+    p = meta(1500)
+    tensors = SGDTensors(p, p, p, meta(1500, dtype=dtype), 5e-4)
+    SGDUpdate([p])([tensors], meta(), momentum=0.9, nesterov=True)
+    logits, labels = meta(512, 10, dtype=dtype), meta(512, dtype=torch.int64)
+    add_to_totals(meta(4, dtype=torch.float64), meta(), logits, labels)
+
+
 GROUPS = {
     "resnet20 bf16": (start_head, (64, 8, 10, torch.bfloat16), 90),
     "resnet18 fp16": (start_head, (512, 4, 100, torch.float16), 80),
     "resnet50 fp32": (start_head, (2048, 7, 1000, torch.float32), 90),
     "augmentation fp32": (start_augmentation, (torch.float32,), 80),
     "augmentation bf16": (start_augmentation, (torch.bfloat16,), 90),
+    "step fp16": (start_step, (torch.float16,), 80),
+    "step bf16": (start_step, (torch.bfloat16,), 90),
 }
 
 
@@ -90,7 +103,7 @@ def codes():
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_machine_code(codes, group):
-    """No spills; 16-byte loads of x, and 16-byte stores of dx and of batches."""
+    """No spills; 16-byte loads of x and parameters, 16-byte stores of dx, batches, parameters."""
     assert codes[group]
     for code in codes[group]:
         assert code["spills"] == 0, code
@@ -98,6 +111,10 @@ def test_machine_code(codes, group):
             assert code["wide_loads"] > 0, code
         if code["kernel"] in ("pool_linear_bwd_kernel", "augment_normalize_kernel"):
             assert code["wide_stores"] > 0, code
+        if code["kernel"] == "sgd_kernel":
+            # Two each of parameter, gradient and buffer in a whole chunk; a tail goes one by one.
+            assert code["wide_loads"] >= 6, code
+            assert code["wide_stores"] >= 4, code
 
 
 if __name__ == "__main__":

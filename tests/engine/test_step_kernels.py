@@ -1,0 +1,293 @@
+"""A step whose optimizer, totals and copies of filters are kernels: same training, few launches."""
+
+import collections
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastres.config import Config
+from fastres.engine import step as step_module
+from fastres.engine.optim import Optimizer
+from fastres.engine.runtime import Runtime
+from fastres.engine.step import Totals, TrainStep
+from fastres.engine.step_kernels import FilterCopies, OneLaunchSGD
+from fastres.kernels.gpu import backend as gpu_backend
+from fastres.kernels.gpu.launch import recording
+from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
+from fastres.model.fuse import fuse
+from fastres.model.resnet import BasicBlock, ResNet
+from tests.helpers.interpreter import DEVICE, HAS_GPU
+from tests.helpers.numerics import assert_like_eager
+
+BF16 = torch.bfloat16
+SMALL = Config(model="resnet8", lr=0.1, batch_size=4, warmup=0.0, ema=0.5)
+
+
+@pytest.fixture(autouse=True)
+def large_tiles(monkeypatch):
+    """A step of the interpreter costs about the same for a large tile as for a small one."""
+    tiles = ConvConfig(256, 16, 128, num_warps=4, num_stages=2, split_k=2)
+
+    def config(op, *arguments, **options):
+        return conv_config(op, *arguments, **options) if HAS_GPU else tiles
+
+    monkeypatch.setattr(gpu_backend, "conv_config", config)
+
+
+def batch(number):
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randn((4, 3, 6, 6), generator=generator).to(DEVICE)
+    return images, torch.randint(0, 4, (4,), generator=generator).to(DEVICE)
+
+
+def make_step(config=SMALL, dtype=BF16, **options) -> TrainStep:
+    runtime = Runtime(DEVICE, dtype, channels_last=True, route="fused", fused_optimizer=True)
+    for name, value in options.items():
+        setattr(runtime, name, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = fuse(ResNet(BasicBlock, (1,), 4, 4, "B"), verbose=False).train()
+    runtime.place(model)
+    return TrainStep(model, config, runtime, total_steps=10)
+
+
+def assert_same_state(step, other):
+    got, wanted = step.state_dict(), other.state_dict()
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(got[name], value), name
+
+
+def filters(step):
+    return [p for p in step.model.parameters() if p.dim() == 4]
+
+
+def assert_fresh(step):
+    for w in filters(step):
+        assert torch.equal(step._copies.of(w), w.to(step.runtime.dtype))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_copies_change_no_bit_of_a_training(optimizer, monkeypatch):
+    """A filter that is rounded beforehand is what an op that rounds it itself computes with."""
+    config = SMALL.replace(optimizer=optimizer)
+    with_copies = make_step(config)
+    monkeypatch.setattr(step_module, "copy_filters", lambda *_: None)
+    without = make_step(config)
+    for number in range(3):
+        with_copies(number, *batch(number))
+        without(number, *batch(number))
+        assert_fresh(with_copies)
+    assert without._copies is None
+    assert_same_state(with_copies, without)
+
+
+def test_whatever_changes_weights_changes_their_copies(tmp_path):
+    """A checkpoint, an average that was put in and taken out, a hand; none says so."""
+    one, two, three = make_step(), make_step(), make_step()
+    for number in range(2):
+        one(number, *batch(number))
+        three(number, *batch(number))
+    saved = {name: value.clone() for name, value in one.state_dict().items()}
+    two(0, *batch(5))
+    two.load_state_dict(saved, tmp_path)
+    two(2, *batch(2))
+
+    with one.evaluated_weights():
+        pass
+    with torch.no_grad():
+        name, weight = next(iter(one.model.named_parameters()))
+        weight.add_(1)
+        weight.copy_(saved[f"model.{name}"])
+    one(2, *batch(2))
+    three(2, *batch(2))
+    for step in (one, two):
+        assert_same_state(step, three)
+
+
+def test_the_average_is_evaluated_and_trained_with_while_it_is_applied():
+    """Copies that were not made again would have trained on the weights of before."""
+    step, other = make_step(), make_step()
+    for number in range(2):
+        step(number, *batch(number))
+    with step.evaluated_weights():
+        other.load_state_dict({k: v.clone() for k, v in step.state_dict().items()}, None)
+        step(2, *batch(2))
+        other(2, *batch(2))
+        for w, wanted in zip(filters(step), filters(other), strict=True):
+            assert torch.equal(w, wanted)
+
+
+def test_a_state_goes_from_route_to_route(tmp_path):
+    """The optimizer is torch's SGD in all that a checkpoint sees."""
+    ours, theirs = make_step(), make_step(route="eager")
+    assert type(ours.optimizer.rule) is OneLaunchSGD
+    assert type(theirs.optimizer.rule) is torch.optim.SGD
+    assert ours.optimizer.rule.state_dict().keys() == theirs.optimizer.rule.state_dict().keys()
+    ours(0, *batch(0))
+    theirs(0, *batch(0))
+    saved = {name: value.clone() for name, value in ours.state_dict().items()}
+    assert saved.keys() == theirs.state_dict().keys()
+    theirs.load_state_dict(saved, tmp_path)
+    assert_same_state(ours, theirs)
+    group, wanted = (s.optimizer.rule.param_groups[0] for s in (ours, theirs))
+    assert group.keys() == wanted.keys()
+    assert {k: v for k, v in group.items() if k not in ("params", "lr")} == {
+        k: v for k, v in wanted.items() if k not in ("params", "lr")
+    }
+
+
+def quadratic_steps(rule, params):
+    """Three steps; the last parameter is not part of the first loss, and then has no buffer."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(3):
+        rule.zero_grad()
+        for p in params[:-1] if number == 0 else params:
+            (p - torch.randn(p.shape, generator=generator).to(p)).square().sum().backward()
+        rule.step()
+        has_buffer = rule.param_groups[0]["momentum"] > 0 and number > 0
+        assert (params[-1] in rule.state) == has_buffer
+    return [*params, *(s["momentum_buffer"] for s in rule.state.values() if s)]
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_the_optimizer_is_torchs_sgd(momentum):
+    def run(kind, *arguments, dtype=torch.float32):
+        sizes = [(4, 3, 3, 3), (1500,), (5,)]
+        params = [torch.ones(s, device=DEVICE, dtype=dtype).requires_grad_() for s in sizes]
+        groups = [{"params": params[:1], "weight_decay": 0.1}, {"params": params[1:]}]
+        rule = kind(groups, *arguments, lr=0.1, momentum=momentum, nesterov=momentum > 0)
+        return [t.detach() for t in quadratic_steps(rule, params)]
+
+    got, eager = run(OneLaunchSGD, None), run(torch.optim.SGD)
+    truth = run(torch.optim.SGD, dtype=torch.float64)
+    for tensors in zip(got, eager, truth, strict=True):
+        assert_like_eager(f"{tuple(tensors[0].shape)}", *tensors)
+
+
+def test_what_the_optimizer_cannot_do_is_refused():
+    def rule(**options):
+        params = [torch.ones(3, device=DEVICE).requires_grad_() for _ in range(2)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        made = OneLaunchSGD(
+            [{"params": [p]} for p in params], None, lr=0.1, momentum=0.9, nesterov=True
+        )
+        made.param_groups[1] |= options
+        return made
+
+    rule().step()
+    for options in ({"momentum": 0.5}, {"lr": 0.2}, {"nesterov": False}):
+        with pytest.raises(ValueError, match=f"the same {next(iter(options))}"):
+            rule(**options).step()
+    for name, value in (("maximize", True), ("dampening", 0.5)):
+        made = rule(**{name: value})
+        made.param_groups[0][name] = value
+        with pytest.raises(ValueError, match="neither dampens nor maximizes"):
+            made.step()
+
+
+def test_autograd_sees_that_parameters_have_changed():
+    """A backward pass through weights of before a step is an error, as it is in torch."""
+    step = make_step(dtype=torch.float32)
+    images, labels = batch(0)
+    loss = F.cross_entropy(step.model(images), labels)
+    step(0, images, labels)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_step_with_an_infinite_gradient_is_skipped():
+    """Loss scaling: weights, buffers and copies stay, and the next step is taken."""
+    step = make_step(dtype=torch.float16)
+    step(0, *batch(0))
+    before = {k: v.clone() for k, v in step.model.named_parameters()}
+    buffers = {k: v.clone() for k, v in step.optimizer.state_dict().items()}
+    images, labels = batch(1)
+    images[0, 0, 0, 0] = torch.inf
+    scale = step.scaler.get_scale()
+    step(1, images, labels)
+    assert step.scaler.get_scale() == scale / 2
+    assert all(torch.equal(before[k], v) for k, v in step.model.named_parameters())
+    assert all(torch.equal(buffers[k], v) for k, v in step.optimizer.state_dict().items())
+    assert_fresh(step)
+
+
+class RunOps(TorchDispatchMode):
+    """The operators of torch that compute something."""
+
+    sees_fused_ops = True
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+# They move no data on the device, or belong to the interpreter of Triton.
+NO_LAUNCH = ("detach", "empty", "set_", "lift_fresh", "profiler", "view", "aten.copy_")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_what_a_step_launches_beside_its_blocks(optimizer, monkeypatch):
+    """One optimizer, one sum, two calls for all running statistics; no filter is cast."""
+    step = make_step(SMALL.replace(optimizer=optimizer, ema=0))
+    monkeypatch.setattr(step_module.WeightAverage, "update", lambda *_: None)
+    step(0, *batch(0))
+    images, labels = batch(1)
+    images = images.contiguous(memory_format=torch.channels_last)
+    with RunOps() as ops:
+        step(1, images, labels)
+    launched = {
+        name: count
+        for name, count in ops.counts.items()
+        if not name.startswith("fastres.") and not any(part in name for part in NO_LAUNCH)
+    }
+    wanted = {
+        "aten._to_copy.default": 1,  # the images
+        "aten.fill_.Scalar": 1,  # the learning rate
+        "aten._foreach_add_.Scalar": 1,
+        "aten._foreach_lerp_.Scalar": 1,
+    }
+    if optimizer == "adamw":
+        # Two groups of parameters, and their numbers of steps; then the copies.
+        wanted |= {"aten._foreach_add_.Scalar": 3, "aten._fused_adamw_.tensor_lr": 2}
+        wanted |= {"aten._foreach_copy_.default": 1}
+    assert launched == wanted
+
+    with recording() as launches:
+        step(2, *batch(2))
+    counts = collections.Counter(launch.name for launch in launches)
+    assert counts["sgd_kernel"] == (optimizer == "sgd")
+    assert counts["add_to_totals_kernel"] == 1
+
+
+def test_only_a_fused_step_on_triton_has_kernels_beside_it():
+    for options in ({"route": "eager"}, {"route": "compile"}):
+        step = make_step(**options)
+        assert step._copies is None
+        assert type(step.optimizer.rule) is torch.optim.SGD
+    assert make_step(dtype=torch.float32)._copies is None
+    assert isinstance(make_step()._copies, FilterCopies)
+    assert type(make_step(fused_optimizer=False).optimizer.rule) is torch.optim.SGD
+
+
+def test_totals_add_alike():
+    images, labels = batch(0)
+    logits = images.flatten(1)[:, :10]
+    sums = []
+    for one_launch in (False, True):
+        totals = Totals(DEVICE, one_launch=one_launch)
+        totals.add(logits.mean(), logits, labels)
+        sums.append(totals.values)
+    assert torch.equal(*sums)
+
+
+def test_an_optimizer_without_a_step_behind_it_is_torchs():
+    model = ResNet(BasicBlock, (1,), 4, 4, "B")
+    assert type(Optimizer(model, SMALL, fused=True).rule) is torch.optim.SGD
