@@ -26,8 +26,8 @@ ends with
     finish_batch_norm(stats_ptr, counters_ptr, ..., program, num_programs, ...)   # last statement
 
 and all of its programs reach the last statement exactly once. On the host `allocate_partials`
-sizes the buffers. A row of statistics is `stats_row(K)` numbers, one of gradient sums 2 * C, or
-3 * C with a projected shortcut.
+sizes the buffers, a row of statistics being `stats_row(K)` numbers and one of gradient sums 2 * C,
+or 3 * C with a projected shortcut; `finish_stats` and `finish_grads` prepare all arguments.
 
 Memory order: a barrier puts the stores of all threads before the ticket, which is one atomic
 operation with release and acquire semantics in the whole GPU; a second barrier puts all reads of
@@ -41,21 +41,28 @@ Source: own derivation; Chan, Golub, LeVeque (1979) for the merge; the threadFen
 of the CUDA toolkit for the tickets.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fastres.kernels.conv_types import BatchNorm, BatchNormGrads, DeferredGrad, LayerState
 from fastres.kernels.gpu.counters import zero_counters
+from fastres.kernels.gpu.launch import num_bytes
 from fastres.kernels.gpu.primitives import round_to
 
 __all__ = [
+    "Finish",
     "Partials",
     "add_partials",
     "allocate_partials",
     "finish_batch_norm",
     "finish_batch_norm_backward",
+    "finish_grads",
+    "finish_stats",
     "is_last",
     "merge_stats",
     "stats_row",
@@ -153,7 +160,7 @@ def finish_batch_norm(
     counters_ptr,  # (num_columns, 1 + num_groups) int32
     gamma_ptr,  # (K,) fp32 in
     beta_ptr,  # (K,) fp32 in
-    out_ptr,  # (5, K) fp32 out: mean, unbiased variance, rstd, a, b
+    batch_norm_ptr,  # (5, K) fp32 out: mean, unbiased variance, rstd, a, b
     num_pixels,  # of all tiles
     eps,
     offs_k,  # [BLOCK_K] channels of this column
@@ -187,11 +194,11 @@ def finish_batch_norm(
             rstd = 1.0 / tl.sqrt_rn(m2 / num_pixels + eps)
             a = tl.load(gamma_ptr + offs_k, mask=mask_k, other=0.0) * rstd
             b = tl.load(beta_ptr + offs_k, mask=mask_k, other=0.0) - mean * a
-            tl.store(out_ptr + offs_k, mean, mask=mask_k)
-            tl.store(out_ptr + K + offs_k, m2 / (num_pixels - 1), mask=mask_k)
-            tl.store(out_ptr + 2 * K + offs_k, rstd, mask=mask_k)
-            tl.store(out_ptr + 3 * K + offs_k, a, mask=mask_k)
-            tl.store(out_ptr + 4 * K + offs_k, b, mask=mask_k)
+            tl.store(batch_norm_ptr + offs_k, mean, mask=mask_k)
+            tl.store(batch_norm_ptr + K + offs_k, m2 / (num_pixels - 1), mask=mask_k)
+            tl.store(batch_norm_ptr + 2 * K + offs_k, rstd, mask=mask_k)
+            tl.store(batch_norm_ptr + 3 * K + offs_k, a, mask=mask_k)
+            tl.store(batch_norm_ptr + 4 * K + offs_k, b, mask=mask_k)
 
 
 @triton.jit
@@ -233,7 +240,7 @@ def _add_rows(
 def _store_grads(
     sum_g,
     sum_gy,
-    stats_ptr,
+    batch_norm_ptr,
     gamma_ptr,
     coefficients_ptr,
     dgamma_ptr,
@@ -244,8 +251,8 @@ def _store_grads(
     C: tl.constexpr,
 ):
     """`dbeta = sum g`, `dgamma = rstd * sum g (y - mean)` and dy = c0 * g + c1 * y + c2."""
-    mean = tl.load(stats_ptr + offs_c, mask=mask_c, other=0.0)
-    rstd = tl.load(stats_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)
+    mean = tl.load(batch_norm_ptr + offs_c, mask=mask_c, other=0.0)
+    rstd = tl.load(batch_norm_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)
     dgamma = sum_gy * rstd
     c0 = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0) * rstd
     c1 = -c0 * rstd * (dgamma / num_pixels)
@@ -261,12 +268,12 @@ def _store_grads(
 def finish_batch_norm_backward(
     sums_ptr,  # (num_tiles + num_groups, 2 * C or 3 * C) fp32: see `store_sums`
     counters_ptr,  # (num_columns, 1 + num_groups) int32
-    stats_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of the batch norm
+    batch_norm_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of the batch norm
     gamma_ptr,  # (C,) fp32 in
     coefficients_ptr,  # (3, C) fp32 out: c0, c1, c2
     dgamma_ptr,  # (C,) fp32 out
     dbeta_ptr,  # (C,) fp32 out
-    shortcut_stats_ptr,  # the same of a projected shortcut's batch norm; all five None without one
+    shortcut_batch_norm_ptr,  # the last five of a projected shortcut's batch norm, or all None
     shortcut_gamma_ptr,
     shortcut_coefficients_ptr,
     shortcut_dgamma_ptr,
@@ -282,7 +289,7 @@ def finish_batch_norm_backward(
     GROUP: tl.constexpr,
 ):
     """Add the sums of all tiles: gradients of gamma and beta, and the coefficients of dy."""
-    NUM_SUMS: tl.constexpr = 2 if shortcut_stats_ptr is None else 3
+    NUM_SUMS: tl.constexpr = 2 if shortcut_batch_norm_ptr is None else 3
     num_groups = tl.cdiv(num_programs, GROUP)
     counters_ptr += column * (1 + num_groups)
     group = program // GROUP
@@ -304,7 +311,7 @@ def finish_batch_norm_backward(
             _store_grads(
                 sum_g,
                 sum_gy,
-                stats_ptr,
+                batch_norm_ptr,
                 gamma_ptr,
                 coefficients_ptr,
                 dgamma_ptr,
@@ -314,14 +321,14 @@ def finish_batch_norm_backward(
                 mask_c,
                 C,
             )
-            if shortcut_stats_ptr is not None:
+            if shortcut_batch_norm_ptr is not None:
                 sum_gy = _add_rows(
                     sums_ptr + 2 * C, num_tiles, num_groups, zeros, offs_c, mask_c, C, NUM_SUMS
                 )
                 _store_grads(
                     sum_g,
                     sum_gy,
-                    shortcut_stats_ptr,
+                    shortcut_batch_norm_ptr,
                     shortcut_gamma_ptr,
                     shortcut_coefficients_ptr,
                     shortcut_dgamma_ptr,
@@ -430,13 +437,13 @@ def add_partials(
 
 
 class Partials(NamedTuple):
-    """What a kernel whose last program finishes it is given beside its operands.
+    """What programs leave their shares in.
 
     buffer: (num_tiles + num_groups, row) fp32, uninitialised. counters: int32 zeros. group: GROUP.
     """
 
-    buffer: torch.Tensor
-    counters: torch.Tensor
+    buffer: Tensor
+    counters: Tensor
     group: int
 
 
@@ -446,7 +453,7 @@ def stats_row(channels: int) -> int:
 
 
 def allocate_partials(
-    like: torch.Tensor,
+    like: Tensor,
     row: int,
     num_programs: int,
     *,
@@ -479,3 +486,86 @@ def _group_size(num_programs: int, row_bytes: int) -> int:
     while group > 1 and group * row_bytes > MOST_BYTES:
         group //= 2
     return group
+
+
+class Finish(NamedTuple):
+    """What a launch takes to be finished by its last program.
+
+    args: arguments by the names that they have in every kernel. reads, writes: bytes, partials on
+    both sides.
+    """
+
+    args: dict[str, Any]
+    reads: int
+    writes: int
+
+
+def finish_stats(
+    like: Tensor,
+    batch_norm: BatchNorm | None,
+    num_programs: int,
+    *,
+    num_tiles: int | None = None,
+    num_columns: int = 1,
+) -> tuple[Finish, Tensor | None]:
+    """Prepare a kernel that ends with `finish_batch_norm`, or with None leaves it out.
+
+    Returns: `Finish`: stats_ptr, counters_ptr, gamma_ptr, beta_ptr, batch_norm_ptr, eps, GROUP; and
+        the tensor that will be `LayerState.stats`. Others as in `allocate_partials`.
+    """
+    names = ("stats_ptr", "counters_ptr", "gamma_ptr", "beta_ptr", "batch_norm_ptr")
+    if batch_norm is None:
+        return Finish({**dict.fromkeys(names), "eps": 0.0, "GROUP": 1}, 0, 0), None
+    weight, bias, eps = batch_norm
+    row = stats_row(len(weight))
+    partials = allocate_partials(
+        like, row, num_programs, num_tiles=num_tiles, num_columns=num_columns
+    )
+    stats = weight.new_empty((5, len(weight)))
+    tensors = (partials.buffer, partials.counters, weight, bias, stats)
+    args = {**dict(zip(names, tensors, strict=True)), "eps": eps, "GROUP": partials.group}
+    reads = num_bytes(partials.buffer, weight, bias)
+    return Finish(args, reads, num_bytes(partials.buffer, stats)), stats
+
+
+def finish_grads(
+    g: Tensor,
+    layers: Mapping[str, tuple[LayerState | None, Tensor | None]],
+    num_programs: int,
+    *,
+    num_tiles: int | None = None,
+    num_columns: int = 1,
+) -> tuple[Finish, list[BatchNormGrads | None]]:
+    """Prepare a kernel that ends with `finish_batch_norm_backward`, or leaves it out.
+
+    Args:
+        g: gradient of the batch norms' output, which the kernel writes.
+        layers: by the prefix of their parameters' names, the layer and, if there is one, that of
+            a projected shortcut, each with its weight; (None, None) where there is none.
+
+    Returns: `Finish`: sums_ptr, counters_ptr, GROUP, and of each layer, behind its prefix,
+        batch_norm_ptr, gamma_ptr, coefficients_ptr, dgamma_ptr, dbeta_ptr; and the gradients of
+        each. Others as in `allocate_partials`.
+    """
+    names = ("batch_norm_ptr", "gamma_ptr", "coefficients_ptr", "dgamma_ptr", "dbeta_ptr")
+    args: dict[str, Any] = {"sums_ptr": None, "counters_ptr": None, "GROUP": 1}
+    grads: list[BatchNormGrads | None] = []
+    reads = writes = 0
+    for prefix, (state, weight) in layers.items():
+        operands: list[Tensor | None] = [None] * len(names)
+        grads.append(None)
+        if state is not None and weight is not None:
+            made = weight.new_empty((3, len(weight))), *(torch.empty_like(weight) for _ in range(2))
+            operands = [state.stats, weight, *made]
+            grads[-1] = BatchNormGrads(DeferredGrad(g, state.y, made[0]), made[1], made[2])
+            reads, writes = reads + num_bytes(state.stats, weight), writes + num_bytes(*made)
+        args |= {prefix + name: t for name, t in zip(names, operands, strict=True)}
+    num_layers = sum(grad is not None for grad in grads)
+    if num_layers > 0:
+        row = (1 + num_layers) * g.shape[1]
+        buffer, counters, group = allocate_partials(
+            g, row, num_programs, num_tiles=num_tiles, num_columns=num_columns
+        )
+        args |= {"sums_ptr": buffer, "counters_ptr": counters, "GROUP": group}
+        reads, writes = reads + num_bytes(buffer), writes + num_bytes(buffer)
+    return Finish(args, reads, writes), grads

@@ -54,9 +54,7 @@ KERNELS = {
     "augment_normalize",
     "bn_apply",
     "bn_backward_apply",
-    "bn_backward_finalize",
     "bn_backward_reduce",
-    "bn_finalize",
     "bn_stats",
     "conv_dgrad",
     "conv_dgrad_tma",
@@ -67,7 +65,6 @@ KERNELS = {
     "pool_linear_fwd",
     "smooth_cross_entropy_bwd",
     "smooth_cross_entropy_fwd",
-    "sum_partials",
 }
 
 # sm_86, sm_89 and sm_120 run what sm_80 runs (mma.sync) and give a program 99 KiB. The code of
