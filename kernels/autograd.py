@@ -254,9 +254,9 @@ class _EagerBlock(torch.autograd.Function):
         residual: Tensor | None,
         *params: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Return out, and mean and unbiased variance of every layer."""
+        """Return out, and the state's stats of every layer."""
         out, states = run_forward(spec, x, residual, params, backend)
-        stats = [vector for state in states for vector in (state.mean, state.unbiased_var)]
+        stats = [state.stats for state in states]
         ctx.mark_non_differentiable(*stats)
         save_block(ctx, spec, x, out, params, [t for state in states for t in state])
         ctx.backend = backend
@@ -273,10 +273,10 @@ class _EagerBlock(torch.autograd.Function):
 
 def run_eager(
     block: Block, x: Tensor, residual: Tensor | None, backend: Backend
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+) -> tuple[Tensor, list[Tensor]]:
     """Run a block as one node of autograd, without a registered op.
 
-    Returns: out; mean and unbiased variance of the batch, a pair a layer.
+    Returns: out; `LayerState.stats` of every layer.
     """
     out, *stats = _EagerBlock.apply(BlockSpec.of(block), backend, x, residual, *flat_params(block))
-    return out, list(zip(stats[::2], stats[1::2], strict=True))
+    return out, stats

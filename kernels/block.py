@@ -16,11 +16,11 @@ from typing import Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from fastres.kernels.conv_types import (
+    BatchNormGrads,
     ConvBN,
     ConvBNGrads,
     ConvGrads,
     DeferredGrad,
-    GradSums,
     LayerState,
     stat_dtype,
 )
@@ -92,17 +92,18 @@ class Backend(Protocol):
         """`out = relu(bn(y) + shortcut)`, or `+ a * shortcut + b` with shortcut_scale_shift."""
 
     def reduce(
-        self, dout: Tensor, state: LayerState, mask: Tensor | None, projected: LayerState | None
-    ) -> tuple[Tensor, GradSums]:
-        """Gradient g of the batch norm's output and its sums.
+        self,
+        dout: Tensor,
+        state: LayerState,
+        weight: Tensor,
+        mask: Tensor | None,
+        projected: LayerState | None,
+        projected_weight: Tensor | None,
+    ) -> tuple[BatchNormGrads, BatchNormGrads | None]:
+        """Gradients of a batch norm behind a ReLU, and of that of a projected shortcut.
 
         mask: out (N, K, P, Q), or scale_shift (2, K) to recompute it from y; None: no ReLU.
         """
-
-    def defer_dy(
-        self, g: Tensor, sums: GradSums, state: LayerState, weight: Tensor, *, of_projection: bool
-    ) -> tuple[DeferredGrad, Tensor, Tensor]:
-        """Gradient of y, to be computed by its readers; dgamma; dbeta."""
 
     def conv_backward(
         self,
@@ -111,12 +112,14 @@ class Backend(Protocol):
         layer: ConvBN,
         *,
         producer: LayerState | None,
+        producer_weight: Tensor | None,
         shortcut: Tensor | None,
         need_dx: bool,
     ) -> ConvGrads:
         """Gradients of a convolution of x, or of relu(bn(x)) where x is `producer.y`.
 
-        shortcut: gradient added to dx. need_dx: whether dx is wanted.
+        producer_weight: of its batch norm. shortcut: gradient added to dx. need_dx: whether dx is
+        wanted.
         """
 
     def conv_folded(
@@ -224,41 +227,56 @@ def backward(
 
     Returns: `BlockGrads`.
     """
-    last = len(block.layers) - 1
-    projected = states[-1] if block.projection is not None else None
+    layers, projection = block.layers, block.projection
+    last = len(layers) - 1
     mask = None
     if block.relu:
         mask = out if out is not None else states[last].scale_shift
-    g, g_sums = backend.reduce(dout, states[last], mask, projected)
-
-    grads: list[ConvBNGrads] = []
-    dshortcut = g if block.shortcut == "input" else None
-    dresidual = g if block.shortcut == "given" else None
-    if block.projection is not None and projected is not None:
-        dy, dgamma, dbeta = backend.defer_dy(
-            g, g_sums, projected, block.projection.weight, of_projection=True
-        )
+    grads, projected = backend.reduce(
+        dout,
+        states[last],
+        layers[last].weight,
+        mask,
+        None if projection is None else states[-1],
+        None if projection is None else projection.weight,
+    )
+    dshortcut = grads.dy.g if block.shortcut == "input" else None
+    dresidual = grads.dy.g if block.shortcut == "given" else None
+    of_projection: list[ConvBNGrads] = []
+    if projection is not None and projected is not None:
         dshortcut, dw, _ = backend.conv_backward(
-            dy, x, block.projection, producer=None, shortcut=None, need_dx=need_dx
+            projected.dy,
+            x,
+            projection,
+            producer=None,
+            producer_weight=None,
+            shortcut=None,
+            need_dx=need_dx,
         )
-        grads.append(ConvBNGrads(dw, dgamma, dbeta))
+        of_projection.append(ConvBNGrads(dw, projected.dgamma, projected.dbeta))
 
-    dx: Tensor | None = g
-    sums: GradSums | None = g_sums
-    for i in range(last, -1, -1):
-        assert dx is not None
-        assert sums is not None
-        producer = states[i - 1] if i > 0 else None
-        dy, dgamma, dbeta = backend.defer_dy(
-            dx, sums, states[i], block.layers[i].weight, of_projection=False
+    of_layers: list[ConvBNGrads] = []
+    for i in range(last, 0, -1):
+        _, dw, producer = backend.conv_backward(
+            grads.dy,
+            states[i - 1].y,
+            layers[i],
+            producer=states[i - 1],
+            producer_weight=layers[i - 1].weight,
+            shortcut=None,
+            need_dx=True,
         )
-        dx, dw, sums = backend.conv_backward(
-            dy,
-            x if producer is None else producer.y,
-            block.layers[i],
-            producer=producer,
-            shortcut=dshortcut if producer is None else None,
-            need_dx=need_dx or producer is not None,
-        )
-        grads.insert(0, ConvBNGrads(dw, dgamma, dbeta))
-    return BlockGrads(dx, dresidual, grads)
+        of_layers.insert(0, ConvBNGrads(dw, grads.dgamma, grads.dbeta))
+        assert producer is not None
+        grads = producer
+    dx, dw, _ = backend.conv_backward(
+        grads.dy,
+        x,
+        layers[0],
+        producer=None,
+        producer_weight=None,
+        shortcut=dshortcut,
+        need_dx=need_dx,
+    )
+    of_layers.insert(0, ConvBNGrads(dw, grads.dgamma, grads.dbeta))
+    return BlockGrads(dx, dresidual, of_layers + of_projection)

@@ -10,14 +10,23 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "BatchNorm",
+    "BatchNormGrads",
     "ConvBN",
     "ConvBNGrads",
     "ConvGrads",
     "DeferredGrad",
-    "GradSums",
     "LayerState",
     "stat_dtype",
 ]
+
+
+class BatchNorm(NamedTuple):
+    """The parameters of a batch norm: weight and bias (K,)."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-5
 
 
 class ConvBN(NamedTuple):
@@ -34,34 +43,41 @@ class ConvBN(NamedTuple):
     eps: float = 1e-5
     dw_dtype: torch.dtype | None = None
 
+    @property
+    def batch_norm(self) -> BatchNorm:
+        """Its batch norm alone."""
+        return BatchNorm(self.weight, self.bias, self.eps)
+
 
 class LayerState(NamedTuple):
     """What a layer keeps for backward and for the running statistics of its batch norm.
 
-    y: (N, K, P, Q) raw convolution output. mean, unbiased_var, rstd: (K,). scale_shift: (2, K), the
-    batch norm as a * y + b, a above b.
+    y: (N, K, P, Q) raw convolution output. stats: (5, K), all that follows from its statistics in
+    one tensor, in rows: mean, unbiased variance, rstd, and the batch norm as a * y + b: a, b.
     """
 
     y: Tensor
-    mean: Tensor
-    unbiased_var: Tensor
-    rstd: Tensor
-    scale_shift: Tensor
+    stats: Tensor
 
+    @property
+    def mean(self) -> Tensor:
+        """(K,)."""
+        return self.stats[0]
 
-class GradSums(NamedTuple):
-    """Sums over the pixels that the backward of batch norm needs.
+    @property
+    def unbiased_var(self) -> Tensor:
+        """(K,): what torch feeds to running_var."""
+        return self.stats[1]
 
-    Each is (K,), or (K, num_tiles) where the sums of tiles are still to be added, in `stat_dtype`
-    or wider.
+    @property
+    def rstd(self) -> Tensor:
+        """(K,): 1 / sqrt(var + eps) of the biased variance."""
+        return self.stats[2]
 
-    g: of g, the gradient of the batch norm's output. gy: of g * (y - mean). gy_shortcut: of the
-    same against y and mean of a projected shortcut; None without one.
-    """
-
-    g: Tensor
-    gy: Tensor
-    gy_shortcut: Tensor | None = None
+    @property
+    def scale_shift(self) -> Tensor:
+        """(2, K): a above b."""
+        return self.stats[3:]
 
 
 class DeferredGrad(NamedTuple):
@@ -76,16 +92,25 @@ class DeferredGrad(NamedTuple):
     coefficients: Tensor
 
 
+class BatchNormGrads(NamedTuple):
+    """Gradients that leave a batch norm: of its input, to be computed; dgamma and dbeta (K,)."""
+
+    dy: DeferredGrad
+    dgamma: Tensor
+    dbeta: Tensor
+
+
 class ConvGrads(NamedTuple):
     """Gradients that leave one convolution.
 
-    dx: of its input; behind a layer, already masked by that layer's ReLU. None where unwanted.
-    dw: of its filters. sums: of dx, for the batch norm of the layer before, where there is one.
+    dx: of its input; None where unwanted. dw: of its filters. producer: of the batch norm of the
+    layer that made its input, where there is one; dx is then masked by that layer's ReLU, and is
+    producer.dy.g.
     """
 
     dx: Tensor | None
     dw: Tensor
-    sums: GradSums | None
+    producer: BatchNormGrads | None = None
 
 
 class ConvBNGrads(NamedTuple):

@@ -76,6 +76,11 @@ class BatchStats(NamedTuple):
     mean: Tensor
     unbiased_var: Tensor
 
+    @classmethod
+    def of(cls, stats: Tensor) -> "BatchStats":
+        """The first two rows of `LayerState.stats`."""
+        return cls(stats[0], stats[1])
+
 
 def forward_impl(
     x: Tensor,
@@ -135,9 +140,7 @@ def _forward_fake(
         y = empty_channels_last(given, *size)
         source = y
         out = out if projects else y
-        vector = y.new_empty((y.shape[1],), dtype=stat_dtype(y.dtype))
-        vectors = [torch.empty_like(vector) for _ in range(3)]
-        saved += [y, *vectors, vector.new_empty((2, y.shape[1]))]
+        saved += [y, y.new_empty((5, y.shape[1]), dtype=stat_dtype(y.dtype))]
     return torch.empty_like(out), saved
 
 
@@ -218,13 +221,13 @@ def _run(
             out, states = forward(
                 block._replace(layers=layers, projection=projection), x, residual, reference_backend
             )
-        return out, [BatchStats(s.mean.detach(), s.unbiased_var.detach()) for s in states]
+        return out, [BatchStats.of(state.stats.detach()) for state in states]
     backend = eager_backend(x, residual, *params)
     if backend is not None:
         out, stats = run_eager(block, x, residual, backend)
-        return out, [BatchStats(*vectors) for vectors in stats]
+        return out, [BatchStats.of(of_layer) for of_layer in stats]
     out, saved = op(x, residual, params, *BlockSpec.of(block))
-    return out, [BatchStats(s.mean, s.unbiased_var) for s in to_states(saved)]
+    return out, [BatchStats.of(state.stats) for state in to_states(saved)]
 
 
 def conv_bn_relu(x: Tensor, layer: ConvBN, *, relu: bool = True) -> tuple[Tensor, list[BatchStats]]:

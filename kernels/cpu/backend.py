@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.kernels.block import Block
-from fastres.kernels.conv_types import ConvBN, ConvGrads, DeferredGrad, GradSums, LayerState
+from fastres.kernels.conv_types import (
+    BatchNormGrads,
+    ConvBN,
+    ConvGrads,
+    DeferredGrad,
+    LayerState,
+)
 from fastres.kernels.cpu import build as cpu_build
 from fastres.kernels.layout import empty_channels_last, to_dense_channels_last
 
@@ -25,7 +31,6 @@ __all__ = [
     "conv_backward",
     "conv_bn",
     "conv_folded",
-    "defer_dy",
     "reduce",
     "runs_on",
 ]
@@ -150,8 +155,8 @@ def _convolve_backward(
 def conv_bn(x: Tensor, layer: ConvBN, scale_shift: Tensor | None) -> LayerState:
     """See `block.Backend`."""
     x, k = to_dense_channels_last(x), layer.w.shape[0]
-    stats = [_vectors(*size) for size in ((k,), (k,), (k,), (2, k))]
-    results: list[Tensor | float] = [layer.weight, layer.bias, layer.eps, *stats]
+    stats = _vectors(5, k)
+    results: list[Tensor | float] = [*layer.batch_norm, stats]
     if _is_fused(x, layer):
         y = _empty_output(x, layer)
         _check_values(y)
@@ -162,7 +167,7 @@ def conv_bn(x: Tensor, layer: ConvBN, scale_shift: Tensor | None) -> LayerState:
         y = _convolve(activation, layer)
         _check_values(y)
         cpu_build.call("bn_stats", y, *results, *_image_shape(y))
-    return LayerState(y, *stats)
+    return LayerState(y, stats)
 
 
 def _check_values(y: Tensor) -> None:
@@ -178,25 +183,33 @@ def apply(
 
 
 def reduce(
-    dout: Tensor, state: LayerState, mask: Tensor | None, projected: LayerState | None
-) -> tuple[Tensor, GradSums]:
+    dout: Tensor,
+    state: LayerState,
+    weight: Tensor,
+    mask: Tensor | None,
+    projected: LayerState | None,
+    projected_weight: Tensor | None,
+) -> tuple[BatchNormGrads, BatchNormGrads | None]:
     """See `block.Backend`."""
     dout = to_dense_channels_last(dout)
-    return _reduce(dout, state, mask, projected, torch.empty_like(dout))
+    g = torch.empty_like(dout)
+    sums, projected_sums = _reduce(dout, state, mask, projected, g)
+    grads = _batch_norm_grads(g, sums[0], sums[1], state, weight)
+    if projected is None or projected_weight is None:
+        return grads, None
+    return grads, _batch_norm_grads(g, sums[0], projected_sums[1], projected, projected_weight)
 
 
-def _to_sums(sums: Tensor, projected_sums: Tensor | None = None) -> GradSums:
-    """The sums as the kernels write them: (2, K) fp64, of g above those of g * (y - mean)."""
-    return GradSums(sums[0], sums[1], None if projected_sums is None else projected_sums[1])
+def _empty_sums(channels: int) -> Tensor:
+    """Sums as the kernels write them: (2, K) fp64, of g above those of g * (y - mean)."""
+    return torch.empty((2, channels), dtype=torch.float64, device="cpu")
 
 
 def _reduce(
     dout: Tensor, state: LayerState, mask: Tensor | None, projected: LayerState | None, g: Tensor
-) -> tuple[Tensor, GradSums]:
-    """`reduce` into g, which may be dout itself."""
-    k = dout.shape[1]
-    sums = torch.empty((2, k), dtype=torch.float64, device="cpu")
-    projected_sums = None if projected is None else torch.empty_like(sums)
+) -> tuple[Tensor, Tensor]:
+    """Write the masked gradient into g, which may be dout itself; its sums, the projection's."""
+    sums, projected_sums = (_empty_sums(dout.shape[1]) for _ in range(2))
     from_y = mask is not None and mask.dim() == 2
     cpu_build.call(
         "bn_reduce",
@@ -212,21 +225,18 @@ def _reduce(
         projected_sums,
         *_image_shape(dout),
     )
-    return g, _to_sums(sums, projected_sums)
+    return sums, projected_sums
 
 
-def defer_dy(
-    g: Tensor, sums: GradSums, state: LayerState, weight: Tensor, *, of_projection: bool
-) -> tuple[DeferredGrad, Tensor, Tensor]:
-    """See `block.Backend`."""
+def _batch_norm_grads(
+    g: Tensor, sum_g: Tensor, sum_gy: Tensor, state: LayerState, weight: Tensor
+) -> BatchNormGrads:
+    """The gradients of a batch norm from the sums of g and of g * (y - mean)."""
     k = g.shape[1]
-    sum_gy = sums.gy_shortcut if of_projection else sums.gy
-    assert sum_gy is not None
     dgamma, dbeta, coefficients = (_vectors(*size) for size in ((k,), (k,), (3, k)))
-    count = g.numel() // k
-    inputs = (sums.g, sum_gy, state.mean, state.rstd, weight)
-    cpu_build.call("defer_dy", *inputs, count, k, dgamma, dbeta, coefficients)
-    return DeferredGrad(g, state.y, coefficients), dgamma, dbeta
+    operands = (sum_g, sum_gy, state.mean, state.rstd, weight, g.numel() // k, k)
+    cpu_build.call("defer_dy", *operands, dgamma, dbeta, coefficients)
+    return BatchNormGrads(DeferredGrad(g, state.y, coefficients), dgamma, dbeta)
 
 
 def conv_backward(
@@ -235,14 +245,15 @@ def conv_backward(
     layer: ConvBN,
     *,
     producer: LayerState | None,
+    producer_weight: Tensor | None,
     shortcut: Tensor | None,
     need_dx: bool,
 ) -> ConvGrads:
     """See `block.Backend`."""
     x = to_dense_channels_last(x)
     if _is_fused(x, layer) and not (need_dx and x.shape[1] == 3):
-        return _fused_backward(dy, x, layer, producer, shortcut, need_dx)
-    return _onednn_backward(dy, x, layer, producer, shortcut, need_dx)
+        return _fused_backward(dy, x, layer, producer, producer_weight, shortcut, need_dx)
+    return _onednn_backward(dy, x, layer, producer, producer_weight, shortcut, need_dx)
 
 
 def _fused_backward(
@@ -250,17 +261,14 @@ def _fused_backward(
     x: Tensor,
     layer: ConvBN,
     producer: LayerState | None,
+    producer_weight: Tensor | None,
     shortcut: Tensor | None,
     need_dx: bool,
 ) -> ConvGrads:
     filters = to_dense_channels_last(layer.w)
     dw = torch.empty_like(filters)
     dx = torch.empty_like(x) if need_dx else None
-    sums = (
-        None
-        if producer is None
-        else torch.empty((2, x.shape[1]), dtype=torch.float64, device="cpu")
-    )
+    sums = None if producer is None else _empty_sums(x.shape[1])
     cpu_build.call(
         "conv_backward",
         *dy,
@@ -274,7 +282,9 @@ def _fused_backward(
         sums,
         *_sizes(x, layer),
     )
-    return ConvGrads(dx, dw, None if sums is None else _to_sums(sums))
+    if dx is None or sums is None or producer is None or producer_weight is None:
+        return ConvGrads(dx, dw)
+    return ConvGrads(dx, dw, _batch_norm_grads(dx, sums[0], sums[1], producer, producer_weight))
 
 
 def _onednn_backward(
@@ -282,6 +292,7 @@ def _onednn_backward(
     x: Tensor,
     layer: ConvBN,
     producer: LayerState | None,
+    producer_weight: Tensor | None,
     shortcut: Tensor | None,
     need_dx: bool,
 ) -> ConvGrads:
@@ -290,13 +301,13 @@ def _onednn_backward(
     activation = x if producer is None else _apply(x, producer.scale_shift, None, None, True)
     dx, dw = _convolve_backward(computed_dy, activation, layer, need_dx)
     if dx is None:
-        return ConvGrads(None, dw, None)
+        return ConvGrads(None, dw)
     if shortcut is not None:
         dx.add_(shortcut)
-    if producer is None:
-        return ConvGrads(dx, dw, None)
-    g, sums = _reduce(dx, producer, producer.scale_shift, None, dx)
-    return ConvGrads(g, dw, sums)
+    if producer is None or producer_weight is None:
+        return ConvGrads(dx, dw)
+    sums, _ = _reduce(dx, producer, producer.scale_shift, None, dx)
+    return ConvGrads(dx, dw, _batch_norm_grads(dx, sums[0], sums[1], producer, producer_weight))
 
 
 def conv_folded(

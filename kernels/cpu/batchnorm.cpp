@@ -134,10 +134,8 @@ extern "C" void defer_dy(const double* sum_g, const double* sum_gy, const float*
 
 #define FASTRES_FOR_TYPE(T, NAME)                                                                  \
   extern "C" void bn_stats_##NAME(const T* y, const float* gamma, const float* beta, double eps,   \
-                                  float* mean, float* unbiased_var, float* rstd,                   \
-                                  float* scale_shift, int64_t images, int64_t pixels,              \
-                                  int64_t channels) {                                              \
-    stats(y, {gamma, beta, eps, mean, unbiased_var, rstd, scale_shift}, images, pixels, channels); \
+                                  float* out, int64_t images, int64_t pixels, int64_t channels) {  \
+    stats(y, {gamma, beta, eps, out}, images, pixels, channels);                                   \
   }                                                                                                \
   extern "C" void bn_apply_##NAME(const T* y, const float* scale_shift, const T* shortcut,         \
                                   const float* shortcut_scale_shift, T* out, int64_t images,       \

@@ -35,12 +35,12 @@ _TIMEOUT_S = 120
 # Letters of the signatures: p pointer (a tensor, or None), i 64-bit integer, d double.
 _CODES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 _SIGNATURES = {
-    "bn_stats": "pppdppppiii",
+    "bn_stats": "pppdpiii",
     "bn_apply": "pppppiiii",
     "bn_reduce": "ppppppppppiii",
     "bn_compute_dy": "ppppiii",
     "defer_dy": "pppppiippp",
-    "conv_fprop": "ppppppdppppiiiiiii",
+    "conv_fprop": "ppppppdpiiiiiii",
     "conv_folded": "pppppiiiiiiii",
     "conv_backward": "pppppppppppiiiiiii",
     "block_folded": "ppppppppiiiiiii",

@@ -226,16 +226,15 @@ using namespace fastres;
 extern "C" int64_t has_fused_conv() { return 1; }
 
 extern "C" void conv_fprop(const bf16* x, const float* in_scale_shift, const bf16* w, bf16* y,
-                           const float* gamma, const float* beta, double eps, float* mean,
-                           float* unbiased_var, float* rstd, float* scale_shift, int64_t images,
-                           int64_t height, int64_t width, int64_t in, int64_t out, int64_t stride,
-                           int64_t taps) {
+                           const float* gamma, const float* beta, double eps, float* stats,
+                           int64_t images, int64_t height, int64_t width, int64_t in, int64_t out,
+                           int64_t stride, int64_t taps) {
   const Shape s{images, height, width, in, out, stride, taps};
   const Blocks blocks(s.out_pixels(), out);
   std::vector<RunningStats> per_thread(omp_get_max_threads(), RunningStats(blocks));
   forward(x, in_scale_shift, w, y, {}, s,
           [&](int64_t n) { per_thread[omp_get_thread_num()].add(y + n * blocks.size()); });
-  BatchNorm{gamma, beta, eps, mean, unbiased_var, rstd, scale_shift}.finalize(per_thread, out);
+  BatchNorm{gamma, beta, eps, stats}.finalize(per_thread, out);
 }
 
 extern "C" void conv_folded(const bf16* x, const bf16* w, const float* scale_shift,

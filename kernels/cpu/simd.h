@@ -144,17 +144,20 @@ class RunningStats {
   std::vector<float> mean_, m2_, sum_, distance_;
 };
 
-// What a batch norm is made of: parameters in, statistics and z = a * y + b out, (channels) each.
+// What a batch norm is made of: parameters in, (channels) each; out in `stats` (5, channels): mean,
+// unbiased variance, rstd, and z = a * y + b: a, b.
 struct BatchNorm {
   const float *gamma, *beta;
   double eps;
-  float *mean, *unbiased_var, *rstd, *scale_shift;
+  float* stats;
 
   // Fill the outputs from the statistics of all threads.
   void finalize(const std::vector<RunningStats>& per_thread, int64_t channels) const {
+    float *mean = stats, *unbiased_var = mean + channels, *rstd = unbiased_var + channels;
+    float* scale_shift = rstd + channels;
     for (int64_t c = 0; c < channels; ++c) {
       double count = 0, average = 0, m2 = 0;
-      for (const RunningStats& stats : per_thread) stats.merge_into(c, &count, &average, &m2);
+      for (const RunningStats& own : per_thread) own.merge_into(c, &count, &average, &m2);
       const double scale = 1 / std::sqrt(m2 / count + eps);
       mean[c] = static_cast<float>(average);
       unbiased_var[c] = static_cast<float>(m2 / (count - 1));

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from fastres.kernels.block import Block
 from fastres.kernels.conv_shape import ConvOp, ConvShape
-from fastres.kernels.conv_types import ConvBN, ConvGrads, DeferredGrad, GradSums, LayerState
-from fastres.kernels.gpu.batchnorm_bwd import (
-    bn_backward_apply,
-    bn_backward_finalize,
-    bn_backward_reduce,
+from fastres.kernels.conv_types import (
+    BatchNormGrads,
+    ConvBN,
+    ConvGrads,
+    DeferredGrad,
+    LayerState,
 )
-from fastres.kernels.gpu.batchnorm_fwd import bn_apply, bn_finalize, bn_stats
+from fastres.kernels.gpu.batchnorm_bwd import bn_backward_apply, bn_backward_reduce
+from fastres.kernels.gpu.batchnorm_fwd import bn_apply, bn_stats
 from fastres.kernels.gpu.conv_dgrad import conv_dgrad
 from fastres.kernels.gpu.conv_fprop import conv_fprop, conv_fprop_folded
 from fastres.kernels.gpu.conv_wgrad import conv_wgrad
@@ -36,7 +38,6 @@ __all__ = [
     "conv_backward",
     "conv_bn",
     "conv_folded",
-    "defer_dy",
     "reduce",
     "runs_on",
 ]
@@ -67,22 +68,19 @@ def conv_bn(x: Tensor, layer: ConvBN, scale_shift: Tensor | None) -> LayerState:
     if config.route == "cudnn":
         activation = x if scale_shift is None else bn_apply(x, scale_shift)
         y = to_dense_channels_last(ref.conv_ref(activation, layer.w, **geometry))
-        stats = bn_stats(y)
-    else:
-        y, tile_stats = conv_fprop(
-            x,
-            layer.w,
-            stride=layer.stride,
-            padding=layer.padding,
-            scale_shift=scale_shift,
-            store_stats=True,
-            allow_tf32=_allow_tf32(x),
-            config=config,
-        )
-        assert tile_stats is not None
-        stats = tile_stats
-    bn = bn_finalize(stats, layer.weight, layer.bias, eps=layer.eps)
-    return LayerState(y, bn.mean, bn.unbiased_var, bn.rstd, bn.scale_shift)
+        return LayerState(y, bn_stats(y, layer.batch_norm))
+    y, stats = conv_fprop(
+        x,
+        layer.w,
+        stride=layer.stride,
+        padding=layer.padding,
+        scale_shift=scale_shift,
+        batch_norm=layer.batch_norm,
+        allow_tf32=_allow_tf32(x),
+        config=config,
+    )
+    assert stats is not None
+    return LayerState(y, stats)
 
 
 def apply(
@@ -99,30 +97,24 @@ def apply(
 
 
 def reduce(
-    dout: Tensor, state: LayerState, mask: Tensor | None, projected: LayerState | None
-) -> tuple[Tensor, GradSums]:
+    dout: Tensor,
+    state: LayerState,
+    weight: Tensor,
+    mask: Tensor | None,
+    projected: LayerState | None,
+    projected_weight: Tensor | None,
+) -> tuple[BatchNormGrads, BatchNormGrads | None]:
     """See `block.Backend`."""
     from_y = mask is not None and mask.dim() == 2
     return bn_backward_reduce(
         dout,
-        state.y,
-        state.mean,
+        state,
+        weight,
         out=None if from_y else mask,
         scale_shift=mask if from_y else None,
-        y_shortcut=None if projected is None else projected.y,
-        mean_shortcut=None if projected is None else projected.mean,
+        projected=projected,
+        projected_weight=projected_weight,
     )
-
-
-def defer_dy(
-    g: Tensor, sums: GradSums, state: LayerState, weight: Tensor, *, of_projection: bool
-) -> tuple[DeferredGrad, Tensor, Tensor]:
-    """See `block.Backend`."""
-    sum_gy = sums.gy_shortcut if of_projection else sums.gy
-    assert sum_gy is not None
-    count = g.numel() // g.shape[1]
-    grads = bn_backward_finalize(sums.g, sum_gy, state.mean, state.rstd, weight, count)
-    return DeferredGrad(g, state.y, grads.coefficients), grads.dgamma, grads.dbeta
 
 
 def conv_backward(
@@ -131,6 +123,7 @@ def conv_backward(
     layer: ConvBN,
     *,
     producer: LayerState | None,
+    producer_weight: Tensor | None,
     shortcut: Tensor | None,
     need_dx: bool,
 ) -> ConvGrads:
@@ -141,9 +134,9 @@ def conv_backward(
         gradient = bn_backward_apply(dy)
     dw = _filter_gradient(gradient, x, layer, producer, wgrad)
     if not need_dx:
-        return ConvGrads(None, dw, None)
-    dx, sums = _input_gradient(gradient, x, layer, producer, shortcut, dgrad)
-    return ConvGrads(dx, dw, sums)
+        return ConvGrads(None, dw)
+    dx, grads = _input_gradient(gradient, x, layer, producer, producer_weight, shortcut, dgrad)
+    return ConvGrads(dx, dw, grads)
 
 
 def _filter_gradient(
@@ -180,9 +173,10 @@ def _input_gradient(
     x: Tensor,
     layer: ConvBN,
     producer: LayerState | None,
+    producer_weight: Tensor | None,
     shortcut: Tensor | None,
     config: ConvConfig,
-) -> tuple[Tensor, GradSums | None]:
+) -> tuple[Tensor, BatchNormGrads | None]:
     input_size = (x.shape[2], x.shape[3])
     if config.route == "cudnn":
         assert isinstance(dy, Tensor)
@@ -191,9 +185,12 @@ def _input_gradient(
         )
         if shortcut is not None:
             dx = dx.add_(shortcut)
-        if producer is None:
+        if producer is None or producer_weight is None:
             return dx, None
-        return bn_backward_reduce(dx, producer.y, producer.mean, scale_shift=producer.scale_shift)
+        grads, _ = bn_backward_reduce(
+            dx, producer, producer_weight, scale_shift=producer.scale_shift
+        )
+        return grads.dy.g, grads
     return conv_dgrad(
         dy,
         layer.w,
@@ -202,6 +199,7 @@ def _input_gradient(
         padding=layer.padding,
         shortcut=shortcut,
         producer=producer,
+        producer_weight=producer_weight,
         allow_tf32=_allow_tf32(x),
         config=config,
     )

@@ -6,27 +6,26 @@
 Letters: y (N, H, W, C) raw convolution output, z = a * y + b, out the activation.
 
 Tensor passes: apply reads y (and a shortcut) and writes out; the statistics usually
-come from the convolution's epilogue for nothing, else `bn_stats` reads y once. They arrive as
-(mean, M2) of tiles, and a tiny kernel of one program a channel merges them into a and b.
+come from the convolution's epilogue for nothing, else `bn_stats` reads y once.
 
 Numerics: all arithmetic in fp32 whatever the storage. Variance is merged from (count, mean, M2) of
-the tiles, never E[y^2] - E[y]^2, so a large offset costs it no digits. Deterministic.
-Source: Chan, Golub, LeVeque (1979) for the merge.
+the tiles (last_program.py), never E[y^2] - E[y]^2, so a large offset costs it no digits.
+Deterministic. Source: own derivation.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from fastres.kernels.conv_types import BatchNorm
 from fastres.kernels.gpu.checks import (
-    TileStats,
     check_activation,
+    check_batch_norm,
     check_vector,
     index_dtype,
     nhwc_strides,
 )
+from fastres.kernels.gpu.last_program import finish_batch_norm, finish_stats, store_stats
 from fastres.kernels.gpu.launch import Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import RowConfig, row_config
 from fastres.kernels.gpu.primitives import (
@@ -34,34 +33,23 @@ from fastres.kernels.gpu.primitives import (
     relu,
     round_to,
     row_offsets,
-    store_tile_stats,
+    tile_stats,
     wait_for_previous_kernel,
 )
 from fastres.kernels.layout import empty_channels_last
 
-__all__ = ["BNForward", "bn_apply", "bn_finalize", "bn_stats"]
-
-# Partials that a finalizing program reads at a time.
-BLOCK_TILES = 1024
-
-
-class BNForward(NamedTuple):
-    """What `bn_finalize` returns; all (C,) fp32 but scale_shift, (2, C) fp32 with a above b.
-
-    var is the biased variance, which normalises; unbiased_var is what torch feeds running_var.
-    """
-
-    mean: torch.Tensor
-    var: torch.Tensor
-    unbiased_var: torch.Tensor
-    rstd: torch.Tensor
-    scale_shift: torch.Tensor
+__all__ = ["bn_apply", "bn_stats"]
 
 
 @triton.jit
 def _bn_stats_kernel(
     y_ptr,  # (N, H, W, C) in
-    stats_ptr,  # (2, C, num_tiles) fp32 out: mean above M2
+    stats_ptr,  # (num_tiles + num_groups, 2 * C + 4) fp32: partials, see last_program.py
+    counters_ptr,  # (num_columns, 1 + num_groups) int32: zeros
+    gamma_ptr,  # (C,) fp32 in
+    beta_ptr,  # (C,) fp32 in
+    batch_norm_ptr,  # (5, C) fp32 out: mean, unbiased variance, rstd, a, b
+    eps,
     num_rows,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -70,175 +58,90 @@ def _bn_stats_kernel(
     INDEX: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
     tile = tl.program_id(0)
+    column = tl.program_id(1)
     first_row = tile.to(INDEX) * BLOCK_ROWS
     rows = first_row + tl.arange(0, BLOCK_ROWS)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = column * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_rows = rows < num_rows
     mask_c = offs_c < C
     offs_y = row_offsets(rows, H, W, Y_STRIDES)[:, None] + offs_c[None, :]
     y = tl.load(y_ptr + offs_y, mask=mask_rows[:, None] & mask_c[None, :], other=0.0)
     count = tl.minimum(num_rows - first_row, BLOCK_ROWS)
+    mean, m2 = tile_stats(y.to(tl.float32), mask_rows, count)
+    store_stats(stats_ptr, tile, count, mean, m2, offs_c, mask_c, C)
     num_tiles = tl.num_programs(0)
-    store_tile_stats(
-        stats_ptr, y.to(tl.float32), mask_rows, count, offs_c, mask_c, tile, num_tiles, C
+    finish_batch_norm(
+        stats_ptr,
+        counters_ptr,
+        gamma_ptr,
+        beta_ptr,
+        batch_norm_ptr,
+        num_rows,
+        eps,
+        offs_c,
+        mask_c,
+        column,
+        tile,
+        num_tiles,
+        num_tiles,
+        C,
+        GROUP,
     )
 
 
-def bn_stats(y: torch.Tensor, *, config: RowConfig | None = None) -> TileStats:
-    """Mean and M2 of each channel and tile of y: for a convolution whose epilogue did not do it.
+def bn_stats(
+    y: torch.Tensor, batch_norm: BatchNorm, *, config: RowConfig | None = None
+) -> torch.Tensor:
+    """Statistics of y and the batch norm that they make: where the convolution did not find them.
 
     Args:
         y: (N, C, H, W) channels_last, gaps allowed; bf16, fp16, fp32.
+        batch_norm: weight and bias (C,) fp32; eps is added to the biased variance.
         config: tile; by default the rule of launch_config.py.
 
-    Returns: `TileStats`.
+    Returns: (5, C) fp32, `LayerState.stats`: mean, unbiased variance, rstd, a, b.
 
-    Raises: ValueError: when y is not as above.
+    Raises: ValueError: when a tensor is not as above, or each channel has a single value.
 
     Numerics: two passes over a tile held in registers, fp32. Deterministic.
     """
     check_activation("y", y)
     n, c, h, w = y.shape
     num_rows = n * h * w
+    check_batch_norm(batch_norm, c, num_rows)
     config = config or row_config(num_rows, c)
     num_tiles = triton.cdiv(num_rows, config.block_rows)
-    stats = y.new_empty((2, c, num_tiles), dtype=torch.float32)
+    num_columns = triton.cdiv(c, config.block_c)
+    finish, stats = finish_stats(y, batch_norm, num_tiles, num_columns=num_columns)
+    assert stats is not None
     launch(
         _bn_stats_kernel,
-        (num_tiles, triton.cdiv(c, config.block_c)),
+        (num_tiles, num_columns),
         {
             "y_ptr": y,
-            "stats_ptr": stats,
+            **finish.args,
             "num_rows": num_rows,
             "H": h,
             "W": w,
             "C": c,
             "Y_STRIDES": nhwc_strides(y),
-            "INDEX": index_dtype(y, stats),
+            "INDEX": index_dtype(y),
             "BLOCK_ROWS": config.block_rows,
             "BLOCK_C": config.block_c,
         },
         num_warps=config.num_warps,
         num_stages=1,
-        traffic=Traffic(reads=num_bytes(y), writes=num_bytes(stats), flops=4 * y.numel()),
-    )
-    return TileStats(stats, config.block_rows, num_rows)
-
-
-@triton.jit
-def _bn_finalize_kernel(
-    stats_ptr,  # (2, C, num_tiles) fp32 in: mean above M2
-    gamma_ptr,  # (C,) fp32 in
-    beta_ptr,  # (C,) fp32 in
-    mean_ptr,  # (C,) fp32 out, as are the next three
-    var_ptr,
-    unbiased_var_ptr,
-    rstd_ptr,
-    scale_shift_ptr,  # (2, C) fp32 out
-    num_tiles,
-    tile_rows,
-    count,
-    eps,
-    C: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_previous_kernel(PDL)
-    channel = tl.program_id(0)
-    means_ptr = stats_ptr + channel * num_tiles
-    m2s_ptr = means_ptr + C * num_tiles
-
-    # Distances from one tile's mean, not from 0: a common offset must cost no digits.
-    pivot = tl.load(means_ptr)
-    shift = tl.zeros((BLOCK_TILES,), dtype=tl.float32)
-    for first in range(0, num_tiles, BLOCK_TILES):
-        tiles = first + tl.arange(0, BLOCK_TILES)
-        mask = tiles < num_tiles
-        rows = tl.minimum(count - tiles.to(tl.int64) * tile_rows, tile_rows).to(tl.float32)
-        distance = tl.load(means_ptr + tiles, mask=mask, other=0.0) - pivot
-        shift += tl.where(mask, rows * distance, 0.0)
-    mean = pivot + tl.sum(shift, axis=0) / count
-
-    m2 = tl.zeros((BLOCK_TILES,), dtype=tl.float32)
-    for first in range(0, num_tiles, BLOCK_TILES):
-        tiles = first + tl.arange(0, BLOCK_TILES)
-        mask = tiles < num_tiles
-        rows = tl.minimum(count - tiles.to(tl.int64) * tile_rows, tile_rows).to(tl.float32)
-        distance = tl.load(means_ptr + tiles, mask=mask, other=0.0) - mean
-        within = tl.load(m2s_ptr + tiles, mask=mask, other=0.0)
-        m2 += tl.where(mask, within + rows * distance * distance, 0.0)
-    total = tl.sum(m2, axis=0)
-
-    var = total / count
-    rstd = 1.0 / tl.sqrt_rn(var + eps)
-    a = tl.load(gamma_ptr + channel) * rstd
-    tl.store(mean_ptr + channel, mean)
-    tl.store(var_ptr + channel, var)
-    tl.store(unbiased_var_ptr + channel, total / (count - 1))
-    tl.store(rstd_ptr + channel, rstd)
-    tl.store(scale_shift_ptr + channel, a)
-    tl.store(scale_shift_ptr + C + channel, tl.load(beta_ptr + channel) - mean * a)
-
-
-def bn_finalize(
-    stats: TileStats, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-5
-) -> BNForward:
-    """Merge the statistics of all tiles: scale a = weight * rstd, shift b = bias - mean * a.
-
-    Args:
-        stats: from `conv_fprop` or `bn_stats`.
-        weight: (C,) fp32.
-        bias: (C,) fp32.
-        eps: added to the biased variance.
-
-    Returns: `BNForward`.
-
-    Raises: ValueError: when a vector is not as above, or each channel has a single value.
-
-    Numerics: fp32; means are merged relative to one tile's mean. Deterministic.
-    """
-    _, c, num_tiles = stats.partials.shape
-    check_vector("stats.partials", stats.partials, (2, c, num_tiles))
-    check_vector("weight", weight, (c,))
-    check_vector("bias", bias, (c,))
-    if stats.num_rows < 2:
-        raise ValueError(f"training needs more than 1 value a channel, got {stats.num_rows}")
-    mean, var, unbiased_var, rstd = (torch.empty_like(weight) for _ in range(4))
-    scale_shift = weight.new_empty((2, c))
-    block_tiles = min(BLOCK_TILES, triton.next_power_of_2(num_tiles))
-    launch(
-        _bn_finalize_kernel,
-        (c,),
-        {
-            "stats_ptr": stats.partials,
-            "gamma_ptr": weight,
-            "beta_ptr": bias,
-            "mean_ptr": mean,
-            "var_ptr": var,
-            "unbiased_var_ptr": unbiased_var,
-            "rstd_ptr": rstd,
-            "scale_shift_ptr": scale_shift,
-            "num_tiles": num_tiles,
-            "tile_rows": stats.tile_rows,
-            "count": stats.num_rows,
-            "eps": eps,
-            "C": c,
-            "BLOCK_TILES": block_tiles,
-        },
-        num_warps=4,
-        num_stages=1,
         traffic=Traffic(
-            reads=num_bytes(stats.partials, weight, bias),
-            writes=num_bytes(mean, var, unbiased_var, rstd, scale_shift),
-            flops=8 * c * num_tiles,
+            reads=num_bytes(y) + finish.reads, writes=finish.writes, flops=4 * y.numel()
         ),
-        trips=triton.cdiv(num_tiles, block_tiles),
+        last_programs=finish.last_programs,
     )
-    return BNForward(mean, var, unbiased_var, rstd, scale_shift)
+    return stats
 
 
 @triton.jit

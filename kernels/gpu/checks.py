@@ -1,9 +1,7 @@
 """What the launchers of the kernels share: checks of their tensors, strides. Host code only.
 
 Per-channel numbers travel as small fp32 tensors: `scale_shift` (2, C) holds a above b of
-z = a * y + b; `coefficients` (3, C) holds c0, c1, c2 of dy = c0 * g + c1 * y + c2. Reductions over
-pixels travel as one number a tile and channel, and a second kernel adds the tiles in fixed order:
-no float atomics, so every result is bit-reproducible.
+z = a * y + b; `coefficients` (3, C) holds c0, c1, c2 of dy = c0 * g + c1 * y + c2.
 """
 
 from typing import NamedTuple
@@ -11,34 +9,20 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
-from fastres.kernels.conv_types import DeferredGrad, LayerState
+from fastres.kernels.conv_types import BatchNorm, DeferredGrad, LayerState
 
 __all__ = [
-    "TileStats",
     "check_activation",
+    "check_batch_norm",
     "check_deferred_grad",
     "check_filter",
-    "check_producer",
+    "check_state",
     "check_vector",
     "index_dtype",
     "nhwc_strides",
 ]
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class TileStats(NamedTuple):
-    """Batch-norm statistics of y by tiles of consecutive pixels.
-
-    partials: (2, C, num_tiles) fp32: the mean of each tile above its M2, the sum of squared
-        distances from that mean. Tile t starts at pixel t * tile_rows.
-    tile_rows: pixels in every tile but the last.
-    num_rows: pixels in all tiles, N * P * Q.
-    """
-
-    partials: torch.Tensor
-    tile_rows: int
-    num_rows: int
 
 
 def nhwc_strides(tensor: torch.Tensor | None) -> tuple[int, int, int]:
@@ -140,14 +124,31 @@ def check_deferred_grad(dy: torch.Tensor | DeferredGrad) -> GradOperands:
     return GradOperands(*dy)
 
 
-def check_producer(
-    producer: LayerState | None, shape: tuple[int, int, int, int], dtype: torch.dtype
-) -> None:
-    """Check the layer that made the input of a convolution, where there is one.
+def check_batch_norm(batch_norm: BatchNorm, channels: int, num_pixels: int) -> None:
+    """Check the parameters of a batch norm of `num_pixels` values a channel.
 
-    Raises: ValueError: when y, mean or scale_shift differs in shape, dtype or layout.
+    Raises: ValueError: when weight or bias differs in shape, dtype or layout, or num_pixels is 1.
     """
-    if producer is not None:
-        check_activation("producer.y", producer.y, shape, dtype)
-        check_vector("producer.mean", producer.mean, (shape[1],))
-        check_vector("producer.scale_shift", producer.scale_shift, (2, shape[1]))
+    check_vector("weight", batch_norm.weight, (channels,))
+    check_vector("bias", batch_norm.bias, (channels,))
+    if num_pixels < 2:
+        raise ValueError(f"training needs more than 1 value a channel, got {num_pixels}")
+
+
+def check_state(
+    name: str,
+    state: LayerState | None,
+    weight: torch.Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    """Check a layer whose batch norm is differentiated, where there is one, and its weight.
+
+    Raises: ValueError: when one is given without the other, or differs in shape, dtype or layout.
+    """
+    if (state is None) != (weight is None):
+        raise ValueError(f"give both of {name} and {name}_weight, or neither")
+    if state is not None and weight is not None:
+        check_activation(f"{name}.y", state.y, shape, dtype)
+        check_vector(f"{name}.stats", state.stats, (5, shape[1]))
+        check_vector(f"{name}_weight", weight, (shape[1],))

@@ -2,7 +2,8 @@
 
     prologue   dy' = dy, or c0 * g + c1 * y + c2 (batch-norm backward) computed while loading
     epilogue   dx = sum (+ shortcut gradient); or, where a producer made x = relu(a * y_p + b), the
-               gradient of its batch norm, g = dx * (x > 0), with the sums of g and g * (y_p - mean)
+               gradient of its batch norm, g = dx * (x > 0), with sums of g and g * (y_p - mean)
+               of which the last program makes dgamma, dbeta and c0, c1, c2 (last_program.py)
 
 Letters: dy (N, P, Q, K), w (K, R, S, C), dx (N, H, W, C); p = (h + padding - r) / stride.
 
@@ -24,17 +25,18 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.conv_shape import ConvShape
-from fastres.kernels.conv_types import DeferredGrad, GradSums, LayerState
+from fastres.kernels.conv_types import BatchNormGrads, DeferredGrad, LayerState
 from fastres.kernels.gpu.checks import (
     check_activation,
     check_deferred_grad,
     check_filter,
-    check_producer,
+    check_state,
     index_dtype,
     nhwc_strides,
 )
 from fastres.kernels.gpu.conv_tma import dgrad_tma_variant
 from fastres.kernels.gpu.epilogue import store_gradient_tile
+from fastres.kernels.gpu.last_program import finish_batch_norm_backward, finish_grads
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
 from fastres.kernels.gpu.primitives import (
@@ -58,11 +60,15 @@ def _conv_dgrad_kernel(
     dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
     producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: dx alone
-    producer_mean_ptr,  # (C,) fp32 in: mean of producer_y
-    producer_scale_shift_ptr,  # (2, C) fp32 in: the ReLU's mask is a * producer_y + b > 0
-    sum_g_ptr,  # (C, num_tiles) fp32 out
-    sum_gy_ptr,  # (C, num_tiles) fp32 out
+    sums_ptr,  # (num_tiles + num_groups, 2 * C) fp32: partials, see last_program.py
+    counters_ptr,  # (TILES_N, 1 + num_groups) int32: zeros
+    producer_batch_norm_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of producer_y
+    producer_gamma_ptr,  # (C,) fp32 in
+    producer_coefficients_ptr,  # (3, C) fp32 out: c0, c1, c2
+    producer_dgamma_ptr,  # (C,) fp32 out
+    producer_dbeta_ptr,  # (C,) fp32 out
     num_rows,  # pixels of one phase
+    num_nhw,  # pixels of all
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -83,6 +89,7 @@ def _conv_dgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
@@ -141,21 +148,19 @@ def _conv_dgrad_kernel(
         acc = dot_fp32(dy, filters, acc, PRECISION)
 
     # Epilogue.
-    num_tiles_m = tl.cdiv(num_rows, BLOCK_M)
+    num_tiles = tl.num_programs(0) // TILES_N * (STRIDE * STRIDE)
+    tile = phase * (tl.num_programs(0) // TILES_N) + tile_m
     store_gradient_tile(
         acc,
         (n * H + h) * W + w,
         mask_nhw,
         offs_c,
-        phase * num_tiles_m + tile_m,
-        num_tiles_m * STRIDE * STRIDE,
+        tile,
         dx_ptr,
         shortcut_ptr,
         producer_y_ptr,
-        producer_mean_ptr,
-        producer_scale_shift_ptr,
-        sum_g_ptr,
-        sum_gy_ptr,
+        producer_batch_norm_ptr,
+        sums_ptr,
         H,
         W,
         C,
@@ -163,6 +168,30 @@ def _conv_dgrad_kernel(
         SHORTCUT_STRIDES,
         PRODUCER_Y_STRIDES,
     )
+    if producer_y_ptr is not None:
+        finish_batch_norm_backward(
+            sums_ptr,
+            counters_ptr,
+            producer_batch_norm_ptr,
+            producer_gamma_ptr,
+            producer_coefficients_ptr,
+            producer_dgamma_ptr,
+            producer_dbeta_ptr,
+            None,
+            None,
+            None,
+            None,
+            None,
+            num_nhw,
+            offs_c,
+            mask_c,
+            pid % TILES_N,
+            tile,
+            num_tiles,
+            num_tiles,
+            C,
+            GROUP,
+        )
 
 
 def conv_dgrad(
@@ -174,10 +203,11 @@ def conv_dgrad(
     padding: int = 0,
     shortcut: torch.Tensor | None = None,
     producer: LayerState | None = None,
+    producer_weight: torch.Tensor | None = None,
     allow_tf32: bool = False,
     config: ConvConfig | None = None,
-) -> tuple[torch.Tensor, GradSums | None]:
-    """`dx = conv_transpose(dy, w) + shortcut`; with a producer `g = dx * (x > 0)` and its sums.
+) -> tuple[torch.Tensor, BatchNormGrads | None]:
+    """`dx = conv_transpose(dy, w) + shortcut`; with a producer `g = dx * (x > 0)`.
 
     Args:
         dy: (N, K, P, Q) channels_last gradient, gaps allowed; or a `DeferredGrad`, computed
@@ -187,14 +217,17 @@ def conv_dgrad(
         stride: the forward convolution's.
         padding: the forward convolution's.
         shortcut: (N, C, H, W) channels_last, gaps allowed, dtype of dy: added before the mask.
-        producer: the layer whose relu(a * y + b) is x, its y (N, C, H, W), mean and scale_shift;
-            given, the result is the gradient of its batch norm's output.
+        producer: the layer whose relu(a * y + b) is x, its y (N, C, H, W); given, the result is
+            the gradient of its batch norm's output.
+        producer_weight: (C,) fp32, of that batch norm.
         allow_tf32: let fp32 products be rounded to TF32.
         config: tiles; by default those of the launch table.
 
-    Returns: dx (or g): (N, C, H, W) dense channels_last, dtype of dy; the `GradSums` of g, or None.
+    Returns: dx (or g): (N, C, H, W) dense channels_last, dtype of dy; the gradients of the
+        producer's batch norm, in which dy.g is g, or None.
 
-    Raises: ValueError: when a tensor's shape, dtype, device or layout is not as above.
+    Raises: ValueError: when a tensor's shape, dtype, device or layout is not as above, or
+        a producer comes without its weight.
 
     Numerics: dy computed in fp32 and rounded once; sums in fp32; dx rounded once. Deterministic.
     """
@@ -203,10 +236,8 @@ def conv_dgrad(
     size = (shape.N, shape.C, shape.H, shape.W)
     if shortcut is not None:
         check_activation("shortcut", shortcut, size, g.dtype)
-    check_producer(producer, size, g.dtype)
-    y_p = mean_p = scale_shift_p = None
-    if producer is not None:
-        y_p, mean_p, scale_shift_p = producer.y, producer.mean, producer.scale_shift
+    check_state("producer", producer, producer_weight, size, g.dtype)
+    y_p = None if producer is None else producer.y
 
     config = config or conv_config("dgrad", shape, g.dtype, g.device, tf32=allow_tf32)
     dx = empty_channels_last(g, *size)
@@ -223,21 +254,22 @@ def conv_dgrad(
             PRECISION="tf32" if allow_tf32 else "ieee",
             **config.constexprs(),
         )
-    sum_g = sum_gy = None
-    if producer is not None:
-        sum_g = g.new_empty((shape.C, variant.num_tiles), dtype=torch.float32)
-        sum_gy = torch.empty_like(sum_g)
+    finish, (grads,) = finish_grads(
+        dx,
+        {"producer_": (producer, producer_weight)},
+        variant.num_programs,
+        num_tiles=variant.num_tiles,
+        num_columns=variant.num_columns,
+    )
     args = {
         **variant.args,
         "coefficients_ptr": coefficients,
         "dx_ptr": dx,
         "shortcut_ptr": shortcut,
         "producer_y_ptr": y_p,
-        "producer_mean_ptr": mean_p,
-        "producer_scale_shift_ptr": scale_shift_p,
-        "sum_g_ptr": sum_g,
-        "sum_gy_ptr": sum_gy,
-        "INDEX": index_dtype(g, y, dx, shortcut, y_p, sum_g),
+        **finish.args,
+        "num_nhw": shape.N * shape.H * shape.W,
+        "INDEX": index_dtype(g, y, dx, shortcut, y_p),
     }
     launch(
         variant.kernel,
@@ -246,13 +278,14 @@ def conv_dgrad(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         traffic=Traffic(
-            reads=num_bytes(g, y, coefficients, w, shortcut, y_p, mean_p, scale_shift_p),
-            writes=num_bytes(dx, sum_g, sum_gy),
+            reads=num_bytes(g, y, coefficients, w, shortcut, y_p) + finish.reads,
+            writes=num_bytes(dx) + finish.writes,
             flops=shape.flops,
         ),
         trips=variant.trips,
+        last_programs=finish.last_programs,
     )
-    return dx, None if sum_g is None or sum_gy is None else GradSums(sum_g, sum_gy)
+    return dx, grads
 
 
 def _dgrad_shape(
@@ -279,7 +312,7 @@ def _pointer_variant(
     u = shape.stride
     num_rows = shape.N * triton.cdiv(shape.H, u) * triton.cdiv(shape.W, u)
     tiles_m = triton.cdiv(num_rows, config.block_m)
-    tiles = tiles_m * triton.cdiv(shape.C, config.block_n)
+    tiles_n = triton.cdiv(shape.C, config.block_n)
     args = {"g_ptr": g, "y_ptr": y, "w_ptr": w}
     strides = {"G_STRIDES": nhwc_strides(g), "Y_STRIDES": nhwc_strides(y)}
     # Phases have different taps: of the four of a strided 1x1 convolution three have none.
@@ -288,7 +321,12 @@ def _pointer_variant(
     ]
     trips = sum(triton.cdiv(t * shape.K, config.block_k) for t in taps) / (u * u)
     return KernelVariant(
-        _conv_dgrad_kernel, (tiles, u * u), args | strides, u * u * tiles_m, (trips,)
+        _conv_dgrad_kernel,
+        (tiles_m * tiles_n, u * u),
+        args | strides,
+        u * u * tiles_m,
+        (trips,),
+        tiles_n,
     )
 
 

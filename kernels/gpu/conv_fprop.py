@@ -8,7 +8,8 @@ flattened reduction axis: any C works, and a 3-channel stem is one reduction ove
 nine over 3 each padded to 16. The im2col matrix is loaded tile by tile, never stored.
 
 Bytes: x, w read once from memory (the nine taps of a 3x3 filter overlap in the caches), y written
-once; statistics add 8 bytes a channel and tile. An activation of the prologue is never stored.
+once; statistics add 16 bytes a channel and tile, written and read, and are finished by the last
+program (last_program.py). An activation of the prologue is never stored.
 
 Numerics: products in the input's dtype, sums in fp32. Statistics are those of y as rounded to the
 output's dtype, because that y is what the batch norm will read back: its output then has mean
@@ -21,9 +22,10 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.conv_shape import ConvShape
+from fastres.kernels.conv_types import BatchNorm
 from fastres.kernels.gpu.checks import (
-    TileStats,
     check_activation,
+    check_batch_norm,
     check_filter,
     check_vector,
     index_dtype,
@@ -31,6 +33,7 @@ from fastres.kernels.gpu.checks import (
 )
 from fastres.kernels.gpu.conv_tma import fprop_tma_variant
 from fastres.kernels.gpu.epilogue import store_output_tile
+from fastres.kernels.gpu.last_program import finish_batch_norm, finish_stats
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
 from fastres.kernels.gpu.primitives import (
@@ -53,9 +56,14 @@ def _conv_fprop_kernel(
     in_scale_shift_ptr,  # (2, C) fp32 in: prologue relu(a * x + b); None: x as it is
     w_ptr,  # (K, R, S, C) in: dense, dtype of x
     y_ptr,  # (N, P, Q, K) out: dtype of x
-    stats_ptr,  # (2, K, num_tiles) fp32 out: mean and M2 of every tile; None: not wanted
+    stats_ptr,  # (num_tiles + num_groups, 2 * K + 4) fp32: partials, see last_program.py
+    counters_ptr,  # (TILES_N, 1 + num_groups) int32: zeros
+    gamma_ptr,  # (K,) fp32 in
+    beta_ptr,  # (K,) fp32 in
+    batch_norm_ptr,  # (5, K) fp32 out: mean, unbiased variance, rstd, a, b; None: not wanted
     out_scale_shift_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
     residual_ptr,  # (N, P, Q, K) in: added after the scale and shift; None: nothing added
+    eps,
     num_npq,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -76,6 +84,7 @@ def _conv_fprop_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
@@ -126,6 +135,25 @@ def _conv_fprop_kernel(
         RELU,
         INDEX,
     )
+    num_tiles_m = tl.cdiv(num_npq, BLOCK_M)
+    if batch_norm_ptr is not None:
+        finish_batch_norm(
+            stats_ptr,
+            counters_ptr,
+            gamma_ptr,
+            beta_ptr,
+            batch_norm_ptr,
+            num_npq,
+            eps,
+            offs_k,
+            mask_k,
+            pid % TILES_N,
+            tile_m,
+            num_tiles_m,
+            num_tiles_m,
+            K,
+            GROUP,
+        )
 
 
 def conv_fprop(
@@ -135,10 +163,10 @@ def conv_fprop(
     stride: int = 1,
     padding: int = 0,
     scale_shift: torch.Tensor | None = None,
-    store_stats: bool = False,
+    batch_norm: BatchNorm | None = None,
     allow_tf32: bool = False,
     config: ConvConfig | None = None,
-) -> tuple[torch.Tensor, TileStats | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`y = conv(x, w)`, or `conv(relu(a * x + b), w)`: one launch, the activation is never stored.
 
     Args:
@@ -147,13 +175,15 @@ def conv_fprop(
         stride: the same in both directions.
         padding: the same on all sides; padding taps count as 0 after the scale, shift and ReLU.
         scale_shift: (2, C) fp32, a above b; given, x is a raw convolution output.
-        store_stats: also reduce y to the batch-norm statistics of its tiles.
+        batch_norm: weight and bias (K,) fp32 of the batch norm of y: also find its statistics.
         allow_tf32: let fp32 products be rounded to TF32.
         config: tiles; by default those of the launch table.
 
-    Returns: y: (N, K, P, Q) dense channels_last, dtype of x; its `TileStats`, or None.
+    Returns: y: (N, K, P, Q) dense channels_last, dtype of x; with batch_norm
+        `LayerState.stats`, (5, K) fp32: mean, unbiased variance, rstd, a, b; else None.
 
-    Raises: ValueError: when a tensor's shape, dtype, device or layout is not as above.
+    Raises: ValueError: when a tensor's shape, dtype, device or layout is not as above, or a batch
+        norm would see a single value of each channel.
 
     Numerics: sums in fp32, one rounding to the dtype of y; statistics of y as rounded.
         Deterministic.
@@ -164,7 +194,7 @@ def conv_fprop(
         stride=stride,
         padding=padding,
         in_scale_shift=scale_shift,
-        store_stats=store_stats,
+        batch_norm=batch_norm,
         allow_tf32=allow_tf32,
         config=config,
     )
@@ -233,13 +263,13 @@ def _launch_fprop(
     stride: int,
     padding: int,
     in_scale_shift: torch.Tensor | None = None,
-    store_stats: bool = False,
+    batch_norm: BatchNorm | None = None,
     out_scale_shift: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     relu: bool = False,
     allow_tf32: bool = False,
     config: ConvConfig | None = None,
-) -> tuple[torch.Tensor, TileStats | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Check, allocate and launch, for training and inference."""
     shape = _fprop_shape(x, w, stride, padding)
     if in_scale_shift is not None:
@@ -249,32 +279,39 @@ def _launch_fprop(
     if residual is not None:
         check_activation("residual", residual, (shape.N, shape.K, shape.P, shape.Q), x.dtype)
 
+    gemm = shape.gemm("fprop")
+    if batch_norm is not None:
+        check_batch_norm(batch_norm, shape.K, gemm.m)
+
     config = config or conv_config("fprop", shape, x.dtype, x.device, tf32=allow_tf32)
-    num_npq = shape.gemm("fprop").m
     y = empty_channels_last(x, shape.N, shape.K, shape.P, shape.Q)
     variant = _patch_variant(config, shape, x, w, residual)
     if variant is None:
         variant = fprop_tma_variant(config, shape, x, w) or _pointer_variant(config, shape, x, w)
         variant.args.update(
-            num_npq=num_npq,
             **shape.constexprs(),
             Y_STRIDES=nhwc_strides(y),
             RESIDUAL_STRIDES=nhwc_strides(residual),
             PRECISION="tf32" if allow_tf32 else "ieee",
             **config.constexprs(),
         )
-    stats = None
-    if store_stats:
-        stats = x.new_empty((2, shape.K, variant.num_tiles), dtype=torch.float32)
+    finish, stats = finish_stats(
+        x,
+        batch_norm,
+        variant.num_programs,
+        num_tiles=variant.num_tiles,
+        num_columns=variant.num_columns,
+    )
     args = {
         **variant.args,
         "in_scale_shift_ptr": in_scale_shift,
         "y_ptr": y,
-        "stats_ptr": stats,
         "out_scale_shift_ptr": out_scale_shift,
         "residual_ptr": residual,
+        **finish.args,
+        "num_npq": gemm.m,
         "RELU": relu,
-        "INDEX": index_dtype(x, y, residual, stats),
+        "INDEX": index_dtype(x, y, residual),
     }
     launch(
         variant.kernel,
@@ -283,13 +320,14 @@ def _launch_fprop(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         traffic=Traffic(
-            reads=num_bytes(x, in_scale_shift, w, out_scale_shift, residual),
-            writes=num_bytes(y, stats),
+            reads=num_bytes(x, in_scale_shift, w, out_scale_shift, residual) + finish.reads,
+            writes=num_bytes(y) + finish.writes,
             flops=shape.flops,
         ),
         trips=variant.trips,
+        last_programs=finish.last_programs,
     )
-    return y, None if stats is None else TileStats(stats, config.block_m, num_npq)
+    return y, stats
 
 
 def _pointer_variant(
@@ -297,11 +335,10 @@ def _pointer_variant(
 ) -> KernelVariant:
     """The launch that loads pixels by pointers: one program a tile."""
     gemm = shape.gemm("fprop")
-    tiles_m = triton.cdiv(gemm.m, config.block_m)
-    grid = (tiles_m * triton.cdiv(gemm.n, config.block_n),)
+    tiles_m, tiles_n = triton.cdiv(gemm.m, config.block_m), triton.cdiv(gemm.n, config.block_n)
     args = {"x_ptr": x, "w_ptr": w, "X_STRIDES": nhwc_strides(x)}
     trips = (triton.cdiv(shape.RSC, config.block_k),)
-    return KernelVariant(_conv_fprop_kernel, grid, args, tiles_m, trips)
+    return KernelVariant(_conv_fprop_kernel, (tiles_m * tiles_n,), args, tiles_m, trips, tiles_n)
 
 
 def _patch_variant(

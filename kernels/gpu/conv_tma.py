@@ -8,7 +8,7 @@ A tap (r, s) shifts it, and the Tensor Memory Accelerator (TMA) of Hopper and la
 through a tensor descriptor at one instruction of one thread: no addresses, no border comparisons,
 and zeros for all that lies outside the tensor. Where an operand needs no prologue, the products
 read it from shared memory and no thread ever holds it. Prologues and epilogues are those of the
-pointer variant; tiles hold the same pixels in the same order, so statistics have the same tiles.
+pointer variant; tiles hold the same pixels in the same order.
 
 The grid may be persistent (`ConvConfig.grid_size`): each program computes several tiles, and the
 loops over tiles and taps are flattened into one, so a tile's first loads run during the epilogue of
@@ -37,6 +37,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastres.kernels.conv_shape import ConvOp, ConvShape
 from fastres.kernels.gpu.checks import nhwc_strides
 from fastres.kernels.gpu.epilogue import store_gradient_tile, store_output_tile
+from fastres.kernels.gpu.last_program import finish_batch_norm, finish_batch_norm_backward
 from fastres.kernels.gpu.launch import KernelVariant
 from fastres.kernels.gpu.launch_config import ConvConfig, TmaTile
 from fastres.kernels.gpu.primitives import (
@@ -68,11 +69,16 @@ def _conv_fprop_tma_kernel(
     in_scale_shift_ptr,  # (2, C) fp32 in: prologue relu(a * x + b); None: x as it is
     w_desc,  # (K, R * S, C) in: tiles of BLOCK_N x 1 x BLOCK_K
     y_ptr,  # (N, P, Q, K) out: dtype of x
-    stats_ptr,  # (2, K, num_tiles_m) fp32 out: mean and M2 of every tile; None: not wanted
+    stats_ptr,  # (num_tiles + num_groups, 2 * K + 4) fp32: partials, see last_program.py
+    counters_ptr,  # (TILES_N, 1 + num_groups) int32: zeros
+    gamma_ptr,  # (K,) fp32 in
+    beta_ptr,  # (K,) fp32 in
+    batch_norm_ptr,  # (5, K) fp32 out: mean, unbiased variance, rstd, a, b; None: not wanted
     out_scale_shift_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
     residual_ptr,  # (N, P, Q, K) in: added after the scale and shift; None: nothing added
+    eps,
     num_npq,
-    num_tiles,
+    num_tiles,  # a multiple of TILES_N, as is the number of programs
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -92,6 +98,7 @@ def _conv_fprop_tma_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
@@ -142,6 +149,28 @@ def _conv_fprop_tma_kernel(
             RELU,
             INDEX,
         )
+    # The tiles of a program have the same filters: it is one of those that share their channels.
+    column = tl.program_id(0) % TILES_N
+    offs_k = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_k = offs_k < K
+    if batch_norm_ptr is not None:
+        finish_batch_norm(
+            stats_ptr,
+            counters_ptr,
+            gamma_ptr,
+            beta_ptr,
+            batch_norm_ptr,
+            num_npq,
+            eps,
+            offs_k,
+            mask_k,
+            column,
+            tl.program_id(0) // TILES_N,
+            tl.num_programs(0) // TILES_N,
+            num_tiles // TILES_N,
+            K,
+            GROUP,
+        )
 
 
 @triton.jit
@@ -153,12 +182,16 @@ def _conv_dgrad_tma_kernel(
     dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
     producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: dx alone
-    producer_mean_ptr,  # (C,) fp32 in: mean of producer_y
-    producer_scale_shift_ptr,  # (2, C) fp32 in: the ReLU's mask is a * producer_y + b > 0
-    sum_g_ptr,  # (C, num_tiles_m) fp32 out
-    sum_gy_ptr,  # (C, num_tiles_m) fp32 out
+    sums_ptr,  # (num_tiles + num_groups, 2 * C) fp32: partials, see last_program.py
+    counters_ptr,  # (TILES_N, 1 + num_groups) int32: zeros
+    producer_batch_norm_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of producer_y
+    producer_gamma_ptr,  # (C,) fp32 in
+    producer_coefficients_ptr,  # (3, C) fp32 out: c0, c1, c2
+    producer_dgamma_ptr,  # (C,) fp32 out
+    producer_dbeta_ptr,  # (C,) fp32 out
     num_rows,
-    num_tiles,
+    num_nhw,  # the same
+    num_tiles,  # a multiple of TILES_N, as is the number of programs
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -178,6 +211,7 @@ def _conv_dgrad_tma_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
@@ -217,20 +251,45 @@ def _conv_dgrad_tma_kernel(
             rows < num_rows,
             first_c + tl.arange(0, BLOCK_N),
             tile_m,
-            tl.cdiv(num_rows, BLOCK_M),
             dx_ptr,
             shortcut_ptr,
             producer_y_ptr,
-            producer_mean_ptr,
-            producer_scale_shift_ptr,
-            sum_g_ptr,
-            sum_gy_ptr,
+            producer_batch_norm_ptr,
+            sums_ptr,
             H,
             W,
             C,
             DX_STRIDES,
             SHORTCUT_STRIDES,
             PRODUCER_Y_STRIDES,
+        )
+    # The tiles of a program have the same filters: it is one of those that share their channels.
+    column = tl.program_id(0) % TILES_N
+    offs_c = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_c = offs_c < C
+    if producer_y_ptr is not None:
+        finish_batch_norm_backward(
+            sums_ptr,
+            counters_ptr,
+            producer_batch_norm_ptr,
+            producer_gamma_ptr,
+            producer_coefficients_ptr,
+            producer_dgamma_ptr,
+            producer_dbeta_ptr,
+            None,
+            None,
+            None,
+            None,
+            None,
+            num_nhw,
+            offs_c,
+            mask_c,
+            column,
+            tl.program_id(0) // TILES_N,
+            tl.num_programs(0) // TILES_N,
+            num_tiles // TILES_N,
+            C,
+            GROUP,
         )
 
 
@@ -241,11 +300,11 @@ def fprop_tma_variant(
     tile = _tma_tile(config, "fprop", shape, x, w)
     if tile is None:
         return None
-    grid, args, trips = _schedule(config, "fprop", shape)
-    args["x_desc"] = _describe_pixels(x, tile, config.block_k)
-    args["w_desc"] = _describe_filters(w, config.block_n, config.block_k)
-    tiles_m = triton.cdiv(shape.gemm("fprop").m, config.block_m)
-    return KernelVariant(_conv_fprop_tma_kernel, grid, args, tiles_m, trips)
+    args = {
+        "x_desc": _describe_pixels(x, tile, config.block_k),
+        "w_desc": _describe_filters(w, config.block_n, config.block_k),
+    }
+    return _schedule(_conv_fprop_tma_kernel, args, config, "fprop", shape)
 
 
 def dgrad_tma_variant(
@@ -255,12 +314,12 @@ def dgrad_tma_variant(
     tile = _tma_tile(config, "dgrad", shape, g, w, *([] if y is None else [y]))
     if tile is None:
         return None
-    grid, args, trips = _schedule(config, "dgrad", shape)
-    args["g_desc"] = _describe_pixels(g, tile, config.block_k)
-    args["y_desc"] = None if y is None else _describe_pixels(y, tile, config.block_k)
-    args["w_desc"] = _describe_filters(w, config.block_k, config.block_n)
-    tiles_m = triton.cdiv(shape.gemm("dgrad").m, config.block_m)
-    return KernelVariant(_conv_dgrad_tma_kernel, grid, args, tiles_m, trips)
+    args = {
+        "g_desc": _describe_pixels(g, tile, config.block_k),
+        "y_desc": None if y is None else _describe_pixels(y, tile, config.block_k),
+        "w_desc": _describe_filters(w, config.block_k, config.block_n),
+    }
+    return _schedule(_conv_dgrad_tma_kernel, args, config, "dgrad", shape)
 
 
 def _tma_tile(
@@ -283,19 +342,23 @@ def _has_tma(device: torch.device) -> bool:
 
 
 def _schedule(
-    config: ConvConfig, op: ConvOp, shape: ConvShape
-) -> tuple[tuple[int, ...], dict[str, Any], tuple[float, ...]]:
-    """The grid, the arguments that divide the tiles among its programs, and trips of the loops."""
+    kernel: Any, args: dict[str, Any], config: ConvConfig, op: ConvOp, shape: ConvShape
+) -> KernelVariant:
+    """The launch of `kernel`: its grid, and the arguments that divide the tiles among programs."""
     gemm = shape.gemm(op)
-    num_tiles = triton.cdiv(gemm.m, config.block_m) * triton.cdiv(gemm.n, config.block_n)
+    tiles_m, tiles_n = triton.cdiv(gemm.m, config.block_m), triton.cdiv(gemm.n, config.block_n)
+    num_tiles = tiles_m * tiles_n
     grid_size = min(config.grid_size or num_tiles, num_tiles)
+    # Whole multiples, so that all tiles of a program have the same filters.
+    grid_size = max(grid_size // tiles_n, 1) * tiles_n
     is_persistent = grid_size < num_tiles
     channels = shape.C if op == "fprop" else shape.K
     steps = shape.R * shape.S * triton.cdiv(channels, config.block_k)
     tiles = num_tiles / grid_size
     # Flattened, the loops over tiles and steps are one.
     trips = (tiles * steps,) if is_persistent else (tiles, steps)
-    return (grid_size,), {"num_tiles": num_tiles, "PERSISTENT": is_persistent}, trips
+    args |= {"num_tiles": num_tiles, "PERSISTENT": is_persistent}
+    return KernelVariant(kernel, (grid_size,), args, tiles_m, trips, tiles_n)
 
 
 def _describe_pixels(tensor: torch.Tensor, tile: TmaTile, block_c: int) -> TensorDescriptor:

@@ -2,7 +2,8 @@
 
     prologue   x' = x, or relu(a * x + b) recomputed from the raw convolution output x;
                dy' = dy, or c0 * g + c1 * y + c2 (batch-norm backward), both computed while loading
-    epilogue   a split-K partial stored in fp32; a second kernel adds the partials in fixed order
+    epilogue   a split-K partial stored in fp32; the last program of a tile adds its partials
+               (last_program.py)
 
 Letters: x (N, H, W, C), dy (N, P, Q, K), dw (K, R, S, C).
 
@@ -32,6 +33,7 @@ from fastres.kernels.gpu.checks import (
     index_dtype,
     nhwc_strides,
 )
+from fastres.kernels.gpu.last_program import add_partials, allocate_partials, store_partial
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
 from fastres.kernels.gpu.primitives import (
@@ -48,10 +50,6 @@ from fastres.kernels.gpu.primitives import (
 
 __all__ = ["conv_wgrad"]
 
-# Tile of the second kernel: partials x filter elements.
-BLOCK_SPLITS = 32
-BLOCK_ELEMENTS = 128
-
 
 @triton.jit
 def _conv_wgrad_kernel(
@@ -60,7 +58,9 @@ def _conv_wgrad_kernel(
     g_ptr,  # (N, P, Q, K) in: dy, or the gradient g that dy is computed from
     y_ptr,  # (N, P, Q, K) in: with g and coefficients; None: dy is read
     coefficients_ptr,  # (3, K) fp32 in: c0, c1, c2; None: dy is read
-    partials_ptr,  # (split_k, K, R, S, C) out: fp32, or dw itself where split_k is 1
+    dw_ptr,  # (K, R, S, C) out
+    partials_ptr,  # (num_splits + num_groups, K, R, S, C) fp32; None: there is one split
+    counters_ptr,  # (num_tiles, 1 + num_groups) int32: zeros
     num_npq,
     rows_per_split,  # multiple of BLOCK_K
     H: tl.constexpr,
@@ -81,6 +81,7 @@ def _conv_wgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
@@ -120,35 +121,27 @@ def _conv_wgrad_kernel(
         acc = dot_fp32(tl.trans(x), dy, acc, PRECISION)
 
     # Epilogue.
-    offs = split * (K * R * S * C) + offs_k[None, :] * (R * S * C) + offs_rsc[:, None]
-    value = round_to(acc, partials_ptr.dtype.element_ty)
-    tl.store(partials_ptr + offs, value, mask=mask_rsc[:, None] & mask_k[None, :])
-
-
-@triton.jit
-def _sum_partials_kernel(
-    partials_ptr,  # (num_splits, num_elements) fp32 in
-    dw_ptr,  # (num_elements,) out
-    num_splits,
-    num_elements,
-    INDEX: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_ELEMENTS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_previous_kernel(PDL)
-    elements = tl.program_id(0) * BLOCK_ELEMENTS + tl.arange(0, BLOCK_ELEMENTS)
-    mask = elements < num_elements
-    total = tl.zeros((BLOCK_ELEMENTS,), dtype=tl.float32)
-    for first in range(0, num_splits, BLOCK_SPLITS):
-        splits = first + tl.arange(0, BLOCK_SPLITS)
-        values = tl.load(
-            partials_ptr + splits.to(INDEX)[:, None] * num_elements + elements[None, :],
-            mask=(splits < num_splits)[:, None] & mask[None, :],
-            other=0.0,
-        )  # [BLOCK_SPLITS, BLOCK_ELEMENTS]
-        total += tl.sum(values, axis=0)
-    tl.store(dw_ptr + elements, round_to(total, dw_ptr.dtype.element_ty), mask=mask)
+    offs = offs_k[None, :] * (R * S * C) + offs_rsc[:, None]
+    mask = mask_rsc[:, None] & mask_k[None, :]
+    if partials_ptr is None:
+        tl.store(dw_ptr + offs, round_to(acc, dw_ptr.dtype.element_ty), mask=mask)
+    else:
+        store_partial(partials_ptr, split, acc, offs, mask, K * R * S * C)
+        add_partials(
+            partials_ptr,
+            counters_ptr,
+            dw_ptr,
+            pid % TILES_N * BLOCK_N,
+            pid // TILES_N * BLOCK_M,
+            pid,
+            tl.program_id(1),
+            tl.num_programs(1),
+            K,
+            R * S * C,
+            BLOCK_N,
+            BLOCK_M,
+            GROUP,
+        )
 
 
 def conv_wgrad(
@@ -192,16 +185,23 @@ def conv_wgrad(
     config = config or conv_config("wgrad", shape, x.dtype, x.device, tf32=allow_tf32)
     variant = _patch_variant(config, shape, x, g, y)
     variant = variant or _pointer_variant(config, shape, x, g, y, allow_tf32)
-    num_splits = variant.num_tiles
     krsc = (shape.K, shape.R, shape.S, shape.C)
     dw = x.new_empty(krsc, dtype=dw_dtype or x.dtype)
-    partials = dw if num_splits == 1 else x.new_empty((num_splits, *krsc), dtype=torch.float32)
+    partials = counters = None
+    group, last_programs = 1, 0
+    if variant.num_programs > 1:
+        partials, counters, group, last_programs = allocate_partials(
+            x, dw.numel(), variant.num_programs, num_columns=variant.num_columns
+        )
     args = {
         **variant.args,
         "in_scale_shift_ptr": scale_shift,
         "coefficients_ptr": coefficients,
+        "dw_ptr": dw,
         "partials_ptr": partials,
-        "INDEX": index_dtype(x, g, y, partials),
+        "counters_ptr": counters,
+        "INDEX": index_dtype(x, g, y),
+        "GROUP": group,
     }
     launch(
         variant.kernel,
@@ -210,14 +210,13 @@ def conv_wgrad(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         traffic=Traffic(
-            reads=num_bytes(x, scale_shift, g, y, coefficients),
-            writes=num_bytes(partials),
+            reads=num_bytes(x, scale_shift, g, y, coefficients, partials),
+            writes=num_bytes(dw, partials),
             flops=shape.flops,
         ),
         trips=variant.trips,
+        last_programs=last_programs,
     )
-    if num_splits > 1:
-        _launch_sum_partials(partials, dw)
     return dw.permute(0, 3, 1, 2)
 
 
@@ -260,7 +259,7 @@ def _pointer_variant(
         **config.constexprs(),
     }
     trips = (num_npq / (num_splits * config.block_k),)
-    return KernelVariant(_conv_wgrad_kernel, (tiles, num_splits), args, num_splits, trips)
+    return KernelVariant(_conv_wgrad_kernel, (tiles, num_splits), args, num_splits, trips, tiles)
 
 
 def _patch_variant(
@@ -272,24 +271,3 @@ def _patch_variant(
 ) -> KernelVariant | None:
     """The launch in patches of outputs; None where configuration or operands want another form."""
     return None
-
-
-def _launch_sum_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:
-    """Store in dw the sum of the partials over their first axis, in fixed order."""
-    launch(
-        _sum_partials_kernel,
-        (triton.cdiv(dw.numel(), BLOCK_ELEMENTS),),
-        {
-            "partials_ptr": partials,
-            "dw_ptr": dw,
-            "num_splits": partials.shape[0],
-            "num_elements": dw.numel(),
-            "INDEX": index_dtype(partials),
-            "BLOCK_SPLITS": BLOCK_SPLITS,
-            "BLOCK_ELEMENTS": BLOCK_ELEMENTS,
-        },
-        num_warps=4,
-        num_stages=2,
-        traffic=Traffic(reads=num_bytes(partials), writes=num_bytes(dw), flops=partials.numel()),
-        trips=triton.cdiv(partials.shape[0], BLOCK_SPLITS),
-    )

@@ -1,20 +1,22 @@
 """What becomes of a finished tile of sums: the epilogues of the convolutions, as jit helpers.
 
-A convolution has two kernels, which load pixels by pointers or by TMA (conv_tma.py); both end here.
+A convolution has two kernels, which load pixels by pointers or by TMA (conv_tma.py); both end here,
+and then in last_program.py, where the last program merges what these leave of every tile.
 A pointer that is None switches its step off. The kernels document every pointer.
 """
 
 import triton
 import triton.language as tl
 
+from fastres.kernels.gpu.last_program import store_stats, store_sums
 from fastres.kernels.gpu.primitives import (
     affine,
     relu,
     relu_grad,
     round_to,
     row_offsets,
-    store_tile_stats,
-    store_tile_sum,
+    tile_stats,
+    tile_sum,
 )
 
 __all__ = ["store_gradient_tile", "store_output_tile"]
@@ -55,11 +57,9 @@ def store_output_tile(
     offs_y = row_offsets(offs_npq, P, Q, Y_STRIDES)[:, None] + offs_k[None, :]
     tl.store(y_ptr + offs_y, y, mask=mask)
     if stats_ptr is not None:
-        num_tiles = tl.cdiv(num_npq, BLOCK_M)
         count = tl.minimum(num_npq - tile_m.to(INDEX) * BLOCK_M, BLOCK_M)
-        store_tile_stats(
-            stats_ptr, y.to(tl.float32), mask_npq, count, offs_k, mask_k, tile_m, num_tiles, K
-        )
+        mean, m2 = tile_stats(y.to(tl.float32), mask_npq, count)
+        store_stats(stats_ptr, tile_m, count, mean, m2, offs_k, mask_k, K)
 
 
 @triton.jit
@@ -68,15 +68,12 @@ def store_gradient_tile(
     offs_nhw,  # [BLOCK_M] which pixels, flattened
     mask_nhw,  # [BLOCK_M] which of them exist
     offs_c,  # [BLOCK_N] input channels
-    tile,  # number of the tile among the num_tiles of its channels
-    num_tiles,
+    tile,  # number of the tile among those of its channels
     dx_ptr,
     shortcut_ptr,
     producer_y_ptr,
-    producer_mean_ptr,
-    producer_scale_shift_ptr,
-    sum_g_ptr,
-    sum_gy_ptr,
+    producer_stats_ptr,
+    sums_ptr,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -93,14 +90,13 @@ def store_gradient_tile(
     if producer_y_ptr is not None:
         offs = row_offsets(offs_nhw, H, W, PRODUCER_Y_STRIDES)[:, None] + offs_c[None, :]
         producer_y = tl.load(producer_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        out = affine(producer_y, producer_scale_shift_ptr, offs_c, C, mask_c)
+        out = affine(producer_y, producer_stats_ptr + 3 * C, offs_c, C, mask_c)
         acc = relu_grad(out, acc)
     dx = round_to(acc, dx_ptr.dtype.element_ty)
     offs_dx = row_offsets(offs_nhw, H, W, DX_STRIDES)[:, None] + offs_c[None, :]
     tl.store(dx_ptr + offs_dx, dx, mask=mask)
     if producer_y_ptr is not None:
         g = dx.to(tl.float32)
-        mean = tl.load(producer_mean_ptr + offs_c, mask=mask_c, other=0.0)
-        store_tile_sum(sum_g_ptr, g, mask, offs_c, mask_c, tile, num_tiles)
-        centred = producer_y - mean[None, :]
-        store_tile_sum(sum_gy_ptr, g * centred, mask, offs_c, mask_c, tile, num_tiles)
+        mean = tl.load(producer_stats_ptr + offs_c, mask=mask_c, other=0.0)
+        sum_gy = tile_sum(g * (producer_y - mean[None, :]), mask)
+        store_sums(sums_ptr, tile, tile_sum(g, mask), sum_gy, None, offs_c, mask_c, C)

@@ -10,6 +10,7 @@ code of every kernel it starts, can be examined at full size on a machine withou
     launches[0].traffic.bytes, launches[0].grid, launches[0].args["BLOCK_M"]
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,7 +106,9 @@ def _tensors(args: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 class KernelVariant(NamedTuple):
     """One of the kernels that an operation has: its grid and the arguments that are its alone.
 
-    num_tiles: how many partial statistics or sums it leaves for each channel. trips: see `Launch`.
+    num_tiles: how many partial statistics or sums are left for each channel. trips: see `Launch`.
+    num_columns: groups of programs that own different channels or filter elements, see
+        last_program.py.
     """
 
     kernel: Any
@@ -113,6 +116,12 @@ class KernelVariant(NamedTuple):
     args: dict[str, Any]
     num_tiles: int
     trips: tuple[float, ...]
+    num_columns: int = 1
+
+    @property
+    def num_programs(self) -> int:
+        """Programs of one column."""
+        return math.prod(self.grid) // self.num_columns
 
 
 @contextmanager

@@ -25,8 +25,8 @@ __all__ = [
     "round_to",
     "round_to_tf32",
     "row_offsets",
-    "store_tile_stats",
-    "store_tile_sum",
+    "tile_stats",
+    "tile_sum",
     "wait_for_previous_kernel",
 ]
 
@@ -187,35 +187,21 @@ def compute_dy(g, y, coefficients_ptr, channels, K: tl.constexpr, mask, mask_k):
 
 
 @triton.jit
-def store_tile_stats(
-    stats_ptr,  # (2, C, num_tiles) fp32: mean above M2
-    values,  # [rows, channels] fp32, rows outside mask_rows hold anything
-    mask_rows,
-    count,  # number of rows inside mask_rows
-    channels,
-    mask_c,
-    tile,
-    num_tiles,
-    C: tl.constexpr,
-):
-    """Mean and sum of squared distances from it, for each channel of one tile.
+def tile_stats(values, mask_rows, count):
+    """Mean and M2, the sum of squared distances from it, of each channel of a tile.
 
-    Corrected two-pass algorithm: the second pass also finds what rounding left out of the mean.
+    values: [rows, channels] fp32, anything outside mask_rows, which has `count` rows. Corrected
+    two-pass algorithm: the second pass also finds what rounding left out of the mean.
     """
     rows = count.to(tl.float32)
     rough = tl.sum(tl.where(mask_rows[:, None], values, 0.0), axis=0) / rows
     distance = tl.where(mask_rows[:, None], values - rough[None, :], 0.0)
     rest = tl.sum(distance, axis=0)
     m2 = tl.sum(distance * distance, axis=0) - rest * rest / rows
-    offs = channels * num_tiles + tile
-    tl.store(stats_ptr + offs, rough + rest / rows, mask=mask_c)
-    tl.store(
-        stats_ptr + C * num_tiles + offs, tl.maximum(m2, 0.0, tl.PropagateNan.ALL), mask=mask_c
-    )
+    return rough + rest / rows, tl.maximum(m2, 0.0, tl.PropagateNan.ALL)
 
 
 @triton.jit
-def store_tile_sum(sums_ptr, values, mask, channels, mask_c, tile, num_tiles):
-    """Sum over the rows of one tile; sums is (C, num_tiles) fp32."""
-    total = tl.sum(tl.where(mask, values, 0.0), axis=0)
-    tl.store(sums_ptr + channels * num_tiles + tile, total, mask=mask_c)
+def tile_sum(values, mask):
+    """Sum of each channel of a tile [rows, channels], over what lies inside the mask."""
+    return tl.sum(tl.where(mask, values, 0.0), axis=0)

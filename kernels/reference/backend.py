@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from fastres.kernels.block import Block
-from fastres.kernels.conv_types import ConvBN, ConvGrads, DeferredGrad, GradSums, LayerState
+from fastres.kernels.conv_types import (
+    BatchNormGrads,
+    ConvBN,
+    ConvGrads,
+    DeferredGrad,
+    LayerState,
+)
 from fastres.kernels.layout import to_dense_channels_last
 from fastres.kernels.reference import block as ref
 
@@ -20,7 +26,6 @@ __all__ = [
     "conv_backward",
     "conv_bn",
     "conv_folded",
-    "defer_dy",
     "reduce",
     "runs_on",
 ]
@@ -49,8 +54,9 @@ def conv_bn(x: Tensor, layer: ConvBN, scale_shift: Tensor | None) -> LayerState:
     y = to_dense_channels_last(ref.conv_ref(source, w, stride=layer.stride, padding=layer.padding))
     stats = ref.bn_stats_ref(y, eps=layer.eps)
     count = y.numel() // y.shape[1]
-    scale_shift = ref.bn_fold_ref(stats.mean, stats.rstd, layer.weight, layer.bias)
-    return LayerState(y, stats.mean, stats.var * (count / (count - 1)), stats.rstd, scale_shift)
+    fold = ref.bn_fold_ref(stats.mean, stats.rstd, layer.weight, layer.bias)
+    unbiased_var = stats.var * (count / (count - 1))
+    return LayerState(y, torch.stack([stats.mean, unbiased_var, stats.rstd, *fold]))
 
 
 def apply(
@@ -69,31 +75,31 @@ def apply(
 
 
 def reduce(
-    dout: Tensor, state: LayerState, mask: Tensor | None, projected: LayerState | None
-) -> tuple[Tensor, GradSums]:
+    dout: Tensor,
+    state: LayerState,
+    weight: Tensor,
+    mask: Tensor | None,
+    projected: LayerState | None,
+    projected_weight: Tensor | None,
+) -> tuple[BatchNormGrads, BatchNormGrads | None]:
     """See `block.Backend`."""
     g = dout
     if mask is not None:
         out = ref.bn_apply_ref(state.y, mask) if mask.dim() == 2 else mask
         g = to_dense_channels_last(ref.relu_grad_ref(out, dout))
-    sum_g, sum_gy = ref.bn_backward_sums_ref(g, state.y, state.mean)
-    if projected is None:
-        return g, GradSums(sum_g, sum_gy)
-    _, sum_gy_shortcut = ref.bn_backward_sums_ref(g, projected.y, projected.mean)
-    return g, GradSums(sum_g, sum_gy, sum_gy_shortcut)
+    grads = _batch_norm_grads(g, state, weight)
+    if projected is None or projected_weight is None:
+        return grads, None
+    return grads, _batch_norm_grads(g, projected, projected_weight)
 
 
-def defer_dy(
-    g: Tensor, sums: GradSums, state: LayerState, weight: Tensor, *, of_projection: bool
-) -> tuple[DeferredGrad, Tensor, Tensor]:
-    """See `block.Backend`."""
-    sum_gy = sums.gy_shortcut if of_projection else sums.gy
-    assert sum_gy is not None
-    count = g.numel() // g.shape[1]
+def _batch_norm_grads(g: Tensor, state: LayerState, weight: Tensor) -> BatchNormGrads:
+    """The gradients of a batch norm whose output has the gradient g."""
+    sums = ref.bn_backward_sums_ref(g, state.y, state.mean)
     dgamma, dbeta, coefficients = ref.bn_backward_coefficients_ref(
-        sums.g, sum_gy, state.mean, state.rstd, weight, count
+        *sums, state.mean, state.rstd, weight, g.numel() // g.shape[1]
     )
-    return DeferredGrad(g, state.y, coefficients), dgamma, dbeta.clone()
+    return BatchNormGrads(DeferredGrad(g, state.y, coefficients), dgamma, dbeta)
 
 
 def conv_backward(
@@ -102,6 +108,7 @@ def conv_backward(
     layer: ConvBN,
     *,
     producer: LayerState | None,
+    producer_weight: Tensor | None,
     shortcut: Tensor | None,
     need_dx: bool,
 ) -> ConvGrads:
@@ -113,14 +120,14 @@ def conv_backward(
     filter_size = (w.shape[2], w.shape[3])
     dw = to_dense_channels_last(ref.conv_wgrad_ref(source, computed, filter_size, **geometry))
     if not need_dx:
-        return ConvGrads(None, dw, None)
+        return ConvGrads(None, dw)
     dx = ref.conv_dgrad_ref(computed, w, (x.shape[2], x.shape[3]), **geometry)
     if shortcut is not None:
         dx = dx + shortcut
-    if producer is None:
-        return ConvGrads(to_dense_channels_last(dx), dw, None)
+    if producer is None or producer_weight is None:
+        return ConvGrads(to_dense_channels_last(dx), dw)
     g = ref.relu_grad_ref(activation, dx)
-    return ConvGrads(g, dw, GradSums(*ref.bn_backward_sums_ref(g, producer.y, producer.mean)))
+    return ConvGrads(g, dw, _batch_norm_grads(g, producer, producer_weight))
 
 
 def conv_folded(

@@ -116,6 +116,7 @@ class ConvCase:
     layer: ConvBN
     dy: DeferredGrad
     producer: LayerState | None
+    producer_weight: Tensor | None
     shortcut: Tensor | None
     need_dx: bool
 
@@ -125,12 +126,13 @@ class ConvCase:
         return backend.conv_bn(self.x, self.layer, scale_shift)
 
     def backward(self, backend: Backend) -> ConvGrads:
-        """The gradients of filters and input, with the sums for its producer's batch norm."""
+        """The gradients of filters and input, and those of its producer's batch norm."""
         return backend.conv_backward(
             self.dy,
             self.x,
             self.layer,
             producer=self.producer,
+            producer_weight=self.producer_weight,
             shortcut=self.shortcut,
             need_dx=self.need_dx,
         )
@@ -179,7 +181,7 @@ def make_case(
 
     n, c, h, w = shape.N, shape.C, shape.H, shape.W
     k, p, q = shape.K, shape.P, shape.Q
-    x, producer = normal(n, c, h, w), None
+    x, producer, weight = normal(n, c, h, w), None, None
     if variant.prologue:
         weight, bias = 1 + 0.1 * normal(c), 0.1 * normal(c)
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
@@ -187,7 +189,7 @@ def make_case(
         scale_shift = bn_fold_ref(mean, rstd, weight, bias)
         a, b = (vector.view(1, -1, 1, 1) for vector in scale_shift)
         x = torch.where((a * x + b).abs() < 0.05, (1 - b) / a, x)
-        producer = LayerState(pixels(x), mean, var, rstd, scale_shift)
+        producer = LayerState(pixels(x), torch.stack([mean, var, rstd, *scale_shift]))
     filters = pixels(normal(k, c, shape.R, shape.S) / shape.RSC**0.5)
     layer = ConvBN(filters, 1 + 0.1 * normal(k), normal(k), shape.stride, shape.padding)
     coefficients = torch.stack([1 + 0.1 * normal(k), 0.1 * normal(k), 0.1 * normal(k)])
@@ -196,6 +198,7 @@ def make_case(
         layer=layer,
         dy=DeferredGrad(pixels(normal(n, k, p, q)), pixels(normal(n, k, p, q)), coefficients),
         producer=producer,
+        producer_weight=weight,
         shortcut=pixels(normal(n, c, h, w)) if variant.shortcut else None,
         need_dx=variant.need_dx,
     )
@@ -210,11 +213,8 @@ def _outcome(case: ConvCase, name: ConvPass, backend: Backend) -> dict[str, Tens
     outcome = {"dw": grads.dw}
     if grads.dx is not None:
         outcome["dx"] = grads.dx
-    if grads.sums is not None:
-        # The kernels leave their sums in tiles.
-        for of in ("g", "gy"):
-            total = getattr(grads.sums, of)
-            outcome[f"sum of {of}"] = total.sum(1) if total.dim() == 2 else total
+    if grads.producer is not None:
+        outcome |= {"dgamma": grads.producer.dgamma, "dbeta": grads.producer.dbeta}
     return outcome
 
 

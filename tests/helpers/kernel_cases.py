@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 
 from fastres.kernels.conv_shape import ConvShape
-from fastres.kernels.conv_types import DeferredGrad, LayerState
-from fastres.kernels.gpu.checks import TileStats
+from fastres.kernels.conv_types import BatchNorm, BatchNormGrads, DeferredGrad, LayerState
 from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.reference import block as ref
 from tests.helpers.interpreter import DEVICE
@@ -45,6 +44,8 @@ class ConvTensors(NamedTuple):
     dy: DeferredGrad
     shortcut: torch.Tensor
     producer: LayerState
+    producer_weight: torch.Tensor
+    batch_norm: BatchNorm
 
     def double(self) -> "ConvTensors":
         def widen(value):
@@ -67,9 +68,9 @@ def make_tensors(shape: ConvShape, dtype: torch.dtype, seed: int = 0) -> ConvTen
         return channels_last(normal(*size), dtype)
 
     def producer():
-        y, mean, scale_shift = pixels(n, c, h, w), normal(c).to(DEVICE), normal(2, c).to(DEVICE)
-        # No convolution reads the variance and rstd of its producer.
-        return LayerState(y, mean, mean, mean, scale_shift)
+        stats = normal(5, c).to(DEVICE)
+        stats[2] = stats[2].abs() + 0.5
+        return LayerState(pixels(n, c, h, w), stats)
 
     n, h, w, c, k = shape.N, shape.H, shape.W, shape.C, shape.K
     return ConvTensors(
@@ -83,6 +84,8 @@ def make_tensors(shape: ConvShape, dtype: torch.dtype, seed: int = 0) -> ConvTen
         ),
         shortcut=pixels(n, c, h, w),
         producer=producer(),
+        producer_weight=1 + normal(c).to(DEVICE),
+        batch_norm=BatchNorm(1 + normal(k).to(DEVICE), normal(k).to(DEVICE), 1e-3),
     )
 
 
@@ -116,15 +119,41 @@ def wgrad(t: ConvTensors, shape: ConvShape, prologue: bool, deferred: bool) -> t
     return ref.conv_wgrad_ref(x, compute_dy(t, deferred), (shape.R, shape.S), **geometry(shape))
 
 
-def check_stats(stats: TileStats, y: torch.Tensor) -> None:
-    """Partials against fp64 statistics of y as stored, tile by tile."""
+def check_stats(stats: torch.Tensor, y: torch.Tensor, batch_norm: BatchNorm) -> None:
+    """`LayerState.stats` against fp64 statistics of y as stored."""
     k = y.shape[1]
     rows = y.double().permute(0, 2, 3, 1).reshape(-1, k)
-    assert stats.num_rows == rows.shape[0]
-    for tile, part in enumerate(rows.split(stats.tile_rows)):
-        mean = part.mean(0)
-        size = part.abs().mean(0)
-        assert_statistics("mean", stats.partials[0, :, tile], mean, size, stats.tile_rows)
-        m2 = (part - mean).square().sum(0)
-        allowed = m2 + size.square()
-        assert_statistics("M2", stats.partials[1, :, tile], m2, allowed, stats.tile_rows)
+    mean, size, var = rows.mean(0), rows.abs().mean(0), rows.var(0, unbiased=False)
+    assert_statistics("mean", stats[0], mean, size)
+    assert_statistics("unbiased variance", stats[1], rows.var(0), rows.var(0) + size.square())
+    # What follows is right for the mean and variance found, to a few roundings.
+    found = stats[1].double() * (len(rows) - 1) / len(rows)
+    state = LayerState(y, stats)
+    rstd = (found + batch_norm.eps).rsqrt()
+    torch.testing.assert_close(state.rstd.double(), rstd, rtol=1e-6, atol=0)
+    assert ((found - var).abs() <= 1e-3 * (var + size.square())).all()
+    fold = ref.bn_fold_ref(state.mean, state.rstd, *batch_norm[:2])
+    torch.testing.assert_close(state.scale_shift, fold, rtol=1e-6, atol=1e-6)
+
+
+def check_producer_grads(grads: BatchNormGrads, g: torch.Tensor, t: ConvTensors) -> None:
+    """Gradients of the producer's batch norm against fp64 sums of g as stored."""
+    assert grads.dy.g is g
+    assert grads.dy.y is t.producer.y
+    y, stats = t.producer.y.double(), t.producer.stats.double()
+    producer, weight = LayerState(y, stats), t.producer_weight.double()
+    sums = ref.bn_backward_sums_ref(g.double(), y, producer.mean)
+    centred = (y - producer.mean.view(1, -1, 1, 1)).abs()
+    size_g, size_gy = ref.bn_backward_sums_ref(g.double().abs(), centred, 0 * producer.mean)
+    count = g.numel() // g.shape[1]
+    dgamma, dbeta, coefficients = ref.bn_backward_coefficients_ref(
+        *sums, producer.mean, producer.rstd, weight, count
+    )
+    assert_statistics("dbeta", grads.dbeta, dbeta, size_g)
+    assert_statistics("dgamma", grads.dgamma, dgamma, size_gy * producer.rstd)
+    sizes = ref.bn_backward_coefficients_ref(
+        size_g, size_gy, producer.mean.abs(), producer.rstd, weight.abs(), count
+    )[2].abs()
+    # c2 is a difference of two such products.
+    sizes[2] += 2 * (sizes[1] * producer.mean.abs())
+    assert_statistics("c0, c1, c2", grads.dy.coefficients, coefficients, sizes)

@@ -5,15 +5,11 @@ import torch
 import torch.nn.functional as F
 import triton.language as tl
 
-from fastres.kernels.conv_types import DeferredGrad
+from fastres.kernels.conv_types import BatchNorm, DeferredGrad, LayerState
 from fastres.kernels.gpu import batchnorm_bwd, batchnorm_fwd
-from fastres.kernels.gpu.batchnorm_bwd import (
-    bn_backward_apply,
-    bn_backward_finalize,
-    bn_backward_reduce,
-)
-from fastres.kernels.gpu.batchnorm_fwd import bn_apply, bn_finalize, bn_stats
-from fastres.kernels.gpu.checks import TileStats
+from fastres.kernels.gpu.batchnorm_bwd import bn_backward_apply, bn_backward_reduce
+from fastres.kernels.gpu.batchnorm_fwd import bn_apply, bn_stats
+from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.launch_config import RowConfig
 from fastres.kernels.reference import block as ref
 from tests.helpers.interpreter import DEVICE, strict_memory  # noqa: F401
@@ -40,6 +36,14 @@ def normal(*size, seed=0, dtype=FP32):
     return channels_last(values, dtype) if len(size) == 4 else values.to(DEVICE)
 
 
+def measure(y, weight=None, bias=None, eps=1e-5, config=TILE) -> LayerState:
+    """The layer whose convolution left y, as `bn_stats` finds it."""
+    c = y.shape[1]
+    weight = torch.ones(c, device=DEVICE) if weight is None else weight
+    bias = torch.zeros(c, device=DEVICE) if bias is None else bias
+    return LayerState(y, bn_stats(y, BatchNorm(weight, bias, eps), config=config))
+
+
 def make_y(kind: str, dtype: torch.dtype) -> torch.Tensor:
     y = normal(2, 33, 7, 9, dtype=dtype)
     if kind == "offset":
@@ -62,19 +66,18 @@ def test_statistics(kind, dtype):
     y = make_y(kind, dtype)
     c = y.shape[1]
     weight, bias = 1 + normal(c, seed=1), normal(c, seed=2)
-    forward = bn_finalize(bn_stats(y, config=TILE), weight, bias, eps=1e-5)
+    forward = measure(y, weight, bias)
     truth = ref.bn_stats_ref(y.double())
     size = y.double().abs().mean((0, 2, 3))
     assert_statistics("mean", forward.mean, truth.mean, size)
     # Distances from the mean inherit its error, and y's own rounding, once each.
     slack = truth.var + size * truth.var.sqrt() + statistics_rtol() * size.square()
-    assert_statistics("var", forward.var, truth.var, slack)
     count = y.numel() // c
-    unbiased = forward.var.double() * count / (count - 1)
-    torch.testing.assert_close(forward.unbiased_var.double(), unbiased, rtol=1e-6, atol=0)
-    torch.testing.assert_close(
-        forward.rstd, (forward.var + 1e-5).rsqrt(), rtol=statistics_rtol(), atol=0
-    )
+    unbiased = count / (count - 1)
+    assert_statistics("var", forward.unbiased_var, truth.var * unbiased, slack * unbiased)
+    var = forward.unbiased_var.double() / unbiased
+    rstd = (var + 1e-5).rsqrt()
+    torch.testing.assert_close(forward.rstd.double(), rstd, rtol=statistics_rtol(), atol=0)
     scale_shift = ref.bn_fold_ref(forward.mean, forward.rstd, weight, bias)
     torch.testing.assert_close(
         forward.scale_shift,
@@ -92,31 +95,11 @@ def test_normalised_output_is_as_good_as_torchs(kind, dtype):
     c = y.shape[1]
     weight, bias = 1 + 0.1 * normal(c, seed=1), normal(c, seed=2)
     weight[0] = 0
-    forward = bn_finalize(bn_stats(y, config=TILE), weight, bias)
+    forward = measure(y, weight, bias)
     out = bn_apply(y, forward.scale_shift, config=TILE)
     eager = F.batch_norm(y, None, None, weight, bias, training=True).relu()
     wide = (y.double(), None, None, weight.double(), bias.double())
     assert_like_eager("out", out, eager, F.batch_norm(*wide, training=True).relu())
-
-
-def test_many_tiles_are_merged_in_several_rounds():
-    """More tiles than a finalizing program reads at once, the last one short."""
-    y = 100 + normal(1, 3, 1, 2500).double()
-    tiles = y[0, :, 0].split(2, dim=1)
-    mean = torch.stack([t.mean(1) for t in tiles], dim=1)
-    m2 = torch.stack([(t - t.mean(1, keepdim=True)).square().sum(1) for t in tiles], dim=1)
-    assert mean.shape[1] > batchnorm_fwd.BLOCK_TILES
-    stats = TileStats(torch.stack([mean, m2]).float(), 2, 2500)
-    forward = bn_finalize(stats, torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE))
-    truth = ref.bn_stats_ref(y)
-    assert_statistics("mean", forward.mean, truth.mean, truth.mean.abs())
-    assert_statistics("var", forward.var, truth.var, truth.var + truth.mean.abs())
-    sums = mean.float()
-    grads = bn_backward_finalize(
-        sums, m2.float(), forward.mean, forward.rstd, torch.ones(3, device=DEVICE), 2500
-    )
-    total = sums.double()
-    assert_statistics("dbeta", grads.dbeta, total.sum(1), total.abs().sum(1))
 
 
 @pytest.mark.parametrize(
@@ -173,54 +156,70 @@ def test_backward(mask, projected, dtype):
     weight, bias = 1 + normal(33, seed=3), normal(33, seed=4)
     weight[0] = 0
 
-    def autograd(dtype, grad):
+    def autograd(dtype, grad, y, weight):
         leaf, gamma, beta = (t.detach().to(dtype).requires_grad_() for t in (y, weight, bias))
         if dtype != torch.float64:
             gamma, beta = (t.detach().requires_grad_() for t in (weight, bias))
         F.batch_norm(leaf, None, None, gamma, beta, training=True).backward(grad.to(dtype))
         return leaf.grad, gamma.grad, beta.grad
 
-    forward = bn_finalize(bn_stats(y), weight, bias)
+    forward = measure(y, weight, bias)
     out = bn_apply(y, forward.scale_shift, config=TILE)
     z = ref.bn_apply_ref(y.double(), forward.scale_shift.double(), relu=False)
-    mean_s = y_s.double().mean((0, 2, 3))
-    g, sums = bn_backward_reduce(
+    projection, weight_s = measure(y_s), 1 + normal(33, seed=5)
+    grads, projected_grads = bn_backward_reduce(
         dout,
-        y,
-        forward.mean,
+        forward,
+        weight,
         out=out if mask == "output" else None,
         scale_shift=forward.scale_shift if mask == "recomputed" else None,
-        y_shortcut=y_s if projected else None,
-        mean_shortcut=mean_s.float() if projected else None,
+        projected=projection if projected else None,
+        projected_weight=weight_s if projected else None,
         config=TILE,
     )
+    g = grads.dy.g
     expected_g = dout if mask == "none" else torch.where(z > 0, dout, 0)
     keep = away_from_ties(z, FP32)
     torch.testing.assert_close(g[keep], expected_g[keep], rtol=0, atol=0)
     assert mask != "none" or g is dout
 
-    grads = bn_backward_finalize(
-        sums.g, sums.gy, forward.mean, forward.rstd, weight, y.numel() // 33
-    )
-    dy = bn_backward_apply(DeferredGrad(g, y, grads.coefficients), config=TILE)
-    truth_dy, truth_dgamma, truth_dbeta = autograd(torch.float64, g)
-    assert_like_eager("dy", dy, autograd(dtype, g)[0], truth_dy)
+    dy = bn_backward_apply(grads.dy, config=TILE)
+    truth_dy, truth_dgamma, truth_dbeta = autograd(torch.float64, g, y, weight)
+    assert_like_eager("dy", dy, autograd(dtype, g, y, weight)[0], truth_dy)
     magnitude = g.double().abs().sum((0, 2, 3))
     assert_statistics("dbeta", grads.dbeta, truth_dbeta, magnitude)
     assert_statistics("dgamma", grads.dgamma, truth_dgamma, 4 * magnitude)
-    assert (sums.gy_shortcut is not None) == projected
-    if sums.gy_shortcut is not None:
-        _, truth = ref.bn_backward_sums_ref(g.double(), y_s.double(), mean_s)
-        assert_statistics("sum g y_s", sums.gy_shortcut.sum(1), truth, 4 * magnitude)
+    assert (projected_grads is not None) == projected
+    if projected_grads is not None:
+        assert projected_grads.dy[:2] == (g, y_s)
+        dy_s = bn_backward_apply(projected_grads.dy, config=TILE)
+        truth_dy, truth_dgamma, _ = autograd(torch.float64, g, y_s, weight_s)
+        assert_like_eager("dy_s", dy_s, autograd(dtype, g, y_s, weight_s)[0], truth_dy)
+        assert_statistics("dgamma_s", projected_grads.dgamma, truth_dgamma, 4 * magnitude)
+        assert projected_grads.dbeta.equal(grads.dbeta)
+
+
+def test_programs_that_take_several_tiles(monkeypatch):
+    """With more tiles than programs a program adds those of its own first."""
+    y, dout = normal(2, 33, 7, 9), normal(2, 33, 7, 9, seed=1)
+    state, weight = measure(y), 1 + normal(33, seed=3)
+    expected, _ = bn_backward_reduce(dout, state, weight, out=y, config=TILE)
+    monkeypatch.setattr(batchnorm_bwd, "MOST_PROGRAMS", 3)
+    with recording() as launches:
+        grads, _ = bn_backward_reduce(dout, state, weight, out=y, config=TILE)
+    assert launches[0].grid == (3, 2)
+    assert grads.dy.g.equal(expected.dy.g)
+    size = grads.dy.g.double().abs().sum((0, 2, 3))
+    assert_statistics("dbeta", grads.dbeta, expected.dbeta.double(), size)
+    assert_statistics("dgamma", grads.dgamma, expected.dgamma.double(), 4 * size)
 
 
 def test_backward_keeps_digits_beside_a_large_offset():
     """At mean 100 and deviation 0.01 only the rounding of the fp32 mean itself may show."""
     y, g = make_y("offset", FP32), normal(2, 33, 7, 9, seed=1)
     weight = torch.ones(33, device=DEVICE)
-    forward = bn_finalize(bn_stats(y), weight, torch.zeros(33, device=DEVICE))
-    _, sums = bn_backward_reduce(g, y, forward.mean, config=TILE)
-    grads = bn_backward_finalize(sums.g, sums.gy, forward.mean, forward.rstd, weight, 126)
+    forward = measure(y, weight)
+    grads, _ = bn_backward_reduce(g, forward, weight, config=TILE)
     _, truth = ref.bn_backward_sums_ref(g.double(), y.double(), y.double().mean((0, 2, 3)))
     rstd = (y.double().var((0, 2, 3), unbiased=False) + 1e-5).rsqrt()
     error_of_mean = 2.0**-17
@@ -243,13 +242,15 @@ def test_nan_comes_through_and_ties_do_not():
     dout = torch.ones_like(y)
     leaf = y.clone().requires_grad_()
     leaf.relu().backward(dout)
-    mean = torch.zeros(16, device=DEVICE)
+    ones = torch.ones(16, device=DEVICE)
+    zeros = torch.zeros(16, device=DEVICE)
+    state = LayerState(y, torch.stack([zeros, ones, ones, *ab]))
     for mask in ({"out": out}, {"scale_shift": ab}):
-        g, sums = bn_backward_reduce(dout, y, mean, **mask)
-        torch.testing.assert_close(g, leaf.grad, rtol=0, atol=0)
-        assert sums.gy.sum(1)[3].isnan()
-        assert sums.gy.sum(1)[4].isinf()
-    stats = bn_finalize(bn_stats(y), ab[0], ab[1])
+        grads, _ = bn_backward_reduce(dout, state, ones, **mask)
+        torch.testing.assert_close(grads.dy.g, leaf.grad, rtol=0, atol=0)
+        assert grads.dgamma[3].isnan()
+        assert grads.dgamma[4].isinf()
+    stats = measure(y)
     assert stats.mean[3].isnan()
     assert not stats.mean[4].isfinite()
     assert stats.mean[6].isfinite()
@@ -257,11 +258,11 @@ def test_nan_comes_through_and_ties_do_not():
 
 def test_inputs_with_gaps_and_64_bit_offsets(monkeypatch):
     def run(y, residual, dout):
-        forward = bn_finalize(bn_stats(y, config=TILE), ab[0], ab[1])
+        forward = measure(y, ab[0], ab[1])
         out = bn_apply(y, forward.scale_shift, residual=residual, config=TILE)
-        g, sums = bn_backward_reduce(dout, y, forward.mean, out=out, config=TILE)
+        grads, _ = bn_backward_reduce(dout, forward, ab[0], out=out, config=TILE)
         dy = bn_backward_apply(DeferredGrad(dout, y, coefficients), config=TILE)
-        return out, g, *sums[:2], dy
+        return out, grads.dy.g, *grads[1:], dy
 
     def gaps(t):
         whole = channels_last(torch.full((2, 20, 8, 9), torch.nan))
@@ -279,20 +280,21 @@ def test_inputs_with_gaps_and_64_bit_offsets(monkeypatch):
 
 
 def test_refusals():
-    y, ab = normal(2, 17, 3, 3), normal(2, 17)
+    y, ab, stats = normal(2, 17, 3, 3), normal(2, 17), normal(5, 17)
+    norm, state = BatchNorm(ab[0], ab[1]), LayerState(y, stats)
     with pytest.raises(ValueError, match="y must be channels_last"):
-        bn_stats(y.contiguous())
+        bn_stats(y.contiguous(), norm)
     with pytest.raises(ValueError, match="more than 1 value a channel, got 1"):
-        bn_finalize(bn_stats(normal(1, 17, 1, 1)), ab[0], ab[1])
+        bn_stats(normal(1, 17, 1, 1), norm)
     with pytest.raises(ValueError, match=r"weight must have shape \(17,\), got \(16,\)"):
-        bn_finalize(bn_stats(y), ab[0, :16], ab[1])
+        bn_stats(y, BatchNorm(ab[0, :16], ab[1]))
     with pytest.raises(ValueError, match="residual_scale_shift needs a residual"):
         bn_apply(y, ab, residual_scale_shift=ab)
     with pytest.raises(ValueError, match=r"residual must have dtype torch\.float32"):
         bn_apply(y, ab, residual=y.to(BF16))
     with pytest.raises(ValueError, match="at most one of out and scale_shift"):
-        bn_backward_reduce(y, y, ab[0], out=y, scale_shift=ab)
-    with pytest.raises(ValueError, match="both of y_shortcut and mean_shortcut"):
-        bn_backward_reduce(y, y, ab[0], y_shortcut=y)
-    with pytest.raises(ValueError, match="count must be at least 1"):
-        bn_backward_finalize(ab, ab, ab[0, :2], ab[0, :2], ab[0, :2], 0)
+        bn_backward_reduce(y, state, ab[0], out=y, scale_shift=ab)
+    with pytest.raises(ValueError, match="both of projected and projected_weight"):
+        bn_backward_reduce(y, state, ab[0], projected=state)
+    with pytest.raises(ValueError, match=r"state\.stats must have shape \(5, 17\)"):
+        bn_backward_reduce(y, LayerState(y, ab), ab[0])

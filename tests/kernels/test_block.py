@@ -175,5 +175,5 @@ def test_byte_budget_of_a_basic_block(name):
     total = sum(launch.traffic.bytes for launch in launches)
     filters = 6 * layers[0].w.numel() * 2
     rest = total - 25 * x.numel() * 2 - filters
-    # Partials of statistics, of sums and of split filter gradients.
-    assert 0 < rest <= 0.12 * 25 * x.numel() * 2
+    # Partials of statistics, of sums and of split filter gradients, those of groups among them.
+    assert 0 < rest <= 0.13 * 25 * x.numel() * 2

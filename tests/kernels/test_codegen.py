@@ -55,9 +55,7 @@ KERNELS = {
     "augment_normalize",
     "bn_apply",
     "bn_backward_apply",
-    "bn_backward_finalize",
     "bn_backward_reduce",
-    "bn_finalize",
     "bn_stats",
     "conv_dgrad",
     "conv_dgrad_tma",
@@ -68,7 +66,6 @@ KERNELS = {
     "pool_linear_fwd",
     "smooth_cross_entropy_bwd",
     "smooth_cross_entropy_fwd",
-    "sum_partials",
 }
 
 # sm_86, sm_89 and sm_120 run what sm_80 runs (mma.sync) and give a program 99 KiB. The code of

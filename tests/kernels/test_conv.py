@@ -5,6 +5,7 @@ import torch
 import triton.language as tl
 
 from fastres.kernels.conv_shape import ConvShape
+from fastres.kernels.conv_types import LayerState
 from fastres.kernels.gpu import conv_dgrad as dgrad_module
 from fastres.kernels.gpu import conv_fprop as fprop_module
 from fastres.kernels.gpu import conv_wgrad as wgrad_module
@@ -18,6 +19,7 @@ from tests.helpers.kernel_cases import (
     SHAPES,
     TILES,
     channels_last,
+    check_producer_grads,
     check_stats,
     dgrad,
     fprop,
@@ -29,7 +31,6 @@ from tests.helpers.kernel_cases import (
 from tests.helpers.numerics import (
     assert_like_eager,
     assert_rounded_once,
-    assert_statistics,
     away_from_ties,
 )
 
@@ -52,12 +53,12 @@ FPROP = [
     ("more padding than taps reach", FP32, True, True),
     ("5x5", BF16, False, False),
     ("1x3", FP32, True, False),
-    ("one pixel", FP32, True, True),
+    ("one pixel", FP32, True, False),
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype", "prologue", "store_stats"), FPROP)
-def test_fprop(name, dtype, prologue, store_stats):
+@pytest.mark.parametrize(("name", "dtype", "prologue", "has_batch_norm"), FPROP)
+def test_fprop(name, dtype, prologue, has_batch_norm):
     shape = SHAPES[name]
     t = make_tensors(shape, dtype)
     y, stats = conv_fprop(
@@ -65,14 +66,14 @@ def test_fprop(name, dtype, prologue, store_stats):
         t.w,
         **geometry(shape),
         scale_shift=t.scale_shift if prologue else None,
-        store_stats=store_stats,
+        batch_norm=t.batch_norm if has_batch_norm else None,
         config=TILES,
     )
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_like_eager("y", y, fprop(t, shape, prologue), fprop(t.double(), shape, prologue))
-    assert (stats is not None) == store_stats
+    assert (stats is not None) == has_batch_norm
     if stats is not None:
-        check_stats(stats, y)
+        check_stats(stats, y, t.batch_norm)
 
 
 @pytest.mark.parametrize(
@@ -130,31 +131,26 @@ def test_dgrad(name, dtype, deferred, shortcut, has_producer):
     t = make_tensors(shape, dtype)
     wide = t.double()
     z = pre_activation(wide)
-    got, sums = conv_dgrad(
+    got, grads = conv_dgrad(
         t.dy if deferred else t.dy.g,
         t.w,
         (shape.H, shape.W),
         **geometry(shape),
         shortcut=t.shortcut if shortcut else None,
         producer=t.producer if has_producer else None,
+        producer_weight=t.producer_weight if has_producer else None,
         config=TILES,
     )
     eager = dgrad(t, shape, deferred, shortcut)
     truth = dgrad(wide, shape, deferred, shortcut)
     if not has_producer:
-        assert sums is None
+        assert grads is None
         assert_like_eager("dx", got, eager, truth)
         return
     truth = ref.relu_grad_ref(z, truth)
     eager = ref.relu_grad_ref(z.float(), eager)
     assert_like_eager("g", got, eager, truth, keep=away_from_ties(z, FP32))
-    mean = t.producer.mean.double()
-    sum_g, sum_gy = ref.bn_backward_sums_ref(got.double(), wide.producer.y, mean)
-    size_g, size_gy = ref.bn_backward_sums_ref(
-        got.double().abs(), (wide.producer.y - mean.view(1, -1, 1, 1)).abs(), 0 * mean
-    )
-    assert_statistics("sum g", sums.g.sum(1), sum_g, size_g)
-    assert_statistics("sum g (y - mean)", sums.gy.sum(1), sum_gy, size_gy)
+    check_producer_grads(grads, got, t)
 
 
 # name, dtype, a prologue, dy is deferred, split-K partials
@@ -223,8 +219,9 @@ def test_mask_drops_the_gradient_where_the_pre_activation_is_exactly_zero():
     t = make_tensors(SHAPES["1x1"], FP32)
     ab = torch.stack([torch.ones(5), torch.zeros(5)]).to(DEVICE)
     producer_y = torch.where(t.producer.y > 0.5, t.producer.y, 0.0)
-    producer = t.producer._replace(y=producer_y, scale_shift=ab)
-    g, _ = conv_dgrad(t.dy.g, t.w, (7, 9), producer=producer, config=TILES)
+    producer = LayerState(producer_y, torch.cat([t.producer.stats[:3], ab]))
+    weight = t.producer_weight
+    g, _ = conv_dgrad(t.dy.g, t.w, (7, 9), producer=producer, producer_weight=weight, config=TILES)
     assert g[producer_y == 0].abs().max() == 0
     assert (g[producer_y > 0] != 0).all()
 
@@ -240,11 +237,12 @@ def test_nan_and_inf_come_through(poison, dtype):
     t.x[1, 4, 3, 2] = poison
     t.dy.g[1, 2, 3, 2] = poison
     t = t._replace(scale_shift=ab)
-    y, stats = conv_fprop(t.x, t.w, padding=1, scale_shift=ab, store_stats=True, config=TILES)
+    options = {"padding": 1, "scale_shift": ab, "config": TILES}
+    y, stats = conv_fprop(t.x, t.w, batch_norm=t.batch_norm, **options)
     assert (~y.isfinite() >= ~fprop(t, shape, True).isfinite()).all()
     assert not y[1, :, 3, 2].isfinite().any()
     assert y[0].isfinite().all()
-    assert not stats.partials.sum(2).isfinite().any()
+    assert not stats[:2].isfinite().any()
     dx, _ = conv_dgrad(t.dy, t.w, (4, 5), padding=1, config=TILES)
     assert (~dx.isfinite() >= ~dgrad(t, shape, True, False).isfinite()).all()
     assert dx[0].isfinite().all()
@@ -294,6 +292,7 @@ def test_inputs_with_gaps(kind):
             **geometry(shape),
             shortcut=t.shortcut,
             producer=t.producer,
+            producer_weight=t.producer_weight,
             config=TILES,
         )
         return y, out, dx, conv_wgrad(t.x, t.dy, (3, 3), **geometry(shape), config=TILES)
@@ -316,12 +315,11 @@ def test_64_bit_offsets_give_the_same_bits(monkeypatch):
     t = make_tensors(shape, FP32)
 
     def run():
-        y, stats = conv_fprop(t.x, t.w, **geometry(shape), store_stats=True, config=TILES)
-        dx, sums = conv_dgrad(
-            t.dy, t.w, (8, 8), **geometry(shape), producer=t.producer, config=TILES
-        )
+        y, stats = conv_fprop(t.x, t.w, **geometry(shape), batch_norm=t.batch_norm, config=TILES)
+        producer = {"producer": t.producer, "producer_weight": t.producer_weight}
+        dx, grads = conv_dgrad(t.dy, t.w, (8, 8), **geometry(shape), **producer, config=TILES)
         dw = conv_wgrad(t.x, t.dy, (3, 3), **geometry(shape), config=TILES)
-        return y, stats.partials, dx, *sums[:2], dw
+        return y, stats, dx, *grads[1:], dw
 
     narrow = run()
     for module in (fprop_module, dgrad_module, wgrad_module):
@@ -358,9 +356,11 @@ def test_dgrad_and_wgrad_refuse():
     t = make_tensors(SHAPES["3x3"], FP32)
     with pytest.raises(ValueError, match=r"input_size \(9, 9\) gives an output of"):
         conv_dgrad(t.dy, t.w, (9, 9), padding=1)
-    wrong = t.producer._replace(scale_shift=t.producer.scale_shift[:, :16])
-    with pytest.raises(ValueError, match=r"producer\.scale_shift must have shape"):
-        conv_dgrad(t.dy, t.w, (7, 9), padding=1, producer=wrong)
+    wrong = t.producer._replace(stats=t.producer.stats[:, :16])
+    with pytest.raises(ValueError, match=r"producer\.stats must have shape \(5, 17\)"):
+        conv_dgrad(t.dy, t.w, (7, 9), padding=1, producer=wrong, producer_weight=t.producer_weight)
+    with pytest.raises(ValueError, match="give both of producer and producer_weight"):
+        conv_dgrad(t.dy, t.w, (7, 9), padding=1, producer=t.producer)
     with pytest.raises(ValueError, match=r"dy\.y must have shape"):
         conv_dgrad(t.dy._replace(y=t.x), t.w, (7, 9), padding=1)
     with pytest.raises(ValueError, match="w must have 33 output channels"):

@@ -73,10 +73,10 @@ def test_any_shape(shape, dtype, deferred, seed):
     dy = t.dy if deferred else t.dy.g
     ab = t.scale_shift if deferred else None
     y, stats = conv_fprop(
-        t.x, t.w, **geometry(shape), scale_shift=ab, store_stats=True, config=config
+        t.x, t.w, **geometry(shape), scale_shift=ab, batch_norm=t.batch_norm, config=config
     )
     assert_like_eager("y", y, fprop(t, shape, deferred), fprop(wide, shape, deferred))
-    check_stats(stats, y)
+    check_stats(stats, y, t.batch_norm)
     dx, _ = conv_dgrad(dy, t.w, (shape.H, shape.W), **geometry(shape), config=config)
     eager = dgrad(t, shape, deferred, False)
     assert_like_eager("dx", dx, eager, dgrad(wide, shape, deferred, False))
@@ -100,9 +100,11 @@ def test_real_layers(name, dtype):
     shape = REAL[name]
     t = make_tensors(shape, dtype)
     wide = t.double()
-    y, stats = conv_fprop(t.x, t.w, **geometry(shape), scale_shift=t.scale_shift, store_stats=True)
+    y, stats = conv_fprop(
+        t.x, t.w, **geometry(shape), scale_shift=t.scale_shift, batch_norm=t.batch_norm
+    )
     assert_like_eager("y", y, fprop(t, shape, True), fprop(wide, shape, True))
-    check_stats(stats, y)
+    check_stats(stats, y, t.batch_norm)
     dx, _ = conv_dgrad(t.dy, t.w, (shape.H, shape.W), **geometry(shape), shortcut=t.shortcut)
     assert_like_eager("dx", dx, dgrad(t, shape, True, True), dgrad(wide, shape, True, True))
     dw = conv_wgrad(t.x, t.dy, (shape.R, shape.S), **geometry(shape), scale_shift=t.scale_shift)

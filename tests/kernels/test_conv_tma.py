@@ -11,6 +11,7 @@ import torch
 import triton.language as tl
 
 from fastres.kernels.conv_shape import ConvShape
+from fastres.kernels.conv_types import BatchNorm
 from fastres.kernels.gpu import conv_dgrad as dgrad_module
 from fastres.kernels.gpu import conv_fprop as fprop_module
 from fastres.kernels.gpu.conv_dgrad import conv_dgrad
@@ -22,6 +23,7 @@ from fastres.kernels.tools.networks import resnet18_convs, resnet20_convs
 from tests.helpers.interpreter import DEVICE, needs_gpu, strict_memory  # noqa: F401
 from tests.helpers.kernel_cases import (
     channels_last,
+    check_producer_grads,
     check_stats,
     dgrad,
     fprop,
@@ -29,7 +31,7 @@ from tests.helpers.kernel_cases import (
     make_tensors,
     pre_activation,
 )
-from tests.helpers.numerics import assert_like_eager, assert_statistics, away_from_ties
+from tests.helpers.numerics import assert_like_eager, away_from_ties
 
 pytestmark = pytest.mark.usefixtures("strict_memory")
 
@@ -83,10 +85,10 @@ def test_fprop(name, dtype, prologue, config, loads_by_tma):
     t = make_tensors(shape, dtype)
     ab = t.scale_shift if prologue else None
     y, stats = conv_fprop(
-        t.x, t.w, **geometry(shape), scale_shift=ab, store_stats=True, config=config
+        t.x, t.w, **geometry(shape), scale_shift=ab, batch_norm=t.batch_norm, config=config
     )
     assert_like_eager("y", y, fprop(t, shape, prologue), fprop(t.double(), shape, prologue))
-    check_stats(stats, y)
+    check_stats(stats, y, t.batch_norm)
 
 
 @pytest.mark.parametrize(
@@ -132,13 +134,14 @@ def test_dgrad(name, dtype, deferred, shortcut, has_producer, config, loads_by_t
     t = make_tensors(shape, dtype)
     wide = t.double()
     z = pre_activation(wide)
-    got, sums = conv_dgrad(
+    got, grads = conv_dgrad(
         t.dy if deferred else t.dy.g,
         t.w,
         (shape.H, shape.W),
         **geometry(shape),
         shortcut=t.shortcut if shortcut else None,
         producer=t.producer if has_producer else None,
+        producer_weight=t.producer_weight if has_producer else None,
         config=config,
     )
     eager, truth = dgrad(t, shape, deferred, shortcut), dgrad(wide, shape, deferred, shortcut)
@@ -147,13 +150,7 @@ def test_dgrad(name, dtype, deferred, shortcut, has_producer, config, loads_by_t
         return
     eager, truth = ref.relu_grad_ref(z.float(), eager), ref.relu_grad_ref(z, truth)
     assert_like_eager("g", got, eager, truth, keep=away_from_ties(z, FP32))
-    mean = t.producer.mean.double()
-    sum_g, sum_gy = ref.bn_backward_sums_ref(got.double(), wide.producer.y, mean)
-    size_g, size_gy = ref.bn_backward_sums_ref(
-        got.double().abs(), (wide.producer.y - mean.view(1, -1, 1, 1)).abs(), 0 * mean
-    )
-    assert_statistics("sum g", sums.g.sum(1), sum_g, size_g)
-    assert_statistics("sum g (y - mean)", sums.gy.sum(1), sum_gy, size_gy)
+    check_producer_grads(grads, got, t)
 
 
 def test_padding_stays_zero_after_scale_and_shift(loads_by_tma):
@@ -204,10 +201,13 @@ def in_a_wider_tensor(t):
 
 
 def run_both(t, shape, config):
-    y, stats = conv_fprop(t.x, t.w, **geometry(shape), store_stats=True, config=config)
+    y, stats = conv_fprop(t.x, t.w, **geometry(shape), batch_norm=t.batch_norm, config=config)
+    producer = {"producer": t.producer, "producer_weight": t.producer_weight}
     size = (shape.H, shape.W)
-    dx, sums = conv_dgrad(t.dy, t.w, size, **geometry(shape), producer=t.producer, config=config)
-    return y, stats.partials, dx, *sums[:2]
+    dx, grads = conv_dgrad(t.dy, t.w, size, **geometry(shape), **producer, config=config)
+    check_stats(stats, y, t.batch_norm)
+    check_producer_grads(grads, dx, t)
+    return y, dx, stats, *grads[1:]
 
 
 def test_gaps_persistent_grids_and_64_bit_offsets_give_the_same_bits(monkeypatch, loads_by_tma):
@@ -218,12 +218,15 @@ def test_gaps_persistent_grids_and_64_bit_offsets_give_the_same_bits(monkeypatch
         dy=t.dy._replace(g=in_a_wider_tensor(t.dy.g), y=in_a_wider_tensor(t.dy.y)),
     )
     expected = run_both(t, shape, TMA)
-    others = [run_both(gaps, shape, TMA), run_both(t, shape, replace(TMA, grid_size=3))]
+    for a, b in zip(expected, run_both(gaps, shape, TMA), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    persistent = [run_both(t, shape, replace(TMA, grid_size=3))]
     for module in (fprop_module, dgrad_module):
         monkeypatch.setattr(module, "index_dtype", lambda *tensors: tl.int64)
-    others.append(run_both(t, shape, PERSISTENT))
-    for other in others:
-        for a, b in zip(expected, other, strict=True):
+    persistent.append(run_both(t, shape, PERSISTENT))
+    # Statistics and sums are merged in an order that the number of programs decides.
+    for other in persistent:
+        for a, b in zip(expected[:2], other[:2], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -295,9 +298,10 @@ def test_a_tma_launch_declares_what_one_by_pointers_does():
     shape = ConvShape(4, 8, 8, 16, 32)
     t = make_tensors(shape, BF16)
     x, w, g = (v.to("meta") for v in (t.x, t.w, t.dy.g))
+    batch_norm = BatchNorm(*(v.to("meta") for v in t.batch_norm[:2]))
     with recording() as launches:
         for config in (TMA, TILES):
-            conv_fprop(x, w, padding=1, store_stats=True, config=config)
+            conv_fprop(x, w, padding=1, batch_norm=batch_norm, config=config)
             conv_dgrad(g, w, (8, 8), padding=1, config=config)
     by_tma, by_pointer = launches[:2], launches[2:]
     assert [launch.name for launch in by_tma] == ["conv_fprop_tma_kernel", "conv_dgrad_tma_kernel"]
@@ -326,10 +330,10 @@ def test_real_layers(name, dtype, grid_size, loads_by_tma):
     wide = t.double()
     config = replace(tma_config("fprop", shape, dtype), grid_size=grid_size)
     y, stats = conv_fprop(
-        t.x, t.w, padding=1, scale_shift=t.scale_shift, store_stats=True, config=config
+        t.x, t.w, padding=1, scale_shift=t.scale_shift, batch_norm=t.batch_norm, config=config
     )
     assert_like_eager("y", y, fprop(t, shape, True), fprop(wide, shape, True))
-    check_stats(stats, y)
+    check_stats(stats, y, t.batch_norm)
     config = replace(tma_config("dgrad", shape, dtype), grid_size=grid_size)
     size = (shape.H, shape.W)
     dx, _ = conv_dgrad(t.dy, t.w, size, padding=1, shortcut=t.shortcut, config=config)

@@ -7,11 +7,19 @@ import torch
 
 import fastres
 from fastres.kernels import ops
-from fastres.kernels.conv_types import DeferredGrad, LayerState
+from fastres.kernels.conv_types import DeferredGrad
 from fastres.kernels.cpu import backend as cpu_backend
 from fastres.kernels.cpu import build as cpu_build
 from fastres.kernels.reference import backend as reference_backend
-from tests.helpers.cpu_cases import BF16, FP32, SHAPES, Case, cpu_route, has_cpu_kernels  # noqa: F401
+from tests.helpers.cpu_cases import (  # noqa: F401
+    BF16,
+    FP32,
+    SHAPES,
+    Case,
+    cpu_route,
+    has_cpu_kernels,
+    state_of,
+)
 from tests.helpers.interpreter import strict_memory  # noqa: F401
 from tests.helpers.numerics import assert_like_eager, away_from_ties, rms
 
@@ -50,7 +58,7 @@ def test_convolution_and_statistics(shape, dtype, has_prologue):
     check(["y"], [result[:1] for result in results], dtype)
     # Statistics and what follows from them inherit the roundings of y.
     names = ("mean", "unbiased_var", "rstd", "scale_shift")
-    check(names, [result[1:] for result in results], dtype)
+    check(names, [[getattr(result, name) for name in names] for result in results], dtype)
     assert results[0].y.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -66,10 +74,11 @@ def test_both_gradients(shape, dtype, has_producer):
             t.x,
             t.layer,
             producer=t.producer() if has_producer else None,
+            producer_weight=t.scale_shift[0] if has_producer else None,
             shortcut=None if has_producer else t.shortcut,
             need_dx=True,
         )
-        return step.dx, step.dw, *sums_of(step.sums)
+        return step.dx, step.dw, *(step.producer[1:] if has_producer else [])
 
     keep = None
     if has_producer:
@@ -77,11 +86,7 @@ def test_both_gradients(shape, dtype, has_producer):
         z = t.x * t.scale_shift[0].view(1, -1, 1, 1) + t.scale_shift[1].view(1, -1, 1, 1)
         keep = away_from_ties(z, FP32)
     results = three_ways(shape, dtype, gradients)
-    check(("dx", "dw", "sum g", "sum gy")[: len(results[0])], results, dtype, keep)
-
-
-def sums_of(sums):
-    return [] if sums is None else [sums.g, sums.gy]
+    check(("dx", "dw", "dgamma", "dbeta")[: len(results[0])], results, dtype, keep)
 
 
 @pytest.mark.parametrize("shape", ["16 to 16", "stem", "stem, odd", "strided"])
@@ -89,7 +94,9 @@ def test_filter_gradient_alone_is_the_same(shape):
     t = Case(SHAPES[shape], BF16)
     dy = DeferredGrad(t.g, t.y, t.coefficients)
     alone, both = (
-        cpu_backend.conv_backward(dy, t.x, t.layer, producer=None, shortcut=None, need_dx=need)
+        cpu_backend.conv_backward(
+            dy, t.x, t.layer, producer=None, producer_weight=None, shortcut=None, need_dx=need
+        )
         for need in (False, True)
     )
     assert alone.dx is None
@@ -103,7 +110,7 @@ def test_filter_gradient_alone_is_the_same(shape):
 @pytest.mark.parametrize("shape", ["16 to 16, tail", "channels of no tile"])
 def test_apply(shape, dtype, shortcut, relu):
     def apply(t, backend):
-        state = LayerState(t.y, t.mean, t.mean, t.mean, t.out_scale_shift)
+        state = state_of(t.y, t.out_scale_shift[0], t.out_scale_shift[1], t.out_scale_shift)
         residual = None if shortcut == "none" else t.residual
         scale_shift = t.coefficients[:2] if shortcut == "projected" else None
         return [backend.apply(state, residual, scale_shift, relu)]
@@ -118,14 +125,13 @@ def test_reduce_and_its_coefficients(shape, dtype, mask):
     def reduce(t, backend):
         k = t.y.shape[1]
         mean, rstd = t.out_scale_shift[0], t.out_scale_shift[1].abs() + 0.5
-        state = LayerState(t.y, mean, mean, rstd, t.out_scale_shift)
-        projected = LayerState(t.residual, mean + 1, mean, rstd, t.out_scale_shift)
+        state = state_of(t.y, mean, rstd, t.out_scale_shift)
+        projected = state_of(t.residual, mean + 1, rstd, t.out_scale_shift)
         told_by = {"out": t.residual, "y": t.out_scale_shift, "none": None}[mask]
-        g, sums = backend.reduce(t.g, state, told_by, projected)
-        found = [g]
-        for layer, of_projection in ((state, False), (projected, True)):
-            weight = t.coefficients[0]
-            dy, *grads = backend.defer_dy(g, sums, layer, weight, of_projection=of_projection)
+        weight = t.coefficients[0]
+        found = [t.g]
+        for dy, *grads in backend.reduce(t.g, state, weight, told_by, projected, weight):
+            found[0] = dy.g
             found += [dy.coefficients, *grads]
         assert found[1].shape == (3, k)
         return found
@@ -157,12 +163,12 @@ def test_variance_of_values_far_from_zero(shape):
     t = Case(SHAPES[shape], FP32)
     y = (100 + t.y * 0.1).to(memory_format=torch.channels_last)
     k = y.shape[1]
-    mean, var, rstd = (torch.empty(k) for _ in range(3))
+    stats = torch.empty(5, k)
     n, _, h, w = y.shape
     ones = torch.ones(k)
-    cpu_build.call("bn_stats", y, ones, ones, 0.0, mean, var, rstd, torch.empty(2, k), n, h * w, k)
+    cpu_build.call("bn_stats", y, ones, ones, 0.0, stats, n, h * w, k)
     truth = y.double().var((0, 2, 3))
-    torch.testing.assert_close(var.double(), truth, rtol=1e-4, atol=0)
+    torch.testing.assert_close(stats[1].double(), truth, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -180,6 +186,7 @@ def test_nan_and_infinity_come_through(value):
         t.x,
         t.layer,
         producer=None,
+        producer_weight=None,
         shortcut=None,
         need_dx=True,
     )
@@ -196,10 +203,11 @@ def test_two_runs_are_equal():
             t.x,
             t.layer,
             producer=t.producer(),
+            producer_weight=t.scale_shift[0],
             shortcut=None,
             need_dx=True,
         )
-        return [*state, step.dx, step.dw, step.sums.g, step.sums.gy]
+        return [*state, step.dx, step.dw, *step.producer[1:]]
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastres.kernels.conv_shape import ConvShape
+from fastres.kernels.conv_types import BatchNorm
 from fastres.kernels.gpu import launch_config
 from fastres.kernels.gpu.conv_fprop import conv_fprop
 from fastres.kernels.gpu.conv_wgrad import conv_wgrad
@@ -132,24 +133,27 @@ def test_no_table_is_no_error(tmp_path):
 def test_recording_counts_each_operand_once_and_runs_nothing_on_meta():
     x = torch.empty(4, 16, 8, 8, dtype=BF16, device="meta", memory_format=torch.channels_last)
     w = torch.empty(32, 16, 3, 3, dtype=BF16, device="meta", memory_format=torch.channels_last)
+    vector = torch.empty(32, device="meta")
     with recording() as launches:
-        y, stats = conv_fprop(x, w, padding=1, store_stats=True)
+        y, _ = conv_fprop(x, w, padding=1, batch_norm=BatchNorm(vector, vector))
         conv_wgrad(x, y, (3, 3), padding=1, config=ConvConfig(64, 32, 64, 4, 2, split_k=4))
     assert y.is_meta
     assert [launch.name for launch in launches] == [
         "conv_fprop_kernel",
         "conv_wgrad_kernel",
-        "sum_partials_kernel",
     ]
-    fprop, wgrad, reduction = (launch.traffic for launch in launches)
+    fprop, wgrad = (launch.traffic for launch in launches)
     num_y = 4 * 32 * 8 * 8
+    # The last program reads the partials of all, those of groups among them.
+    partials = launches[0].args["stats_ptr"].numel()
     assert fprop == Traffic(
-        reads=2 * (x.numel() + w.numel()),
-        writes=2 * num_y + 4 * stats.partials.numel(),
+        reads=2 * (x.numel() + w.numel()) + 4 * (partials + 2 * 32),
+        writes=2 * num_y + 4 * (partials + 5 * 32),
         flops=2 * num_y * 9 * 16,
     )
-    assert wgrad.reads == 2 * (x.numel() + num_y)
-    assert wgrad.writes == reduction.reads == 4 * 4 * w.numel()
+    num_partials = 4 + 2
+    assert wgrad.reads == 2 * (x.numel() + num_y) + 4 * num_partials * w.numel()
+    assert wgrad.writes == 2 * w.numel() + 4 * num_partials * w.numel()
     assert (fprop + wgrad).bytes == fprop.bytes + wgrad.bytes
     with recording() as nothing:
         pass

@@ -18,7 +18,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fastres.kernels.gpu import backend as gpu_backend
-from fastres.kernels.gpu.batchnorm_fwd import bn_finalize
 from tests.helpers import property_cases
 from tests.helpers.interpreter import HAS_GPU
 from tests.helpers.property_cases import Case, LayerSize, cases, judge
@@ -88,21 +87,35 @@ def test_a_mask_that_rounding_flips_is_no_fault(check):
 
 def _negate_c2(monkeypatch):
     """The mean of g is added to dy in place of being taken off."""
-    finalize = gpu_backend.bn_backward_finalize
 
-    def wrong(*args):
-        grads = finalize(*args)
-        grads.coefficients[2].neg_()
-        return grads
+    def spoil(name, grads_of):
+        honest = getattr(gpu_backend, name)
 
-    monkeypatch.setattr(gpu_backend, "bn_backward_finalize", wrong)
+        def wrong(*args, **options):
+            found = honest(*args, **options)
+            for grads in grads_of(found):
+                if grads is not None:
+                    grads.dy.coefficients[2].neg_()
+            return found
+
+        monkeypatch.setattr(gpu_backend, name, wrong)
+
+    spoil("bn_backward_reduce", lambda found: found)
+    spoil("conv_dgrad", lambda found: found[1:])
 
 
 def _large_eps(monkeypatch):
     """1e-3 in place of 1e-5."""
-    monkeypatch.setattr(
-        gpu_backend, "bn_finalize", lambda *args, eps: bn_finalize(*args, eps=100 * eps)
-    )
+    fprop, stats = gpu_backend.conv_fprop, gpu_backend.bn_stats
+
+    def larger(batch_norm):
+        return batch_norm._replace(eps=100 * batch_norm.eps)
+
+    def wrong(*args, batch_norm, **options):
+        return fprop(*args, batch_norm=larger(batch_norm), **options)
+
+    monkeypatch.setattr(gpu_backend, "conv_fprop", wrong)
+    monkeypatch.setattr(gpu_backend, "bn_stats", lambda y, norm: stats(y, larger(norm)))
 
 
 def _lost_pixel(monkeypatch):

@@ -772,7 +772,7 @@ for launch in launches:
     launch.kernel.device_caches.clear()
 compile_ahead(launches, 2)
 names = sorted(text.partition("[")[0] for text in compiled)
-print(names.count("_conv_fprop_kernel"), names.count("_bn_finalize_kernel"), "compiled")
+print(names.count("_conv_fprop_kernel"), names.count("_bn_stats_kernel"), "compiled")
 number = len(compiled)
 for launch in launches:
     launch.kernel.run(
