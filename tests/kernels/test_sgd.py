@@ -145,6 +145,19 @@ def test_addresses_off_16_bytes():
     assert all(map(torch.equal, plain.state(), run.state()))
 
 
+def test_nothing_is_written_beyond_a_parameter():
+    """Every tensor a piece of a larger one, whose other elements stay as they are."""
+    size = BLOCK + 5
+    wide = [torch.full((size + 8,), 7.0, device=DEVICE) for _ in range(3)]
+    wide.append(torch.full((size + 8,), 7.0, device=DEVICE, dtype=BF16))
+    p, g, buffer, copy = (t[:size] for t in wide)
+    lr = torch.full((), 0.1, device=DEVICE)
+    SGDUpdate([p])([SGDTensors(p, g, buffer, copy, 0.0)], lr, momentum=0.9, nesterov=True)
+    for t in (wide[0], wide[2], wide[3]):
+        assert (t[:size] != 7).all()
+        assert (t[size:] == 7).all()
+
+
 def test_nan_and_inf_come_through():
     """An infinite parameter that does not decay is multiplied by no zero."""
     run = Run()
