@@ -6,7 +6,8 @@
 
 A row holds one number of one launch; its provider is the GPU architecture. Nothing here was
 measured on a GPU: registers and instructions are the compiler's, bytes and operations are declared
-by the launch, and the roofline is an ESTIMATE from both.
+by the launch, and issue time and roofline are ESTIMATES of lower bounds. Rows of older reports have
+no issue time; the page shows it where it is known.
 """
 
 import argparse
@@ -43,6 +44,9 @@ _UNITS = {
     "tensor_core_instructions": "instructions",
     "pixel_load_bits": "bits",
     "roofline_us_estimate": "us, estimated",
+    "programs_per_multiprocessor": "programs",
+    "warp_instructions": "instructions",
+    "issue_us_estimate": "us, estimated",
     "launches": "per step",
     "declared_bytes": "B",
     "declared_flops": "FLOP",
@@ -67,7 +71,7 @@ def rows_of(entries: Iterable[dict[str, Any]]) -> list[Row]:
         case = " | ".join(str(entry[name]) for name in _CASE)
         skipped = _DECLARED if case in seen else ()
         for metric, unit in _UNITS.items():
-            value = entry[metric]
+            value = entry.get(metric)
             if value is not None and metric not in skipped:
                 key = (case, entry["arch"], metric)
                 rows[key] = Row(SUITE, case, entry["arch"], metric, unit, 1, *[float(value)] * 3)
@@ -129,6 +133,8 @@ def worst_table(launches: dict[str, list[Launch]]) -> str:
 
 def launch_table(launches: Iterable[Launch]) -> str:
     """One line a launch of the heuristics: form, layer, tile and all numbers."""
+    launches = [x for x in launches if x.labels["configured_by"] == "heuristics"]
+    has_issue = any("issue_us_estimate" in launch.numbers for launch in launches)
     lines = [
         [
             labels["kernel"].removesuffix("_kernel"),
@@ -143,13 +149,21 @@ def launch_table(launches: Iterable[Launch]) -> str:
             f"{numbers['declared_bytes'] / 1e6:.3g}",
             f"{numbers['declared_flops'] / 1e6:.3g}",
             f"{numbers['roofline_us_estimate']:.3g}",
+            *([_issue_cell(numbers)] if has_issue else []),
         ]
         for labels, numbers in launches
-        if labels["configured_by"] == "heuristics"
     ]
     header = ["kernel", "form", "layer", "tile", "times", "regs", "KiB", "tensor cores"]
     header += ["pixel loads, bits", "MB", "MFLOP", "roofline, us (ESTIMATE)"]
+    header += ["issue, us (ESTIMATE); CTAs an SM"] if has_issue else []
     return _markdown(header, lines)
+
+
+def _issue_cell(numbers: dict[str, float]) -> str:
+    """Least time of the instructions, and the programs that share a multiprocessor."""
+    if "issue_us_estimate" not in numbers:
+        return ""
+    return f"{numbers['issue_us_estimate']:.3g}; {numbers['programs_per_multiprocessor']:.0f}"
 
 
 def fill(page: str, results: Sequence[Result]) -> str:

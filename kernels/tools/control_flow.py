@@ -365,7 +365,7 @@ def _follow(instruction: _Instruction, tainted: set[str]) -> None:
         if kind == "STS" and set(_REGISTER.findall(operands[-1])) & tainted:
             tainted.add("shared")
         return
-    num_results = 2 if kind.endswith("SETP") or kind in ("PLOP3", "UPLOP3") else 1
+    num_results = 2 if kind.endswith("SETP") or kind in ("PLOP3", "UPLOP3", "SHFL") else 1
     results = {x for operand in operands[:num_results] for x in _REGISTER.findall(operand)[:1]}
     sources = set(_REGISTER.findall(",".join(operands[num_results:])))
     reads_ticket = bool(sources & tainted) or (kind == "LDS" and "shared" in tainted)

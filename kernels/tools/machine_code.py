@@ -56,10 +56,10 @@ class Build:
     args: Mapping[str, Any] = field(compare=False, repr=False)
     options: Mapping[str, Any] = field(compare=False, repr=False)
 
-    def run_launcher(self) -> Any:
+    def run_launcher(self, *, remembers: bool = True) -> Any:
         """Let Triton's launcher compile the kernel, and return what it returns."""
         kernel = getattr(importlib.import_module(self.module), self.kernel)
-        with standing_in(self.compute_capability):
+        with standing_in(self.compute_capability, remembers=remembers):
             return kernel.run(grid=(1,), warmup=True, **self.args, **self.options)
 
 
@@ -115,7 +115,8 @@ def to_build(launch: Launch, compute_capability: int) -> Build:
     before = triton.knobs.runtime.jit_cache_hook
     triton.knobs.runtime.jit_cache_hook = keep_key
     try:
-        build.run_launcher()
+        # Where the kernel was compiled before, the launcher would not come by here.
+        build.run_launcher(remembers=False)
     finally:
         triton.knobs.runtime.jit_cache_hook = before
     return replace(build, key=keys[0])

@@ -17,26 +17,30 @@ __all__ = ["standing_in"]
 class _StandIn:
     """What compiling asks of a driver."""
 
-    def __init__(self, compute_capability: int):
-        self.compute_capability = compute_capability
+    def __init__(self, compute_capability: int, device: int):
+        self.compute_capability, self.device = compute_capability, device
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.compute_capability, 32)
 
     def get_current_device(self) -> int:
-        # Triton keeps what it compiled by device, so each kind of GPU is another.
-        return self.compute_capability
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
 @contextmanager
-def standing_in(compute_capability: int) -> Iterator[None]:
-    """Have Triton compile for this compute capability, e.g. 90, inside the `with` block."""
+def standing_in(compute_capability: int, *, remembers: bool = True) -> Iterator[None]:
+    """Have Triton compile for this compute capability, e.g. 90, inside the `with` block.
+
+    remembers: whether the launcher may know what it compiled in such blocks before.
+    """
+    # The launcher keeps what it compiled by device: each kind of GPU is another.
+    device = compute_capability if remembers else -compute_capability
     # Asking for the active driver would look for a GPU, and fail where there is none.
     before = driver._active
-    driver.set_active(_StandIn(compute_capability))
+    driver.set_active(_StandIn(compute_capability, device))
     try:
         yield
     finally:

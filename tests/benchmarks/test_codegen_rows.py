@@ -73,6 +73,24 @@ def test_the_page_shows_the_worst_and_every_heuristic_launch(collected):
     assert codegen.fill(page, collected) == page
 
 
+def test_issue_time_is_shown_where_a_report_has_it(collected):
+    counted = {
+        "issue_us_estimate": 24.0,
+        "programs_per_multiprocessor": 6,
+        "warp_instructions": 22_000_000,
+    }
+    older = codegen.rows_of([CARD])
+    rows = codegen.rows_of([CARD | counted, CARD | {"layer": "stem"}])
+    assert {row.metric for row in rows} - {row.metric for row in older} == set(counted)
+    provenance = collected[0][1]
+    page = PAGE.replace("sm_90 --><", "sm_90 -->\n<")
+    filled = codegen.fill(page, [(row, provenance) for row in rows])
+    assert "| roofline, us (ESTIMATE) | issue, us (ESTIMATE); CTAs an SM |" in filled
+    assert "| 7.8 | 24; 6 |" in filled
+    assert "| 7.8 |  |" in filled
+    assert "issue" not in codegen.fill(page, [(row, provenance) for row in older])
+
+
 def test_the_page_agrees_with_the_rows(capsys):
     assert codegen.main(["page", "--check"]) == 0, capsys.readouterr().out
     assert "resnet18 stage4" in codegen.PAGE.read_text()

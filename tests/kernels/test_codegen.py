@@ -6,6 +6,7 @@ all launches of all layers, through the command.
 """
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from fastres.host import usable_cores
 from fastres.kernels.gpu.conv_fprop import conv_fprop
-from fastres.kernels.gpu.launch import recording
+from fastres.kernels.gpu.launch import Launch, Traffic, recording
 from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.tools import codegen
 from fastres.kernels.tools.codegen_report import (
@@ -100,6 +103,40 @@ def violations_of_a_bad_tile(config, plan):
     return CodegenEntry(plan, compile_launch(launches[0], 90)).violations
 
 
+@triton.jit
+def _sum_in_last_kernel(
+    x_ptr,  # (num_programs * BLOCK,) fp32 in
+    partials_ptr,  # (num_programs,) fp32 scratch
+    tickets_ptr,  # (1,) int32: 0 before and after
+    sum_ptr,  # (1,) fp32 out
+    num_partials,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    x = tl.load(x_ptr + program * BLOCK + tl.arange(0, BLOCK))
+    tl.store(partials_ptr + program, tl.sum(x, axis=0))
+    if tl.atomic_add(tickets_ptr, 1) == num_partials - 1:
+        sums = tl.zeros((BLOCK,), dtype=tl.float32)
+        for first in range(0, num_partials, BLOCK):
+            sums += tl.load(partials_ptr + first + tl.arange(0, BLOCK))
+        tl.store(sum_ptr, tl.sum(sums, axis=0))
+        tl.store(tickets_ptr, 0)
+
+
+def count_of_a_ticket(capability):
+    """How the instructions of a kernel are counted whose last program adds the sums of all."""
+    args = {
+        "x_ptr": torch.empty(1 << 20, device="meta"),
+        "partials_ptr": torch.empty(1024, device="meta"),
+        "tickets_ptr": torch.empty(1, dtype=torch.int32, device="meta"),
+        "sum_ptr": torch.empty(1, device="meta"),
+        "num_partials": 1024,
+        "BLOCK": 1024,
+    }
+    launch = Launch(_sum_in_last_kernel, (1024,), args, 4, 1, Traffic(0, 0))
+    return dataclasses.asdict(compile_launch(launch, capability).program)
+
+
 def main() -> int:
     groups = {name: one_of_each_variant(*group) for name, group in GROUPS.items()}
     plans = [plan for group in groups.values() for plan in group]
@@ -109,6 +146,7 @@ def main() -> int:
     }
     fprop = next(plan for plan in plans if plan.kernel == "conv_fprop_kernel")
     answer["bad"] = {word: violations_of_a_bad_tile(config, fprop) for word, config in BAD.items()}
+    answer["ticket"] = {arch: count_of_a_ticket(int(arch[3:])) for arch in PEAK_RATES}
     print(json.dumps(answer))
     return 0
 
@@ -174,6 +212,16 @@ def test_every_kernel_has_an_entry(compiled):
 @pytest.mark.parametrize("word", BAD)
 def test_a_bad_tile_is_a_violation(compiled, word):
     assert any(word in violation for violation in compiled["bad"][word]), compiled["bad"]
+
+
+@pytest.mark.parametrize("arch", PEAK_RATES)
+def test_what_the_last_program_executes_is_counted_apart(compiled, arch):
+    count = compiled["ticket"][arch]
+    assert len(count["by_depth"]) == 1
+    assert 40 < count["by_depth"][0] < 100
+    outside, loop = count["last_by_depth"]
+    assert 40 < outside < 150
+    assert 20 < loop < 100
 
 
 def make_entry(arch="sm_90", precision="bf16", kernel="conv_fprop_kernel", **changes):

@@ -231,6 +231,13 @@ def test_a_ticket_in_uniform_registers():
     assert count.last_by_depth == (2, 3)
 
 
+def test_a_ticket_that_one_lane_draws_for_all():
+    drawn = "@!P0 ATOMG.E.ADD.STRONG.GPU PT, R0, [R2.64], R7\n"
+    by_lane = "ATOMG.E.ADD.STRONG.GPU PT, R5, [R2.64], R7\nSHFL.IDX PT, R0, R5, R6, 0x1f\n"
+    source = TICKET.replace(drawn, by_lane) + "@P1 EXIT" + LAST + PADDING
+    assert count_program(assembled(source)).last_by_depth == (3, 3)
+
+
 def test_the_last_of_a_persistent_program():
     source = "tile: FMUL R5, R5, R3\n@P3 BRA tile" + TICKET + "@P1 EXIT" + LAST + PADDING
     count = count_program(assembled(source))
