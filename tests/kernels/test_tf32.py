@@ -22,7 +22,7 @@ from fastres.kernels.gpu.launch_config import ConvConfig, heuristic_config, tma_
 from fastres.kernels.gpu.primitives import round_to_tf32
 from fastres.kernels.reference import block as ref
 from fastres.kernels.tools.networks import PRECISIONS
-from fastres.kernels.tools.tune_workloads import ConvVariant, ConvWorkload, check_parity
+from fastres.kernels.tools.tune_workform import ConvVariant, ConvWorkload, ParityCheck
 from tests.helpers.interpreter import DEVICE, HAS_GPU, needs_gpu, strict_memory  # noqa: F401
 from tests.helpers.kernel_cases import (
     ConvTensors,
@@ -40,19 +40,19 @@ pytestmark = pytest.mark.usefixtures("strict_memory")
 SHAPE = ConvShape(2, 8, 8, 24, 16)
 # Of 64 rows, as a warpgroup of Hopper multiplies at once.
 TILES = ConvConfig(64, 32, 32, num_warps=4, num_stages=2, split_k=2)
-CONFIGS = {"pointer": TILES, "tma": replace(TILES, loads="tma", split_k=1)}
+CONFIGS = {"im2col": TILES, "tma": replace(TILES, form="tma", split_k=1)}
 
 PRODUCTS = [
-    ("fprop", "pointer", False),
-    ("fprop", "pointer", True),
+    ("fprop", "im2col", False),
+    ("fprop", "im2col", True),
     ("fprop", "tma", False),
     ("fprop", "tma", True),
-    ("dgrad", "pointer", False),
-    ("dgrad", "pointer", True),
+    ("dgrad", "im2col", False),
+    ("dgrad", "im2col", True),
     ("dgrad", "tma", False),
     ("dgrad", "tma", True),
-    ("wgrad", "pointer", False),
-    ("wgrad", "pointer", True),
+    ("wgrad", "im2col", False),
+    ("wgrad", "im2col", True),
 ]
 
 
@@ -157,15 +157,15 @@ def product_of_operands(t: ConvTensors, op, prologue, change):
     return multiply(first, second), multiply(first.abs(), second.abs())
 
 
-@pytest.mark.parametrize(("op", "loads", "prologue"), PRODUCTS)
-def test_a_product_is_that_of_operands_rounded_to_nearest(op, loads, prologue):
+@pytest.mark.parametrize(("op", "form", "prologue"), PRODUCTS)
+def test_a_product_is_that_of_operands_rounded_to_nearest(op, form, prologue):
     """Within the error of a sum in fp32, and far from the products of operands changed otherwise.
 
     A sum of n terms in any order, rounded or cut off to 24 bits after each addition, is off by
     n * 2**-23 of the sum of their magnitudes at most.
     """
     t = exact_tensors()
-    computed = product_of_kernel(t, op, prologue, CONFIGS[loads]).double()
+    computed = product_of_kernel(t, op, prologue, CONFIGS[form]).double()
     allowed = SHAPE.gemm(op).k * 2.0**-23
     errors = {}
     for name, change in OPERANDS.items():
@@ -190,22 +190,23 @@ def _cut_off(value):
 
 
 @pytest.mark.skipif(HAS_GPU, reason="the fault is planted in interpreted kernels")
-@pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])
-def test_the_tuner_takes_rounded_products_and_refuses_those_cut_off(op, monkeypatch):
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_the_tuner_takes_rounded_products_and_refuses_those_cut_off(name, monkeypatch):
     """Cutting off makes both operands smaller by 2**-11 on average, more than a check allows."""
     workload = ConvWorkload(
         replace(SHAPE, N=1), PRECISIONS["tf32"], {ConvVariant(False, False, True): 1}, bytes=1
     )
-    assert check_parity(workload, op, gpu_backend, DEVICE) is None
+    check = ParityCheck(workload, DEVICE)
+    assert check(name, gpu_backend) is None
     monkeypatch.setattr(primitives, "round_to_tf32", _cut_off)
-    assert "is off by" in check_parity(workload, op, gpu_backend, DEVICE)
+    assert "is off by" in check(name, gpu_backend)
 
 
 @needs_gpu
-@pytest.mark.parametrize(("op", "loads", "prologue"), PRODUCTS)
-def test_tf32_is_as_good_as_eager_tf32(op, loads, prologue, monkeypatch):
+@pytest.mark.parametrize(("op", "form", "prologue"), PRODUCTS)
+def test_tf32_is_as_good_as_eager_tf32(op, form, prologue, monkeypatch):
     shape = ConvShape(16, 16, 16, 64, 64)
-    choose = tma_config if loads == "tma" else heuristic_config
+    choose = tma_config if form == "tma" else heuristic_config
     t = make_tensors(shape, torch.float32)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     config = choose(op, shape, torch.float32, tf32=True)
