@@ -22,7 +22,7 @@ from fastres.kernels.gpu.launch_config import ConvConfig, heuristic_config, tma_
 from fastres.kernels.gpu.primitives import round_to_tf32
 from fastres.kernels.reference import block as ref
 from fastres.kernels.tools.networks import PRECISIONS
-from fastres.kernels.tools.tune_workform import ConvVariant, ConvWorkload, ParityCheck
+from fastres.kernels.tools.tune_workloads import ConvVariant, ConvWorkload, ParityCheck
 from tests.helpers.interpreter import DEVICE, HAS_GPU, needs_gpu, strict_memory  # noqa: F401
 from tests.helpers.kernel_cases import (
     ConvTensors,
