@@ -13,6 +13,7 @@ from fastres.engine.optim import Optimizer
 from fastres.engine.runtime import Runtime
 from fastres.engine.step import Totals, TrainStep
 from fastres.engine.step_kernels import FilterCopies, OneLaunchSGD
+from fastres.kernels import filter_copies
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
@@ -189,11 +190,13 @@ def test_what_the_optimizer_cannot_do_is_refused():
             made.step()
 
 
-def test_autograd_sees_that_parameters_have_changed():
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_autograd_sees_that_parameters_have_changed(dtype):
     """A backward pass through weights of before a step is an error, as it is in torch."""
-    step = make_step(dtype=torch.float32)
+    step = make_step(dtype=dtype)
     images, labels = batch(0)
-    loss = F.cross_entropy(step.model(images), labels)
+    with step.runtime.autocast():
+        loss = F.cross_entropy(step.model(images), labels)
     step(0, images, labels)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -213,6 +216,23 @@ def test_a_step_with_an_infinite_gradient_is_skipped():
     assert all(torch.equal(before[k], v) for k, v in step.model.named_parameters())
     assert all(torch.equal(buffers[k], v) for k, v in step.optimizer.state_dict().items())
     assert_fresh(step)
+
+
+def test_copies_are_fresh_when_a_graph_is_replayed():
+    """A replay asks for no version: it reads whatever the copies hold."""
+    step = make_step()
+    replayed = []
+
+    class Graph:
+        def replay(self):
+            assert_fresh(step)
+            replayed.append(True)
+
+    step._graph, step._inputs = Graph(), batch(0)
+    with torch.no_grad():
+        filters(step)[0].add_(1)
+    step(0, *batch(1))
+    assert replayed
 
 
 class RunOps(TorchDispatchMode):
@@ -241,6 +261,11 @@ def test_what_a_step_launches_beside_its_blocks(optimizer, monkeypatch):
     step(0, *batch(0))
     images, labels = batch(1)
     images = images.contiguous(memory_format=torch.channels_last)
+
+    def refuse(w, dtype):
+        raise AssertionError(f"filters {tuple(w.shape)} are cast in an op")
+
+    monkeypatch.setattr(filter_copies, "round_filter", refuse)
     with RunOps() as ops:
         step(1, images, labels)
     launched = {
