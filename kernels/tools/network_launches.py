@@ -19,6 +19,8 @@ from fastres.kernels.gpu.augment import augment_normalize
 from fastres.kernels.gpu.cross_entropy import smooth_cross_entropy_bwd, smooth_cross_entropy_fwd
 from fastres.kernels.gpu.launch import Launch
 from fastres.kernels.gpu.pool_linear import pool_linear_bwd, pool_linear_fwd
+from fastres.kernels.gpu.sgd import SGDTensors, SGDUpdate
+from fastres.kernels.gpu.totals import add_to_totals
 from fastres.kernels.tools.networks import (
     PRECISIONS,
     NamedBlock,
@@ -133,10 +135,9 @@ def record_augmentation(batch: int, precision: Precision) -> list[AnyLaunch]:
 def record_update(network: str, batch: int, precision: Precision) -> list[AnyLaunch]:
     """What a training step launches besides blocks, head and augmentation.
 
-    That of `python -m fastres.train --fast` on a GPU, with SGD, as one CUDA graph: the batch is
-    copied to where the graph reads it and cast, the filters are cast and their gradients cast back,
-    the gradient of the loss starts as 1; then optimizer, running statistics, sums of the epoch and
-    learning rate. The scaling of losses of fp16 is left out.
+    That of `python -m fastres.train --fast` on a GPU, with SGD, as one CUDA graph: learning rate
+    and batch are put where the graph reads them, then running statistics, optimizer and sums of the
+    epoch. The scaling of losses of fp16 is left out.
     """
     dtype = precision.dtype
     layers = [s for _, s, count in network_convs(network, batch) for _ in range(count)]
@@ -145,39 +146,19 @@ def record_update(network: str, batch: int, precision: Precision) -> list[AnyLau
     head = [_empty(NUM_CLASSES, layers[-1].K), _empty(NUM_CLASSES)]
     with recording_all() as launches:
         _start_step(batch, dtype)
-        for w in filters:
-            w.to(dtype).to(w.dtype)
-        for params in ([*filters, head[0]], [*vectors, head[1]]):
-            _update_parameters(params)
         _update_running_statistics(vectors)
-        _add_to_totals(batch, dtype)
+        _update_parameters(filters, [*vectors, *head], dtype)
+        logits, labels = _empty(batch, NUM_CLASSES, dtype=dtype), _empty(batch, dtype=torch.int64)
+        add_to_totals(_empty(4, dtype=torch.float64), _empty(), logits, labels)
     return launches
 
 
 def _start_step(batch: int, dtype: torch.dtype) -> None:
-    """The learning rate, the inputs of the graph, the gradient of the loss."""
+    """The learning rate and the inputs of the graph; images are rounded on their way into it."""
     _empty().fill_(0.1)
-    images, labels = _empty(batch, 3, 32, 32), _empty(batch, dtype=torch.int64)
-    torch.empty_like(images).copy_(images).to(dtype)
+    _empty(batch, 3, 32, 32, dtype=dtype).copy_(_empty(batch, 3, 32, 32))
+    labels = _empty(batch, dtype=torch.int64)
     torch.empty_like(labels).copy_(labels)
-    torch.ones_like(_empty())
-
-
-def _update_parameters(params: list[torch.Tensor]) -> None:
-    """SGD of one group of parameters, by torch's fused kernel."""
-    grads, momenta = ([torch.empty_like(p) for p in params] for _ in range(2))
-    torch.ops.aten._fused_sgd_.tensor_lr(
-        params,
-        grads,
-        momenta,
-        weight_decay=5e-4,
-        momentum=0.9,
-        lr=_empty(),
-        dampening=0.0,
-        nesterov=True,
-        maximize=False,
-        is_first_step=False,
-    )
 
 
 def _update_running_statistics(averages: list[torch.Tensor]) -> None:
@@ -187,14 +168,20 @@ def _update_running_statistics(averages: list[torch.Tensor]) -> None:
     torch._foreach_lerp_(averages, [torch.empty_like(t) for t in averages], 0.1)
 
 
-def _add_to_totals(batch: int, dtype: torch.dtype) -> None:
-    """The sums of an epoch: loss, right answers, images, lost batches; see fastres.engine.step."""
-    loss, logits = _empty(), _empty(batch, NUM_CLASSES, dtype=dtype)
-    totals, labels = _empty(4, dtype=torch.float64), _empty(batch, dtype=torch.int64)
-    right = (logits.argmax(dim=1) == labels).sum()
-    count = torch.full_like(right, batch)
-    lost = loss - loss != 0
-    totals += torch.stack([loss.double() * batch, right.double(), count.double(), lost.double()])
+def _update_parameters(
+    filters: list[torch.Tensor], others: list[torch.Tensor], dtype: torch.dtype
+) -> None:
+    """SGD of all parameters; in a lower precision with a copy of every filter."""
+    has_copies = dtype != torch.float32
+    tensors = [
+        SGDTensors(p, torch.empty_like(p), torch.empty_like(p), copy, weight_decay=5e-4)
+        for p, copy in (
+            *((w, torch.empty_like(w, dtype=dtype) if has_copies else None) for w in filters),
+            *((p, None) for p in others),
+        )
+    ]
+    update = SGDUpdate([t.param for t in tensors])
+    update(tensors, _empty(), momentum=0.9, nesterov=True)
 
 
 @dataclass(frozen=True)
