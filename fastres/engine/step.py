@@ -19,7 +19,7 @@ from fastres.engine.ema import WeightAverage
 from fastres.engine.optim import Optimizer, lr_factor
 from fastres.engine.runtime import Runtime
 from fastres.model.conv_bn import batched_running_stats
-from fastres.model.fused_modules import SmoothCrossEntropy
+from fastres.model.fused_modules import SmoothCrossEntropy, own_counters
 
 __all__ = ["Totals", "TrainStep"]
 
@@ -103,6 +103,8 @@ class TrainStep:
         self._loss = loss(label_smoothing=config.label_smoothing)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, Tensor] | None = None
+        # The graph's kernels count in it, so it lives as long as the graph.
+        self._counters: Tensor | None = None
 
     def __call__(self, step: int, images: Tensor, labels: Tensor) -> None:
         """Train on one batch.
@@ -160,7 +162,7 @@ class TrainStep:
                     self._compute(*self._inputs)
             torch.cuda.current_stream(self.runtime.device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with own_counters(self.runtime.device) as self._counters, torch.cuda.graph(graph):
                 self._compute(*self._inputs)
             self._graph = graph
 

@@ -180,7 +180,13 @@ def _product(case: ConvCase, op: ConvOp, config: ConvConfig, tf32: bool) -> Call
     if op == "dgrad":
         size = (case.x.shape[2], case.x.shape[3])
         return lambda: conv_dgrad(
-            case.dy, w, size, shortcut=case.shortcut, producer=case.producer, **geometry
+            case.dy,
+            w,
+            size,
+            shortcut=case.shortcut,
+            producer=producer,
+            producer_weight=case.producer_weight,
+            **geometry,
         )
     scale_shift = None if producer is None else producer.scale_shift
     return lambda: conv_wgrad(
