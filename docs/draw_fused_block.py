@@ -1,8 +1,8 @@
 """Draw docs/fused-block.svg: `python docs/draw_fused_block.py`.
 
 Two rows of one basic block, forward from left to right and backward from right to left. A rounded
-box is a tensor in memory, a square one a launch; arrows show the main flow. Plain strings, no
-packages: the picture is as easy to change as the text beside it.
+box is a tensor in memory, a square one a launch, a small one what its last program makes; arrows
+show the main flow. Plain strings, no packages: the picture is as easy to change as the text.
 """
 
 from html import escape
@@ -85,7 +85,7 @@ def forward_row() -> list[str]:
         parts.append(arrow((left + KERNEL_WIDTH, middle), (right - 2, middle)))
     for number, (left, right) in enumerate(((CONV1, CONV2), (CONV2, END)), start=1):
         centre, top = (left + right + KERNEL_WIDTH) / 2, FORWARD - 62
-        label = [f"finalize: a{number}, b{number}"]
+        label = [f"last program: a{number}, b{number}"]
         parts.append(box(centre - 75, top, label, width=150, height=30, kind="small"))
         start, end = left + KERNEL_WIDTH - 60, right + 60
         line, left_edge, right_edge = top + 15, centre - 77, centre + 75
@@ -123,7 +123,7 @@ def backward_row() -> list[str]:
         parts.append(arrow((stem, BACKWARD + 68), (stem, low), (right + KERNEL_WIDTH + 2, low)))
     for left, right in ((CONV1, CONV2), (CONV2, END)):
         centre, top = (left + right + KERNEL_WIDTH) / 2, BACKWARD - 62
-        label = ["finalize: c0, c1, c2"]
+        label = ["last program: c0, c1, c2"]
         parts.append(box(centre - 92, top, label, width=184, height=30, kind="small"))
         start, end = right + 40, left + KERNEL_WIDTH - 40
         line, left_edge, right_edge = top + 15, centre - 92, centre + 94

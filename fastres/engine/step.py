@@ -20,7 +20,7 @@ from fastres.engine.optim import Optimizer, lr_factor
 from fastres.engine.runtime import Runtime
 from fastres.engine.step_kernels import add_to_totals, copy_filters, has_step_kernels
 from fastres.model.conv_bn import batched_running_stats
-from fastres.model.fused_modules import SmoothCrossEntropy
+from fastres.model.fused_modules import SmoothCrossEntropy, own_counters
 
 __all__ = ["Totals", "TrainStep"]
 
@@ -122,6 +122,8 @@ class TrainStep:
         self._inputs: tuple[Tensor, Tensor] | None = None
         # Where backward gets none to start from, torch makes one in every step.
         self._grad_of_loss = torch.ones((), device=runtime.device)
+        # The graph's kernels count in it, so it lives as long as the graph.
+        self._counters: Tensor | None = None
 
     def __call__(self, step: int, images: Tensor, labels: Tensor) -> None:
         """Train on one batch.
@@ -189,7 +191,7 @@ class TrainStep:
                     self._compute(*self._inputs)
             torch.cuda.current_stream(self.runtime.device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with own_counters(self.runtime.device) as self._counters, torch.cuda.graph(graph):
                 self._compute(*self._inputs)
             self._graph = graph
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastres.kernels import ops
 from fastres.kernels.conv_types import stat_dtype
+from fastres.kernels.gpu.counters import own_counters
 from fastres.kernels.ops_head import is_worth_an_op, pool_linear, smooth_cross_entropy
 from fastres.model.conv_bn import (
     ConvBNModules,
@@ -47,6 +48,7 @@ __all__ = [
     "FusedResNet9",
     "FusedSequential",
     "SmoothCrossEntropy",
+    "own_counters",
     "pool_classify",
 ]
 

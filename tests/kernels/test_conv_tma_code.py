@@ -27,7 +27,7 @@ PRODUCTS = [
 def code_of(op, capability, dtype, grid_size):
     """The machine code of a 3x3 convolution of 64 channels, with its prologue."""
     from fastres.kernels.conv_shape import ConvShape
-    from fastres.kernels.conv_types import BatchNorm, DeferredGrad, LayerState
+    from fastres.kernels.conv_types import BatchNorm, DeferredGrad
     from fastres.kernels.gpu.conv_dgrad import conv_dgrad
     from fastres.kernels.gpu.conv_fprop import conv_fprop
     from fastres.kernels.gpu.launch import recording
@@ -51,9 +51,7 @@ def code_of(op, capability, dtype, grid_size):
             conv_fprop(x, w, scale_shift=ab, batch_norm=norm, **options)
         else:
             dy = DeferredGrad(x, x, torch.empty(3, 64, device="meta"))
-            state = LayerState(x, torch.empty(5, 64, device="meta"))
-            weight = torch.empty(64, device="meta")
-            conv_dgrad(dy, w, (16, 16), producer=state, producer_weight=weight, **options)
+            conv_dgrad(dy, w, (16, 16), shortcut=x, **options)
     (launch,) = launches
     return {"grid": launch.grid, **asdict(compile_launch(launch, capability))}
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastres.kernels.conv_types import BatchNorm
 from fastres.kernels.gpu import primitives
 from fastres.kernels.gpu.batchnorm_fwd import bn_stats
 from fastres.kernels.gpu.launch import recording
@@ -91,7 +92,8 @@ def test_instructions_are_counted_by_kind_and_width():
 @pytest.mark.skipif(HAS_GPU, reason="kernels are not interpreted where there is a GPU")
 def test_interpreted_kernels_are_refused():
     with recording() as launches:
-        bn_stats(torch.empty(1, 16, 2, 2, device="meta", memory_format=torch.channels_last))
+        y = torch.empty(1, 16, 2, 2, device="meta", memory_format=torch.channels_last)
+        bn_stats(y, BatchNorm(torch.empty(16, device="meta"), torch.empty(16, device="meta")))
     with pytest.raises(ValueError, match="unset TRITON_INTERPRET"):
         compile_launch(launches[0], 90)
 
