@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.gpu.launch import Traffic, launch, num_bytes
-from fastres.kernels.gpu.primitives import round_to
+from fastres.kernels.gpu.primitives import round_to, wait_for_previous_kernel
 
 __all__ = ["SGDTensors", "SGDUpdate"]
 
@@ -90,7 +90,9 @@ def _sgd_kernel(
     ALIGNMENT: tl.constexpr,  # bytes, of every address
     NUM_FIELDS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     chunk_ptr = chunks_ptr + 2 * tl.program_id(0)
     row_ptr = table_ptr + NUM_FIELDS * tl.load(chunk_ptr)
     start = tl.load(chunk_ptr + 1)

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from fastres.kernels.gpu.checks import check_vector, index_dtype
 from fastres.kernels.gpu.launch import Traffic, launch, num_bytes
+from fastres.kernels.gpu.primitives import wait_for_previous_kernel
 
 __all__ = ["add_to_totals"]
 
@@ -41,7 +42,9 @@ def _add_to_totals_kernel(
     INDEX: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous_kernel(PDL)
     offs_k = tl.arange(0, BLOCK_K)
     mask_k = offs_k < NUM_CLASSES
     right = tl.zeros((BLOCK_N,), dtype=tl.int32)

@@ -57,7 +57,6 @@ def compile_ahead(
                 launch.kernel.run(
                     grid=launch.grid,
                     warmup=True,
-                    num_warps=launch.num_warps,
-                    num_stages=launch.num_stages,
+                    **launch.options,
                     **launch.args,
                 )

@@ -250,7 +250,7 @@ class RunOps(TorchDispatchMode):
 
 
 # They move no data on the device, or belong to the interpreter of Triton.
-NO_LAUNCH = ("detach", "empty", "set_", "lift_fresh", "profiler", "view", "aten.copy_")
+NO_LAUNCH = ("detach", "select", "empty", "set_", "lift_fresh", "profiler", "view", "aten.copy_")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
