@@ -1,6 +1,9 @@
 """What becomes of a finished tile of sums: the epilogues of the convolutions, as jit helpers.
 
-A convolution has two kernels, which load pixels by pointers or by TMA (conv_tma.py); both end here.
+Convolutions that load pixels by pointers or by TMA (conv_tma.py) end in `store_output_tile` and
+`store_gradient_tile`. Those in patches (patches.py) have several tiles of sums, whose columns are
+the channels of one pixel or of neighbouring pixels: each ends in `store_output` or
+`store_gradient`, and the channels of all together in `channel_stats` or `channel_sum`.
 A pointer that is None switches its step off. The kernels document every pointer.
 """
 
@@ -16,8 +19,19 @@ from fastres.kernels.gpu.primitives import (
     store_tile_stats,
     store_tile_sum,
 )
+from fastres.kernels.gpu.prologue import round_pair
 
-__all__ = ["store_gradient_tile", "store_output_tile"]
+__all__ = [
+    "channel_stats",
+    "channel_sum",
+    "load_channels",
+    "load_outputs",
+    "merge_stats",
+    "store_gradient",
+    "store_gradient_tile",
+    "store_output",
+    "store_output_tile",
+]
 
 
 @triton.jit
@@ -104,3 +118,125 @@ def store_gradient_tile(
         store_tile_sum(sum_g_ptr, g, mask, offs_c, mask_c, tile, num_tiles)
         centred = producer_y - mean[None, :]
         store_tile_sum(sum_gy_ptr, g * centred, mask, offs_c, mask_c, tile, num_tiles)
+
+
+@triton.jit
+def load_channels(ptr, channels):
+    """Numbers of the channels of a tile's columns, [1, columns]; zeros where ptr is None."""
+    vector = tl.load(ptr + channels) if ptr is not None else tl.zeros(channels.shape, tl.float32)
+    return vector[None, :]
+
+
+@triton.jit
+def load_outputs(ptr, offs, mask, WHOLE: tl.constexpr):
+    """A tile that lies as a tile of outputs does; WHOLE: nothing of it is masked."""
+    return tl.load(ptr + offs) if WHOLE else tl.load(ptr + offs, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rounded(ptr, offs, mask, value, WHOLE: tl.constexpr, ASM: tl.constexpr):
+    """Round a tile, store it, and return what was stored in fp32, 0 outside the mask."""
+    rounded, wide = round_pair(value, ptr.dtype.element_ty, ASM)
+    if WHOLE:
+        tl.store(ptr + offs, rounded)
+    else:
+        tl.store(ptr + offs, rounded, mask=mask)
+        wide = tl.where(mask, wide, 0.0)
+    return wide
+
+
+@triton.jit
+def store_output(
+    acc,  # [rows, columns] fp32 sums of outputs
+    offs,  # [rows, columns] where they lie in y and in the residual
+    mask,  # [rows, columns] or [rows, 1]: which of them exist; unused where WHOLE
+    y_ptr,
+    residual_ptr,
+    scale,  # [1, columns] fp32, as is shift; used where SCALE_SHIFT
+    shift,
+    SCALE_SHIFT: tl.constexpr,
+    RELU: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Forward: y, or relu(scale * y + shift + residual). Returns it as stored, 0 outside mask."""
+    if SCALE_SHIFT:
+        acc = acc * scale + shift
+    if residual_ptr is not None:
+        acc += load_outputs(residual_ptr, offs, mask, WHOLE).to(tl.float32)
+    if RELU:
+        acc = relu(acc)
+    return _store_rounded(y_ptr, offs, mask, acc, WHOLE, ASM)
+
+
+@triton.jit
+def store_gradient(
+    acc,  # [rows, columns] fp32 sums of input pixels
+    offs,  # [rows, columns] where they lie in dx, shortcut and producer_y
+    mask,  # [rows, columns] or [rows, 1]: which of them exist; unused where WHOLE
+    dx_ptr,
+    shortcut_ptr,
+    producer_y,  # [rows, columns] as loaded; None: no mask, no sums
+    scale,  # [1, columns] fp32 of the producer, as are shift and mean
+    shift,
+    mean,
+    WHOLE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Input gradient: dx (+ shortcut); or g, masked by the producer's ReLU.
+
+    Returns g and g * (producer_y - mean) as stored, 0 outside mask: what is added up to sums.
+    """
+    if shortcut_ptr is not None:
+        acc += load_outputs(shortcut_ptr, offs, mask, WHOLE).to(tl.float32)
+    if producer_y is not None:
+        acc = relu_grad(producer_y.to(tl.float32) * scale + shift, acc)
+    g = _store_rounded(dx_ptr, offs, mask, acc, WHOLE, ASM)
+    gy = g
+    if producer_y is not None:
+        gy = g * (producer_y.to(tl.float32) - mean)
+    return g, gy
+
+
+@triton.jit
+def channel_sum(tile, CHANNELS: tl.constexpr):
+    """[CHANNELS] sums over the rows, and over the pixels that lie side by side in the columns."""
+    ROWS: tl.constexpr = tile.shape[0]
+    PIXELS: tl.constexpr = tile.shape[1] // CHANNELS
+    if PIXELS > 1:
+        tile = tl.sum(tile.reshape(ROWS, PIXELS, CHANNELS), axis=1)
+    return tl.sum(tile, axis=0)
+
+
+@triton.jit
+def channel_stats(tiles, masks, count, CHANNELS: tl.constexpr, WHOLE: tl.constexpr):
+    """Mean and M2 of every channel over a tuple of tiles that are 0 outside their masks.
+
+    Corrected two-pass algorithm: the second pass also finds what rounding left out of the mean.
+    """
+    COLUMNS: tl.constexpr = tiles[0].shape[1]
+    total = tiles[0]
+    for i in tl.static_range(1, len(tiles)):
+        total += tiles[i]
+    rough = channel_sum(total, CHANNELS) / count
+    means = tl.broadcast_to(rough[None, :], (COLUMNS // CHANNELS, CHANNELS)).reshape(1, COLUMNS)
+    rests = tl.zeros_like(total)
+    squares = tl.zeros_like(total)
+    for i in tl.static_range(len(tiles)):
+        distance = tiles[i] - means
+        if not WHOLE:
+            distance = tl.where(masks[i], distance, 0.0)
+        rests += distance
+        squares += distance * distance
+    rest = channel_sum(rests, CHANNELS)
+    m2 = channel_sum(squares, CHANNELS) - rest * rest / count
+    return rough + rest / count, tl.maximum(m2, 0.0, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def merge_stats(count, mean, m2, other_count, other_mean, other_m2):
+    """Count, mean and M2 of two sets of pixels together; the first may be empty, not the second."""
+    total = count + other_count
+    delta = other_mean - mean
+    share = other_count / total
+    return total, mean + delta * share, m2 + (other_m2 + delta * (delta * (count * share)))
