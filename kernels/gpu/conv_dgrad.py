@@ -33,6 +33,7 @@ from fastres.kernels.gpu.checks import (
     index_dtype,
     nhwc_strides,
 )
+from fastres.kernels.gpu.conv_strip import dgrad_strip_variant
 from fastres.kernels.gpu.conv_tma import dgrad_tma_variant
 from fastres.kernels.gpu.epilogue import store_gradient_tile
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
@@ -291,4 +292,4 @@ def _patch_variant(
     producer_y: torch.Tensor | None,
 ) -> KernelVariant | None:
     """The launch in patches of outputs; None where configuration or operands want another form."""
-    return None
+    return dgrad_strip_variant(config, shape, g, y, w, shortcut, producer_y)

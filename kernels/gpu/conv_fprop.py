@@ -29,6 +29,7 @@ from fastres.kernels.gpu.checks import (
     index_dtype,
     nhwc_strides,
 )
+from fastres.kernels.gpu.conv_strip import fprop_strip_variant
 from fastres.kernels.gpu.conv_tma import fprop_tma_variant
 from fastres.kernels.gpu.epilogue import store_output_tile
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
@@ -249,7 +250,7 @@ def _launch_fprop(
     config = config or conv_config("fprop", shape, x.dtype, x.device, tf32=allow_tf32)
     num_npq = shape.gemm("fprop").m
     y = empty_channels_last(x, shape.N, shape.K, shape.P, shape.Q)
-    variant = _patch_variant(config, shape, x, w, residual)
+    variant = _patch_variant(config, shape, x, w, residual, store_stats)
     if variant is None:
         variant = fprop_tma_variant(config, shape, x, w) or _pointer_variant(config, shape, x, w)
         variant.args.update(
@@ -285,7 +286,8 @@ def _launch_fprop(
             flops=shape.flops,
         ),
     )
-    return y, None if stats is None else TileStats(stats, config.block_m, num_npq)
+    tile_rows = num_npq // variant.num_tiles if config.form == "strip" else config.block_m
+    return y, None if stats is None else TileStats(stats, tile_rows, num_npq)
 
 
 def _pointer_variant(
@@ -305,6 +307,7 @@ def _patch_variant(
     x: torch.Tensor,
     w: torch.Tensor,
     residual: torch.Tensor | None,
+    store_stats: bool,
 ) -> KernelVariant | None:
     """The launch in patches of outputs; None where configuration or operands want another form."""
-    return None
+    return fprop_strip_variant(config, shape, x, w, residual, store_stats)

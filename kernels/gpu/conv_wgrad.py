@@ -32,6 +32,7 @@ from fastres.kernels.gpu.checks import (
     index_dtype,
     nhwc_strides,
 )
+from fastres.kernels.gpu.conv_strip_wgrad import wgrad_strip_variant
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
 from fastres.kernels.gpu.primitives import (
@@ -262,7 +263,7 @@ def _patch_variant(
     y: torch.Tensor | None,
 ) -> KernelVariant | None:
     """The launch in patches of outputs; None where configuration or operands want another form."""
-    return None
+    return wgrad_strip_variant(config, shape, x, g, y)
 
 
 def _launch_sum_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:

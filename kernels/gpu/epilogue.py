@@ -199,8 +199,11 @@ def store_gradient(
 
 
 @triton.jit
-def channel_sum(tile, CHANNELS: tl.constexpr):
-    """[CHANNELS] sums over the rows, and over the pixels that lie side by side in the columns."""
+def channel_sum(tiles, CHANNELS: tl.constexpr):
+    """[CHANNELS] sums of a tuple of tiles, over rows and over the pixels in a row's columns."""
+    tile = tiles[0]
+    for i in tl.static_range(1, len(tiles)):
+        tile += tiles[i]
     ROWS: tl.constexpr = tile.shape[0]
     PIXELS: tl.constexpr = tile.shape[1] // CHANNELS
     if PIXELS > 1:
@@ -215,20 +218,17 @@ def channel_stats(tiles, masks, count, CHANNELS: tl.constexpr, WHOLE: tl.constex
     Corrected two-pass algorithm: the second pass also finds what rounding left out of the mean.
     """
     COLUMNS: tl.constexpr = tiles[0].shape[1]
-    total = tiles[0]
-    for i in tl.static_range(1, len(tiles)):
-        total += tiles[i]
-    rough = channel_sum(total, CHANNELS) / count
+    rough = channel_sum(tiles, CHANNELS) / count
     means = tl.broadcast_to(rough[None, :], (COLUMNS // CHANNELS, CHANNELS)).reshape(1, COLUMNS)
-    rests = tl.zeros_like(total)
-    squares = tl.zeros_like(total)
+    distances: tl.tuple = ()
+    squares: tl.tuple = ()
     for i in tl.static_range(len(tiles)):
         distance = tiles[i] - means
         if not WHOLE:
             distance = tl.where(masks[i], distance, 0.0)
-        rests += distance
-        squares += distance * distance
-    rest = channel_sum(rests, CHANNELS)
+        distances += (distance,)
+        squares += (distance * distance,)
+    rest = channel_sum(distances, CHANNELS)
     m2 = channel_sum(squares, CHANNELS) - rest * rest / count
     return rough + rest / count, tl.maximum(m2, 0.0, tl.PropagateNan.ALL)
 

@@ -34,11 +34,13 @@ __all__ = [
     "TmaTile",
     "assume_entries",
     "conv_config",
+    "fits_strips",
     "force_route",
     "gpu_name",
     "heuristic_config",
     "load_table",
     "row_config",
+    "strip_config",
     "table_key",
     "tma_config",
 ]
@@ -297,6 +299,20 @@ def tma_config(
         config = replace(config, num_warps=4)
     is_aligned = all(c * dtype.itemsize % 16 == 0 for c in (channels, shape.C))
     return config if is_aligned and config.tma_tile(op, shape) else None
+
+
+def fits_strips(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> bool:
+    """Whether the strip form computes a product: 3x3 of few channels, stride and padding 1."""
+    window = (shape.R, shape.S, shape.stride, shape.padding)
+    narrow = shape.C in (16, 32) or (shape.C <= 4 and op != "dgrad")
+    return window == (3, 3, 1, 1) and narrow and shape.K in (16, 32) and dtype != torch.float32
+
+
+def strip_config(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig | None:
+    """The heuristic configuration of the strip form; None where it does not fit."""
+    if not fits_strips(op, shape, dtype):
+        return None
+    return ConvConfig(64, 16, 16, 4, 1, form="strip", patch_h=4, ahead=6, split_k=264)
 
 
 def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:
