@@ -217,9 +217,12 @@ def channel_stats(tiles, masks, count, CHANNELS: tl.constexpr, WHOLE: tl.constex
 
     Corrected two-pass algorithm: the second pass also finds what rounding left out of the mean.
     """
+    ROWS: tl.constexpr = tiles[0].shape[0]
     COLUMNS: tl.constexpr = tiles[0].shape[1]
+    PIXELS: tl.constexpr = COLUMNS // CHANNELS
     rough = channel_sum(tiles, CHANNELS) / count
-    means = tl.broadcast_to(rough[None, :], (COLUMNS // CHANNELS, CHANNELS)).reshape(1, COLUMNS)
+    # Spread as a whole tile: a single row of it would draw all others into a layout of its own.
+    means = tl.broadcast_to(rough[None, None, :], (ROWS, PIXELS, CHANNELS)).reshape(ROWS, COLUMNS)
     distances: tl.tuple = ()
     squares: tl.tuple = ()
     for i in tl.static_range(len(tiles)):
