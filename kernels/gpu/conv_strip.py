@@ -208,8 +208,7 @@ def _conv_strip_dgrad_kernel(
             sums = add_products(sums, dy, filters, r)
 
         # Epilogue.
-        dxs: tl.tuple = ()
-        dxys: tl.tuple = ()
+        dx_rows, dxy_rows = sums[0], sums[0]
         for o in tl.static_range(PATCH_H):
             offs = ((pixels + o * W) * C)[:, None] + column[None, :]
             dx, dxy = store_gradient(
@@ -225,11 +224,12 @@ def _conv_strip_dgrad_kernel(
                 WHOLE,
                 ASM,
             )
-            dxs += (dx,)
-            dxys += (dxy,)
+            # Added up row by row, not all rows at the end: they would stay in registers.
+            dx_rows = dx if o == 0 else dx_rows + dx
+            dxy_rows = dxy if o == 0 else dxy_rows + dxy
         if MASK:
-            sum_g += channel_sum(dxs, C)
-            sum_gy += channel_sum(dxys, C)
+            sum_g += channel_sum(dx_rows, C)
+            sum_gy += channel_sum(dxy_rows, C)
 
     if MASK:
         partial = tl.arange(0, C) * tl.num_programs(0) + tl.program_id(0)

@@ -46,7 +46,7 @@ from fastres.kernels.gpu.primitives import (
     row_offsets,
 )
 
-__all__ = ["conv_wgrad"]
+__all__ = ["conv_wgrad", "sum_partials"]
 
 # Tile of the second kernel: partials x filter elements.
 BLOCK_SPLITS = 32
@@ -210,7 +210,7 @@ def conv_wgrad(
         ),
     )
     if num_splits > 1:
-        _launch_sum_partials(partials, dw)
+        sum_partials(partials, dw)
     return dw.permute(0, 3, 1, 2)
 
 
@@ -266,7 +266,7 @@ def _patch_variant(
     return wgrad_strip_variant(config, shape, x, g, y)
 
 
-def _launch_sum_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:
+def sum_partials(partials: torch.Tensor, dw: torch.Tensor) -> None:
     """Store in dw the sum of the partials over their first axis, in fixed order."""
     launch(
         _sum_partials_kernel,

@@ -121,9 +121,11 @@ def store_gradient_tile(
 
 
 @triton.jit
-def load_channels(ptr, channels):
-    """Numbers of the channels of a tile's columns, [1, columns]; zeros where ptr is None."""
-    vector = tl.load(ptr + channels) if ptr is not None else tl.zeros(channels.shape, tl.float32)
+def load_channels(vector_ptr, channels):
+    """Numbers of the channels of a tile's columns, [1, columns]; zeros without a pointer."""
+    vector = tl.zeros(channels.shape, tl.float32)
+    if vector_ptr is not None:
+        vector = tl.load(vector_ptr + channels)
     return vector[None, :]
 
 
@@ -199,11 +201,8 @@ def store_gradient(
 
 
 @triton.jit
-def channel_sum(tiles, CHANNELS: tl.constexpr):
-    """[CHANNELS] sums of a tuple of tiles, over rows and over the pixels in a row's columns."""
-    tile = tiles[0]
-    for i in tl.static_range(1, len(tiles)):
-        tile += tiles[i]
+def channel_sum(tile, CHANNELS: tl.constexpr):
+    """[CHANNELS] sums of a tile, over rows and over the pixels in a row's columns."""
     ROWS: tl.constexpr = tile.shape[0]
     PIXELS: tl.constexpr = tile.shape[1] // CHANNELS
     if PIXELS > 1:
@@ -220,17 +219,19 @@ def channel_stats(tiles, masks, count, CHANNELS: tl.constexpr, WHOLE: tl.constex
     ROWS: tl.constexpr = tiles[0].shape[0]
     COLUMNS: tl.constexpr = tiles[0].shape[1]
     PIXELS: tl.constexpr = COLUMNS // CHANNELS
-    rough = channel_sum(tiles, CHANNELS) / count
+    total = tiles[0]
+    for i in tl.static_range(1, len(tiles)):
+        total += tiles[i]
+    rough = channel_sum(total, CHANNELS) / count
     # Spread as a whole tile: a single row of it would draw all others into a layout of its own.
     means = tl.broadcast_to(rough[None, None, :], (ROWS, PIXELS, CHANNELS)).reshape(ROWS, COLUMNS)
-    distances: tl.tuple = ()
-    squares: tl.tuple = ()
+    distances, squares = total, total
     for i in tl.static_range(len(tiles)):
         distance = tiles[i] - means
         if not WHOLE:
             distance = tl.where(masks[i], distance, 0.0)
-        distances += (distance,)
-        squares += (distance * distance,)
+        distances = distance if i == 0 else distances + distance
+        squares = distance * distance if i == 0 else squares + distance * distance
     rest = channel_sum(distances, CHANNELS)
     m2 = channel_sum(squares, CHANNELS) - rest * rest / count
     return rough + rest / count, tl.maximum(m2, 0.0, tl.PropagateNan.ALL)

@@ -34,8 +34,10 @@ __all__ = [
     "TmaTile",
     "assume_entries",
     "conv_config",
+    "fits_fused",
     "fits_strips",
     "force_route",
+    "fused_config",
     "gpu_name",
     "heuristic_config",
     "load_table",
@@ -308,11 +310,39 @@ def fits_strips(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> bool:
     return window == (3, 3, 1, 1) and narrow and shape.K in (16, 32) and dtype != torch.float32
 
 
+def fits_fused(shape: ConvShape, dtype: torch.dtype) -> bool:
+    """Whether both gradients have a kernel together: strips of 16 channels."""
+    return fits_strips("dgrad", shape, dtype) and (shape.C, shape.K) == (16, 16)
+
+
 def strip_config(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig | None:
-    """The heuristic configuration of the strip form; None where it does not fit."""
-    if not fits_strips(op, shape, dtype):
+    """The heuristic configuration of the strip form; None where it does not fit or serve.
+
+    Nobody has timed strips on a GPU; registers decide: patches of 4 rows form an operand least
+    often. fprop and dgrad of 32 channels spill, or leave one program room where others have two.
+    """
+    is_wide = max(shape.C, shape.K) == 32
+    if not fits_strips(op, shape, dtype) or (is_wide and op != "wgrad"):
         return None
-    return ConvConfig(64, 16, 16, 4, 1, form="strip", patch_h=4, ahead=6, split_k=264)
+    config = ConvConfig(64, 16, 16, num_warps=4, num_stages=1, form="strip", patch_h=4)
+    if op != "wgrad":
+        # Few programs leave few partials, and as many tiles each where the batch is a power of two.
+        return replace(config, grid_size=512, ahead=3 if op == "fprop" else 0)
+    # Two programs a multiprocessor; the sums of 32 channels leave room for one of eight warps.
+    if is_wide:
+        return replace(config, patch_h=2, num_warps=8, ahead=4, split_k=NUM_SMS)
+    return replace(config, ahead=6 if shape.C == 16 else 0, split_k=2 * NUM_SMS)
+
+
+def fused_config(shape: ConvShape, dtype: torch.dtype, *, has_producer: bool) -> ConvConfig | None:
+    """The heuristic configuration of both gradients in one launch; None where it does not fit.
+
+    The operands of a producer's mask take the registers of two rows of a patch.
+    """
+    if not fits_fused(shape, dtype):
+        return None
+    patch_h = 2 if has_producer else 4
+    return ConvConfig(64, 16, 16, 4, 1, form="fused", grid_size=2 * NUM_SMS, patch_h=patch_h)
 
 
 def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:
