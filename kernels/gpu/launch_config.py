@@ -337,9 +337,10 @@ def strip_config(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig
 def fused_config(shape: ConvShape, dtype: torch.dtype, *, has_producer: bool) -> ConvConfig | None:
     """The heuristic configuration of both gradients in one launch; None where it does not fit.
 
-    The operands of a producer's mask take the registers of two rows of a patch.
+    The operands of a producer's mask take the registers of two rows of a patch, and in fp16, which
+    has no packed prologue, more than there are.
     """
-    if not fits_fused(shape, dtype):
+    if not fits_fused(shape, dtype) or (has_producer and dtype != torch.bfloat16):
         return None
     patch_h = 2 if has_producer else 4
     return ConvConfig(64, 16, 16, 4, 1, form="fused", grid_size=2 * NUM_SMS, patch_h=patch_h)
