@@ -24,6 +24,7 @@ from fastres.kernels.conv_types import (
 )
 from fastres.kernels.gpu.batchnorm_bwd import bn_backward_apply, bn_backward_reduce
 from fastres.kernels.gpu.batchnorm_fwd import bn_apply, bn_stats
+from fastres.kernels.gpu.conv_backward import conv_gradients
 from fastres.kernels.gpu.conv_dgrad import conv_dgrad
 from fastres.kernels.gpu.conv_fprop import conv_fprop, conv_fprop_folded
 from fastres.kernels.gpu.conv_wgrad import conv_wgrad
@@ -129,6 +130,21 @@ def conv_backward(
 ) -> ConvGrads:
     """See `block.Backend`; dy is stored once where either product is cuDNN's."""
     dgrad, wgrad = _config("dgrad", x, layer), _config("wgrad", x, layer)
+    if need_dx and (dgrad.route, wgrad.route) == ("triton", "triton"):
+        both = conv_gradients(
+            dy,
+            x,
+            layer.w,
+            stride=layer.stride,
+            padding=layer.padding,
+            shortcut=shortcut,
+            producer=producer,
+            producer_weight=producer_weight,
+            dw_dtype=layer.dw_dtype,
+            config=dgrad,
+        )
+        if both is not None:
+            return both
     gradient: Tensor | DeferredGrad = dy
     if wgrad.route == "cudnn" or (need_dx and dgrad.route == "cudnn"):
         gradient = bn_backward_apply(dy)

@@ -34,6 +34,7 @@ from fastres.kernels.gpu.checks import (
     index_dtype,
     nhwc_strides,
 )
+from fastres.kernels.gpu.conv_strip import dgrad_strip_variant
 from fastres.kernels.gpu.conv_tma import dgrad_tma_variant
 from fastres.kernels.gpu.epilogue import store_gradient_tile
 from fastres.kernels.gpu.last_program import finish_batch_norm_backward, finish_grads
@@ -340,4 +341,4 @@ def _patch_variant(
     producer_y: torch.Tensor | None,
 ) -> KernelVariant | None:
     """The launch in patches of outputs; None where configuration or operands want another form."""
-    return None
+    return dgrad_strip_variant(config, shape, g, y, w, shortcut, producer_y)

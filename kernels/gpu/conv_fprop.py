@@ -31,6 +31,7 @@ from fastres.kernels.gpu.checks import (
     index_dtype,
     nhwc_strides,
 )
+from fastres.kernels.gpu.conv_strip import fprop_strip_variant
 from fastres.kernels.gpu.conv_tma import fprop_tma_variant
 from fastres.kernels.gpu.epilogue import store_output_tile
 from fastres.kernels.gpu.last_program import finish_batch_norm, finish_stats
@@ -349,4 +350,4 @@ def _patch_variant(
     residual: torch.Tensor | None,
 ) -> KernelVariant | None:
     """The launch in patches of outputs; None where configuration or operands want another form."""
-    return None
+    return fprop_strip_variant(config, shape, x, w, residual)

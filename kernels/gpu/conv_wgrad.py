@@ -33,6 +33,7 @@ from fastres.kernels.gpu.checks import (
     index_dtype,
     nhwc_strides,
 )
+from fastres.kernels.gpu.conv_strip_wgrad import wgrad_strip_variant
 from fastres.kernels.gpu.last_program import add_partials, allocate_partials, store_partial
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
@@ -270,4 +271,4 @@ def _patch_variant(
     y: torch.Tensor | None,
 ) -> KernelVariant | None:
     """The launch in patches of outputs; None where configuration or operands want another form."""
-    return None
+    return wgrad_strip_variant(config, shape, x, g, y)

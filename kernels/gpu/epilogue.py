@@ -1,14 +1,22 @@
 """What becomes of a finished tile of sums: the epilogues of the convolutions, as jit helpers.
 
-A convolution has two kernels, which load pixels by pointers or by TMA (conv_tma.py); both end here,
-and then in last_program.py, where the last program merges what these leave of every tile.
+Convolutions that load pixels by pointers or by TMA (conv_tma.py) end in `store_output_tile` and
+`store_gradient_tile`. Those in patches (patches.py) have several tiles of sums, whose columns are
+the channels of one pixel or of neighbouring pixels: each ends in `store_output` or
+`store_gradient`, and the channels of all together in `channel_stats` or `channel_sum`.
+Partial results are stored for last_program.py, whose last program merges them.
 A pointer that is None switches its step off. The kernels document every pointer.
 """
 
 import triton
 import triton.language as tl
 
-from fastres.kernels.gpu.last_program import store_stats, store_sums
+from fastres.kernels.gpu.last_program import (
+    finish_batch_norm,
+    finish_batch_norm_backward,
+    store_stats,
+    store_sums,
+)
 from fastres.kernels.gpu.primitives import (
     affine,
     relu,
@@ -18,8 +26,20 @@ from fastres.kernels.gpu.primitives import (
     tile_stats,
     tile_sum,
 )
+from fastres.kernels.gpu.prologue import round_pair
 
-__all__ = ["store_gradient_tile", "store_output_tile"]
+__all__ = [
+    "channel_stats",
+    "channel_sum",
+    "finish_stats_of_all",
+    "finish_sums_of_all",
+    "load_channels",
+    "load_outputs",
+    "store_gradient",
+    "store_gradient_tile",
+    "store_output",
+    "store_output_tile",
+]
 
 
 @triton.jit
@@ -100,3 +120,204 @@ def store_gradient_tile(
         mean = tl.load(producer_stats_ptr + offs_c, mask=mask_c, other=0.0)
         sum_gy = tile_sum(g * (producer_y - mean[None, :]), mask)
         store_sums(sums_ptr, tile, tile_sum(g, mask), sum_gy, None, offs_c, mask_c, C)
+
+
+@triton.jit
+def load_channels(vector_ptr, channels):
+    """Numbers of the channels of a tile's columns, [1, columns]; zeros without a pointer."""
+    vector = tl.zeros(channels.shape, tl.float32)
+    if vector_ptr is not None:
+        vector = tl.load(vector_ptr + channels)
+    return vector[None, :]
+
+
+@triton.jit
+def load_outputs(ptr, offs, mask, WHOLE: tl.constexpr):
+    """A tile that lies as a tile of outputs does; WHOLE: nothing of it is masked."""
+    return tl.load(ptr + offs) if WHOLE else tl.load(ptr + offs, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rounded(ptr, offs, mask, value, WHOLE: tl.constexpr, ASM: tl.constexpr):
+    """Round a tile, store it, and return what was stored in fp32, 0 outside the mask."""
+    rounded, wide = round_pair(value, ptr.dtype.element_ty, ASM)
+    if WHOLE:
+        tl.store(ptr + offs, rounded)
+    else:
+        tl.store(ptr + offs, rounded, mask=mask)
+        wide = tl.where(mask, wide, 0.0)
+    return wide
+
+
+@triton.jit
+def store_output(
+    acc,  # [rows, columns] fp32 sums of outputs
+    offs,  # [rows, columns] where they lie in y and in the residual
+    mask,  # [rows, columns] or [rows, 1]: which of them exist; unused where WHOLE
+    y_ptr,
+    residual_ptr,
+    scale,  # [1, columns] fp32, as is shift; used where SCALE_SHIFT
+    shift,
+    SCALE_SHIFT: tl.constexpr,
+    RELU: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Forward: y, or relu(scale * y + shift + residual). Returns it as stored, 0 outside mask."""
+    if SCALE_SHIFT:
+        acc = acc * scale + shift
+    if residual_ptr is not None:
+        acc += load_outputs(residual_ptr, offs, mask, WHOLE).to(tl.float32)
+    if RELU:
+        acc = relu(acc)
+    return _store_rounded(y_ptr, offs, mask, acc, WHOLE, ASM)
+
+
+@triton.jit
+def store_gradient(
+    acc,  # [rows, columns] fp32 sums of input pixels
+    offs,  # [rows, columns] where they lie in dx, shortcut and producer_y
+    mask,  # [rows, columns] or [rows, 1]: which of them exist; unused where WHOLE
+    dx_ptr,
+    shortcut_ptr,
+    producer_y,  # [rows, columns] as loaded; None: no mask, no sums
+    scale,  # [1, columns] fp32 of the producer, as are shift and mean
+    shift,
+    mean,
+    WHOLE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Input gradient: dx (+ shortcut); or g, masked by the producer's ReLU.
+
+    Returns g and g * (producer_y - mean) as stored, 0 outside mask: what is added up to sums.
+    """
+    if shortcut_ptr is not None:
+        acc += load_outputs(shortcut_ptr, offs, mask, WHOLE).to(tl.float32)
+    if producer_y is not None:
+        acc = relu_grad(producer_y.to(tl.float32) * scale + shift, acc)
+    g = _store_rounded(dx_ptr, offs, mask, acc, WHOLE, ASM)
+    gy = g
+    if producer_y is not None:
+        gy = g * (producer_y.to(tl.float32) - mean)
+    return g, gy
+
+
+@triton.jit
+def channel_sum(tile, CHANNELS: tl.constexpr):
+    """[CHANNELS] sums of a tile, over rows and over the pixels in a row's columns."""
+    ROWS: tl.constexpr = tile.shape[0]
+    PIXELS: tl.constexpr = tile.shape[1] // CHANNELS
+    if PIXELS > 1:
+        tile = tl.sum(tile.reshape(ROWS, PIXELS, CHANNELS), axis=1)
+    return tl.sum(tile, axis=0)
+
+
+@triton.jit
+def channel_stats(tiles, masks, count, CHANNELS: tl.constexpr, WHOLE: tl.constexpr):
+    """Mean and M2 of every channel over a tuple of tiles that are 0 outside their masks.
+
+    Corrected two-pass algorithm: the second pass also finds what rounding left out of the mean.
+    """
+    ROWS: tl.constexpr = tiles[0].shape[0]
+    COLUMNS: tl.constexpr = tiles[0].shape[1]
+    PIXELS: tl.constexpr = COLUMNS // CHANNELS
+    total = tiles[0]
+    for i in tl.static_range(1, len(tiles)):
+        total += tiles[i]
+    rough = channel_sum(total, CHANNELS) / count
+    # Spread as a whole tile: a single row of it would draw all others into a layout of its own.
+    means = tl.broadcast_to(rough[None, None, :], (ROWS, PIXELS, CHANNELS)).reshape(ROWS, COLUMNS)
+    distances, squares = total, total
+    for i in tl.static_range(len(tiles)):
+        distance = tiles[i] - means
+        if not WHOLE:
+            distance = tl.where(masks[i], distance, 0.0)
+        distances = distance if i == 0 else distances + distance
+        squares = distance * distance if i == 0 else squares + distance * distance
+    rest = channel_sum(distances, CHANNELS)
+    m2 = channel_sum(squares, CHANNELS) - rest * rest / count
+    return rough + rest / count, tl.maximum(m2, 0.0, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def finish_stats_of_all(
+    count,  # pixels of the calling program
+    mean,  # [K] fp32 of them
+    m2,  # [K] fp32
+    stats_ptr,
+    counters_ptr,
+    gamma_ptr,
+    beta_ptr,
+    batch_norm_ptr,
+    num_pixels,
+    eps,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """End a kernel whose programs have all channels and merge the statistics of their tiles."""
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    offs_k = tl.arange(0, K)
+    mask_k = offs_k < K
+    store_stats(stats_ptr, program, count, mean, m2, offs_k, mask_k, K)
+    finish_batch_norm(
+        stats_ptr,
+        counters_ptr,
+        gamma_ptr,
+        beta_ptr,
+        batch_norm_ptr,
+        num_pixels,
+        eps,
+        offs_k,
+        mask_k,
+        0,
+        program,
+        num_programs,
+        num_programs,
+        K,
+        GROUP,
+    )
+
+
+@triton.jit
+def finish_sums_of_all(
+    sum_g,  # [C] fp32 over the pixels of the calling program
+    sum_gy,  # [C] fp32
+    sums_ptr,
+    counters_ptr,
+    batch_norm_ptr,
+    gamma_ptr,
+    coefficients_ptr,
+    dgamma_ptr,
+    dbeta_ptr,
+    num_pixels,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """End a kernel whose programs have all channels and add up the gradient sums of their tiles."""
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    offs_c = tl.arange(0, C)
+    mask_c = offs_c < C
+    store_sums(sums_ptr, program, sum_g, sum_gy, None, offs_c, mask_c, C)
+    finish_batch_norm_backward(
+        sums_ptr,
+        counters_ptr,
+        batch_norm_ptr,
+        gamma_ptr,
+        coefficients_ptr,
+        dgamma_ptr,
+        dbeta_ptr,
+        None,
+        None,
+        None,
+        None,
+        None,
+        num_pixels,
+        offs_c,
+        mask_c,
+        0,
+        program,
+        num_programs,
+        num_programs,
+        C,
+        GROUP,
+    )

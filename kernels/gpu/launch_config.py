@@ -37,13 +37,17 @@ __all__ = [
     "TmaTile",
     "assume_entries",
     "conv_config",
+    "fits_fused",
+    "fits_strips",
     "force_pdl",
     "force_route",
+    "fused_config",
     "gpu_name",
     "heuristic_config",
     "load_pdl",
     "load_table",
     "row_config",
+    "strip_config",
     "table_key",
     "tma_config",
     "uses_pdl",
@@ -350,6 +354,49 @@ def tma_config(
         config = replace(config, num_warps=4)
     is_aligned = all(c * dtype.itemsize % 16 == 0 for c in (channels, shape.C))
     return config if is_aligned and config.tma_tile(op, shape) else None
+
+
+def fits_strips(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> bool:
+    """Whether the strip form computes a product: 3x3 of few channels, stride and padding 1."""
+    window = (shape.R, shape.S, shape.stride, shape.padding)
+    narrow = shape.C in (16, 32) or (shape.C <= 4 and op != "dgrad")
+    return window == (3, 3, 1, 1) and narrow and shape.K in (16, 32) and dtype != torch.float32
+
+
+def fits_fused(shape: ConvShape, dtype: torch.dtype) -> bool:
+    """Whether both gradients have a kernel together: strips of 16 channels."""
+    return fits_strips("dgrad", shape, dtype) and (shape.C, shape.K) == (16, 16)
+
+
+def strip_config(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig | None:
+    """The heuristic configuration of the strip form; None where it does not fit or serve.
+
+    Nobody has timed strips on a GPU; registers decide: patches of 4 rows form an operand least
+    often. fprop and dgrad of 32 channels spill, or leave one program room where others have two.
+    """
+    is_wide = max(shape.C, shape.K) == 32
+    if not fits_strips(op, shape, dtype) or (is_wide and op != "wgrad"):
+        return None
+    config = ConvConfig(64, 16, 16, num_warps=4, num_stages=1, form="strip", patch_h=4)
+    if op != "wgrad":
+        # Few programs leave few partials, and as many tiles each where the batch is a power of two.
+        return replace(config, grid_size=512, ahead=3 if op == "fprop" else 0)
+    # Two programs a multiprocessor; the sums of 32 channels leave room for one of eight warps.
+    if is_wide:
+        return replace(config, patch_h=2, num_warps=8, ahead=4, split_k=NUM_SMS)
+    return replace(config, ahead=6 if shape.C == 16 else 0, split_k=2 * NUM_SMS)
+
+
+def fused_config(shape: ConvShape, dtype: torch.dtype, *, has_producer: bool) -> ConvConfig | None:
+    """The heuristic configuration of both gradients in one launch; None where it does not fit.
+
+    The operands of a producer's mask take the registers of two rows of a patch, and in fp16, which
+    has no packed prologue, more than there are.
+    """
+    if not fits_fused(shape, dtype) or (has_producer and dtype != torch.bfloat16):
+        return None
+    patch_h = 2 if has_producer else 4
+    return ConvConfig(64, 16, 16, 4, 1, form="fused", grid_size=2 * NUM_SMS, patch_h=patch_h)
 
 
 def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:

@@ -29,6 +29,7 @@ __all__ = [
     "count_outputs",
     "locate_patches",
     "output_mask",
+    "output_masks",
     "patch_grid",
     "window_mask",
 ]
@@ -131,6 +132,27 @@ def output_mask(
     if W % 2 != 0:
         inside = inside & (w0[:, None] + q < W)
     return inside
+
+
+@triton.jit
+def output_masks(
+    exists,
+    h0,
+    w0,
+    q,
+    PATCH_H: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """`output_mask` of every output row of the patches; where WHOLE, the constant True."""
+    masks: tl.tuple = ()
+    for o in tl.static_range(PATCH_H):
+        if WHOLE:
+            masks += (tl.full((exists.shape[0], 1), True, tl.int1),)
+        else:
+            masks += (output_mask(exists, h0, w0, o, q, PATCH_H, H, W),)
+    return masks
 
 
 @triton.jit

@@ -1,0 +1,209 @@
+"""Strips: the matrix products of 3x3 convolutions of few channels, row by row of a patch's window.
+
+A row of the product is a patch of PATCH_H x 2 pixels (patches.py). Each of the PATCH_H + 2 rows of
+its window is four neighbouring pixels, in memory one run of 4 * C numbers, and meets up to three
+rows of the patch. Written with filters T that are spread over the two pixels of an output row,
+
+    out[o] = sum over r of row[r] @ T[r - o],   T[t][(s, c), (q, k)] = w[k, t, s - q, c]
+
+for 0 <= r - o <= 2, 0 <= s - q <= 2, and 0 elsewhere. A filter gradient is the same sum the other
+way round: dT[t] = sum over o of row[o + t]^T @ dout[o], and dw adds up what dT has of both q.
+
+What it costs, for an output: zeros are multiplied horizontally only, so the products are 4/3 of
+those that are needed. A window row is loaded and formed once for all rows of the patch: a pixel is
+formed (PATCH_H + 2) / PATCH_H * 2 times, 3 for PATCH_H = 4 and 4 for 2, where im2col forms it 9
+times. The filters are spread while they are loaded, once a program.
+
+Letters: C channels go in, K come out. Fewer than four channels stand in the lanes of four, so that
+a window row has at least 16 lanes, the least of a tensor-core product. Source: own derivation.
+"""
+
+import triton
+import triton.language as tl
+
+from fastres.kernels.gpu.last_program import add_partials
+from fastres.kernels.gpu.patches import window_mask
+from fastres.kernels.gpu.primitives import dot_fp32, round_to
+
+__all__ = [
+    "add_filter_products",
+    "add_products",
+    "finish_filter_sums",
+    "load_rows",
+    "load_spread_filters",
+    "row_lanes",
+    "row_masks",
+    "zero_tiles",
+]
+
+
+@triton.jit
+def row_lanes(C: tl.constexpr):
+    """Window column s and channel c of the lanes of a window row, [4 * max(C, 4)] each."""
+    lane = tl.arange(0, 4 * max(C, 4))
+    return lane // max(C, 4), lane % max(C, 4)
+
+
+@triton.jit
+def row_masks(
+    exists,
+    h0,
+    w0,
+    C: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """For every window row, which of its lanes are pixels of the image: [BLOCK_M, lanes] each."""
+    s, c = row_lanes(C)
+    masks: tl.tuple = ()
+    for r in tl.static_range(PATCH_H + 2):
+        inside = window_mask(h0, w0, r, s[None, :], PATCH_H, H, W)
+        if C < 4:
+            inside = inside & (c < C)[None, :]
+        if not WHOLE:
+            inside = inside & exists[:, None]
+        masks += (inside,)
+    return masks
+
+
+@triton.jit
+def load_rows(
+    ptr,  # dense NHWC
+    pixels,  # [BLOCK_M] numbers of the patches' upper left pixels
+    masks,  # of row_masks
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    C: tl.constexpr,
+    W: tl.constexpr,
+    ZERO: tl.constexpr,  # whether lanes outside are 0; anything where a prologue masks them
+):
+    """Window rows from FIRST to before LAST, as many as there are: [BLOCK_M, lanes] each."""
+    s, c = row_lanes(C)
+    rows: tl.tuple = ()
+    for r in tl.static_range(FIRST, min(LAST, len(masks))):
+        # The window starts one pixel above the patch and one to its left.
+        offs = (pixels * C)[:, None] + ((r - 1) * (W * C) + (s - 1) * C + c)[None, :]
+        if ZERO:
+            rows += (tl.load(ptr + offs, mask=masks[r], other=0.0),)
+        else:
+            rows += (tl.load(ptr + offs, mask=masks[r]),)
+    return rows
+
+
+@triton.jit
+def filter_offsets(t, tap, c, k, C: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr):
+    """Offsets of the taps (t, tap) that lead from channels c to channels k.
+
+    Forward they lie in a tensor (K, 3, 3, C). A backward product goes from dy to dx: its C is what
+    comes out of the layer, and its taps run the other way in a tensor (C, 3, 3, K).
+    """
+    if BACKWARD:
+        offs = c * (9 * K) + ((2 - t) * 3 + 2 - tap) * K + k
+    else:
+        offs = k * (9 * C) + (t * 3 + tap) * C + c
+    return offs
+
+
+@triton.jit
+def load_spread_filters(w_ptr, C: tl.constexpr, K: tl.constexpr, BACKWARD: tl.constexpr):
+    """T[0], T[1], T[2], [lanes of C, (q, k)] each."""
+    s, c = row_lanes(C)
+    column = tl.arange(0, 2 * K)
+    tap = s[:, None] - (column // K)[None, :]
+    mask = (tap >= 0) & (tap < 3) & (c < C)[:, None]
+    filters: tl.tuple = ()
+    for t in tl.static_range(3):
+        offs = filter_offsets(t, tap, c[:, None], (column % K)[None, :], C, K, BACKWARD)
+        filters += (tl.load(w_ptr + offs, mask=mask, other=0.0),)
+    return filters
+
+
+@triton.jit
+def zero_tiles(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tuple of COUNT fp32 tiles of zeros."""
+    tiles: tl.tuple = ()
+    for _ in tl.static_range(COUNT):
+        tiles += (tl.zeros((ROWS, COLUMNS), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def add_products(sums, row, filters, r: tl.constexpr):
+    """`sums[o] + row @ filters[r - o]` for every output row o that window row r meets."""
+    added: tl.tuple = ()
+    for o in tl.static_range(len(sums)):
+        if r - o >= 0 and r - o < 3:
+            added += (dot_fp32(row, filters[r - o], sums[o], "ieee"),)
+        else:
+            added += (sums[o],)
+    return added
+
+
+@triton.jit
+def add_filter_products(sums, row, outputs, r: tl.constexpr):
+    """`sums[t] + row^T @ outputs[r - t]` for every filter row t that leads window row r out."""
+    added: tl.tuple = ()
+    for t in tl.static_range(3):
+        if r - t >= 0 and r - t < len(outputs):
+            added += (dot_fp32(tl.trans(row), outputs[r - t], sums[t], "ieee"),)
+        else:
+            added += (sums[t],)
+    return added
+
+
+@triton.jit
+def _store_filter_sums(
+    dw_ptr,  # dense filters, one partial of them: fp32, or the dtype of dw
+    sums,  # dT[0], dT[1], dT[2]: [lanes of C, (q, k)] fp32 each
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """Add up what the two output pixels of a row gave each tap, and store it."""
+    s, _ = row_lanes(C)
+    tap = s[:, None] - (tl.arange(0, 2 * K) // K)[None, :]
+    c = tl.arange(0, max(C, 4))[:, None]
+    k = tl.arange(0, K)[None, :]
+    for t in tl.static_range(3):
+        for u in tl.static_range(3):
+            both = tl.where(tap == u, sums[t], 0.0).reshape(4, max(C, 4), 2, K)
+            dw = round_to(tl.sum(tl.sum(both, axis=2), axis=0), dw_ptr.dtype.element_ty)
+            offs = filter_offsets(t, u, c, k, C, K, BACKWARD)
+            tl.store(dw_ptr + offs, dw, mask=(c < C) & (k < K))
+
+
+@triton.jit
+def finish_filter_sums(
+    dw_ptr,  # (filters) out: dense, of K x 3 x 3 x C or with BACKWARD of C x 3 x 3 x K elements
+    partials_ptr,  # (num_programs + num_groups, filters) fp32; None where there is one program
+    counters_ptr,  # (1 + num_groups,) int32
+    sums,  # as in `_store_filter_sums`
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """End a kernel whose programs each have sums of all filters: the last one adds them up."""
+    if partials_ptr is None:
+        _store_filter_sums(dw_ptr, sums, C, K, BACKWARD)
+    else:
+        program = tl.program_id(0)
+        partial = tl.cast(program, tl.int64) * (9 * C * K)
+        _store_filter_sums(partials_ptr + partial, sums, C, K, BACKWARD)
+        add_partials(
+            partials_ptr,
+            counters_ptr,
+            dw_ptr,
+            0,
+            0,
+            0,
+            program,
+            tl.num_programs(0),
+            K,
+            9 * C,
+            K,
+            9 * C,
+            GROUP,
+        )
