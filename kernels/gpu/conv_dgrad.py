@@ -33,17 +33,14 @@ from fastres.kernels.gpu.checks import (
     index_dtype,
     nhwc_strides,
 )
+from fastres.kernels.gpu.conv_pixel import dgrad_pixel_variant
 from fastres.kernels.gpu.conv_strip import dgrad_strip_variant
 from fastres.kernels.gpu.conv_tma import dgrad_tma_variant
 from fastres.kernels.gpu.epilogue import store_gradient_tile
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
-from fastres.kernels.gpu.primitives import (
-    compute_dy,
-    dot_fp32,
-    pixel_offsets,
-    round_to,
-)
+from fastres.kernels.gpu.primitives import dot_fp32, pixel_offsets
+from fastres.kernels.gpu.prologue import backward_bn_channels, uses_assembly
 from fastres.kernels.layout import empty_channels_last
 
 __all__ = ["conv_dgrad"]
@@ -83,6 +80,7 @@ def _conv_dgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     COMPUTE_DY: tl.constexpr = coefficients_ptr is not None
     TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
@@ -134,8 +132,7 @@ def _conv_dgrad_kernel(
         if COMPUTE_DY:
             taps_y = offs_k - tap_r * Y_STRIDES[1] - tap_s * Y_STRIDES[2]
             y = tl.load(y_ptr + rows_y[:, None] + taps_y[None, :], mask=mask_dy, other=0.0)
-            computed = compute_dy(dy, y, coefficients_ptr, offs_k, K, mask_dy, mask_rsk)
-            dy = round_to(computed, dy.dtype)
+            dy = backward_bn_channels(dy, y, coefficients_ptr, offs_k, mask_rsk, mask_dy, K, ASM)
         acc = dot_fp32(dy, filters, acc, PRECISION)
 
     # Epilogue.
@@ -220,6 +217,7 @@ def conv_dgrad(
             PRODUCER_Y_STRIDES=nhwc_strides(y_p),
             PRECISION="tf32" if allow_tf32 else "ieee",
             **config.constexprs(),
+            ASM=uses_assembly(),
         )
     sum_g = sum_gy = None
     if producer is not None:
@@ -292,4 +290,5 @@ def _patch_variant(
     producer_y: torch.Tensor | None,
 ) -> KernelVariant | None:
     """The launch in patches of outputs; None where configuration or operands want another form."""
-    return dgrad_strip_variant(config, shape, g, y, w, shortcut, producer_y)
+    arguments = (config, shape, g, y, w, shortcut, producer_y)
+    return dgrad_strip_variant(*arguments) or dgrad_pixel_variant(*arguments)

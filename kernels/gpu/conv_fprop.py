@@ -29,19 +29,19 @@ from fastres.kernels.gpu.checks import (
     index_dtype,
     nhwc_strides,
 )
+from fastres.kernels.gpu.conv_pixel import fprop_pixel_variant
 from fastres.kernels.gpu.conv_strip import fprop_strip_variant
 from fastres.kernels.gpu.conv_tma import fprop_tma_variant
 from fastres.kernels.gpu.epilogue import store_output_tile
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
+from fastres.kernels.gpu.patches import PATCH_W
 from fastres.kernels.gpu.primitives import (
-    affine,
     dot_fp32,
     im2col_offsets,
     load_im2col,
-    relu,
-    round_to,
 )
+from fastres.kernels.gpu.prologue import activate_channels, uses_assembly
 from fastres.kernels.layout import empty_channels_last
 
 __all__ = ["conv_fprop", "conv_fprop_folded"]
@@ -76,6 +76,7 @@ def _conv_fprop_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     SCALE_SHIFT_INPUT: tl.constexpr = in_scale_shift_ptr is not None
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -102,8 +103,8 @@ def _conv_fprop_kernel(
         )  # [BLOCK_K, BLOCK_N]
         # Prologue: the affine comes before the padding, so padding is masked once more.
         if SCALE_SHIFT_INPUT:
-            z = relu(affine(x, in_scale_shift_ptr, offs_rsc % C, C, offs_rsc < R * S * C))
-            x = round_to(tl.where(mask_x, z, 0.0), x.dtype)
+            mask_rsc = offs_rsc < R * S * C
+            x = activate_channels(x, in_scale_shift_ptr, offs_rsc % C, mask_rsc, mask_x, C, ASM)
         acc = dot_fp32(x, w, acc, PRECISION)
 
     # Epilogue.
@@ -260,7 +261,10 @@ def _launch_fprop(
             RESIDUAL_STRIDES=nhwc_strides(residual),
             PRECISION="tf32" if allow_tf32 else "ieee",
             **config.constexprs(),
+            ASM=uses_assembly(),
         )
+    is_strip = "strip" in variant.kernel.__name__
+    tile_rows = num_npq // variant.num_tiles if is_strip else config.block_m * variant.row_pixels
     stats = None
     if store_stats:
         stats = x.new_empty((2, shape.K, variant.num_tiles), dtype=torch.float32)
@@ -286,7 +290,6 @@ def _launch_fprop(
             flops=shape.flops,
         ),
     )
-    tile_rows = num_npq // variant.num_tiles if config.form == "strip" else config.block_m
     return y, None if stats is None else TileStats(stats, tile_rows, num_npq)
 
 
@@ -310,4 +313,9 @@ def _patch_variant(
     store_stats: bool,
 ) -> KernelVariant | None:
     """The launch in patches of outputs; None where configuration or operands want another form."""
-    return fprop_strip_variant(config, shape, x, w, residual, store_stats)
+    # Statistics are merged as if every tile but the last had the same number of pixels.
+    if store_stats and (shape.H % config.patch_h != 0 or shape.W % PATCH_W != 0):
+        return None
+    return fprop_strip_variant(config, shape, x, w, residual, store_stats) or fprop_pixel_variant(
+        config, shape, x, w, residual
+    )

@@ -92,13 +92,15 @@ def _tensors(args: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 class KernelVariant(NamedTuple):
     """One of the kernels that an operation has: its grid and the arguments that are its alone.
 
-    num_tiles: how many partial statistics or sums it leaves for each channel.
+    num_tiles: how many partial statistics or sums it leaves for each channel. row_pixels: how many
+    pixels one row of a tile is, more than one in patches.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     args: dict[str, Any]
     num_tiles: int
+    row_pixels: int = 1
 
 
 @contextmanager
