@@ -34,19 +34,15 @@ from fastres.kernels.gpu.checks import (
     index_dtype,
     nhwc_strides,
 )
+from fastres.kernels.gpu.conv_pixel import dgrad_pixel_variant
 from fastres.kernels.gpu.conv_strip import dgrad_strip_variant
 from fastres.kernels.gpu.conv_tma import dgrad_tma_variant
 from fastres.kernels.gpu.epilogue import store_gradient_tile
 from fastres.kernels.gpu.last_program import finish_batch_norm_backward, finish_grads
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
-from fastres.kernels.gpu.primitives import (
-    compute_dy,
-    dot_fp32,
-    pixel_offsets,
-    round_to,
-    wait_for_previous_kernel,
-)
+from fastres.kernels.gpu.primitives import dot_fp32, pixel_offsets, wait_for_previous_kernel
+from fastres.kernels.gpu.prologue import backward_bn_channels, uses_assembly
 from fastres.kernels.layout import empty_channels_last
 
 __all__ = ["conv_dgrad"]
@@ -90,6 +86,7 @@ def _conv_dgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ASM: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -144,8 +141,7 @@ def _conv_dgrad_kernel(
         if COMPUTE_DY:
             taps_y = offs_k - tap_r * Y_STRIDES[1] - tap_s * Y_STRIDES[2]
             y = tl.load(y_ptr + rows_y[:, None] + taps_y[None, :], mask=mask_dy, other=0.0)
-            computed = compute_dy(dy, y, coefficients_ptr, offs_k, K, mask_dy, mask_rsk)
-            dy = round_to(computed, dy.dtype)
+            dy = backward_bn_channels(dy, y, coefficients_ptr, offs_k, mask_rsk, mask_dy, K, ASM)
         acc = dot_fp32(dy, filters, acc, PRECISION)
 
     # Epilogue.
@@ -254,6 +250,7 @@ def conv_dgrad(
             PRODUCER_Y_STRIDES=nhwc_strides(y_p),
             PRECISION="tf32" if allow_tf32 else "ieee",
             **config.constexprs(),
+            ASM=uses_assembly(),
         )
     finish, (grads,) = finish_grads(
         dx,
@@ -341,4 +338,5 @@ def _patch_variant(
     producer_y: torch.Tensor | None,
 ) -> KernelVariant | None:
     """The launch in patches of outputs; None where configuration or operands want another form."""
-    return dgrad_strip_variant(config, shape, g, y, w, shortcut, producer_y)
+    arguments = (config, shape, g, y, w, shortcut, producer_y)
+    return dgrad_strip_variant(*arguments) or dgrad_pixel_variant(*arguments)

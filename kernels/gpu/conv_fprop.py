@@ -31,6 +31,7 @@ from fastres.kernels.gpu.checks import (
     index_dtype,
     nhwc_strides,
 )
+from fastres.kernels.gpu.conv_pixel import fprop_pixel_variant
 from fastres.kernels.gpu.conv_strip import fprop_strip_variant
 from fastres.kernels.gpu.conv_tma import fprop_tma_variant
 from fastres.kernels.gpu.epilogue import store_output_tile
@@ -38,14 +39,12 @@ from fastres.kernels.gpu.last_program import finish_batch_norm, finish_stats
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
 from fastres.kernels.gpu.primitives import (
-    affine,
     dot_fp32,
     im2col_offsets,
     load_im2col,
-    relu,
-    round_to,
     wait_for_previous_kernel,
 )
+from fastres.kernels.gpu.prologue import activate_channels, uses_assembly
 from fastres.kernels.layout import empty_channels_last
 
 __all__ = ["conv_fprop", "conv_fprop_folded"]
@@ -85,6 +84,7 @@ def _conv_fprop_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ASM: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -114,8 +114,8 @@ def _conv_fprop_kernel(
         )  # [BLOCK_K, BLOCK_N]
         # Prologue: the affine comes before the padding, so padding is masked once more.
         if SCALE_SHIFT_INPUT:
-            z = relu(affine(x, in_scale_shift_ptr, offs_rsc % C, C, offs_rsc < R * S * C))
-            x = round_to(tl.where(mask_x, z, 0.0), x.dtype)
+            mask_rsc = offs_rsc < R * S * C
+            x = activate_channels(x, in_scale_shift_ptr, offs_rsc % C, mask_rsc, mask_x, C, ASM)
         acc = dot_fp32(x, w, acc, PRECISION)
 
     # Epilogue.
@@ -295,6 +295,7 @@ def _launch_fprop(
             RESIDUAL_STRIDES=nhwc_strides(residual),
             PRECISION="tf32" if allow_tf32 else "ieee",
             **config.constexprs(),
+            ASM=uses_assembly(),
         )
     finish, stats = finish_stats(
         x,
@@ -350,4 +351,6 @@ def _patch_variant(
     residual: torch.Tensor | None,
 ) -> KernelVariant | None:
     """The launch in patches of outputs; None where configuration or operands want another form."""
-    return fprop_strip_variant(config, shape, x, w, residual)
+    return fprop_strip_variant(config, shape, x, w, residual) or fprop_pixel_variant(
+        config, shape, x, w, residual
+    )

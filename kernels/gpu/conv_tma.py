@@ -40,14 +40,8 @@ from fastres.kernels.gpu.epilogue import store_gradient_tile, store_output_tile
 from fastres.kernels.gpu.last_program import finish_batch_norm, finish_batch_norm_backward
 from fastres.kernels.gpu.launch import KernelVariant
 from fastres.kernels.gpu.launch_config import ConvConfig, TmaTile
-from fastres.kernels.gpu.primitives import (
-    affine,
-    compute_dy,
-    dot_fp32,
-    relu,
-    round_to,
-    wait_for_previous_kernel,
-)
+from fastres.kernels.gpu.primitives import dot_fp32, wait_for_previous_kernel
+from fastres.kernels.gpu.prologue import activate_channels, backward_bn_channels
 
 __all__ = ["dgrad_tma_variant", "fprop_tma_variant"]
 
@@ -98,6 +92,7 @@ def _conv_fprop_tma_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ASM: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -123,12 +118,9 @@ def _conv_fprop_tma_kernel(
             # Prologue: the zeros around the image are those of x, and relu(b) is not 0.
             if SCALE_SHIFT_INPUT:
                 offs_c = c + tl.arange(0, BLOCK_K)
-                z = relu(affine(x, in_scale_shift_ptr, offs_c, C, offs_c < C))
-                if PADDING > 0:
-                    pixels = first + tl.arange(0, BLOCK_M)
-                    inside = _are_inside(pixels, tap // S - PADDING, tap % S - PADDING, P, Q, H, W)
-                    z = tl.where(inside, z, 0.0)
-                x = round_to(z, x.dtype)
+                pixels = first + tl.arange(0, BLOCK_M)
+                inside = _are_inside(pixels, tap // S - PADDING, tap % S - PADDING, P, Q, H, W)
+                x = activate_channels(x, in_scale_shift_ptr, offs_c, offs_c < C, inside, C, ASM)
             acc = dot_fp32(x, w.T, acc, PRECISION)
 
         # Epilogue.
@@ -211,6 +203,7 @@ def _conv_dgrad_tma_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ASM: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -240,8 +233,9 @@ def _conv_dgrad_tma_kernel(
                 y = y_desc.load(place).reshape(BLOCK_M, BLOCK_K)
                 offs_k = k + tl.arange(0, BLOCK_K)
                 inside = _are_inside(rows, PADDING - tap // S, PADDING - tap % S, H, W, P, Q)
-                computed = compute_dy(dy, y, coefficients_ptr, offs_k, K, inside, offs_k < K)
-                dy = round_to(computed, dy.dtype)
+                dy = backward_bn_channels(
+                    dy, y, coefficients_ptr, offs_k, offs_k < K, inside, K, ASM
+                )
             acc = dot_fp32(dy, filters, acc, PRECISION)
 
         # Epilogue.

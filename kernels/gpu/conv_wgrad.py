@@ -33,21 +33,20 @@ from fastres.kernels.gpu.checks import (
     index_dtype,
     nhwc_strides,
 )
+from fastres.kernels.gpu.conv_pixel import wgrad_pixel_variant
 from fastres.kernels.gpu.conv_strip_wgrad import wgrad_strip_variant
 from fastres.kernels.gpu.last_program import add_partials, allocate_partials, store_partial
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
 from fastres.kernels.gpu.primitives import (
-    affine,
-    compute_dy,
     dot_fp32,
     im2col_offsets,
     load_im2col,
-    relu,
     round_to,
     row_offsets,
     wait_for_previous_kernel,
 )
+from fastres.kernels.gpu.prologue import activate_channels, backward_bn_channels, uses_assembly
 
 __all__ = ["conv_wgrad"]
 
@@ -82,6 +81,7 @@ def _conv_wgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ASM: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -112,13 +112,11 @@ def _conv_wgrad_kernel(
         dy = tl.load(g_ptr + offs_g, mask=mask_dy, other=0.0)  # [BLOCK_K, BLOCK_N]
         # Prologues: padding of x and rows beyond the last pixel stay 0, although b and c2 are not.
         if SCALE_SHIFT_INPUT:
-            z = relu(affine(x, in_scale_shift_ptr, offs_rsc % C, C, mask_rsc))
-            x = round_to(tl.where(mask_x, z, 0.0), x.dtype)
+            x = activate_channels(x, in_scale_shift_ptr, offs_rsc % C, mask_rsc, mask_x, C, ASM)
         if COMPUTE_DY:
             offs_y = row_offsets(offs_npq, P, Q, Y_STRIDES)[:, None] + offs_k[None, :]
             y = tl.load(y_ptr + offs_y, mask=mask_dy, other=0.0)
-            computed = compute_dy(dy, y, coefficients_ptr, offs_k, K, mask_dy, mask_k)
-            dy = round_to(computed, dy.dtype)
+            dy = backward_bn_channels(dy, y, coefficients_ptr, offs_k, mask_k, mask_dy, K, ASM)
         acc = dot_fp32(tl.trans(x), dy, acc, PRECISION)
 
     # Epilogue.
@@ -258,6 +256,7 @@ def _pointer_variant(
         "Y_STRIDES": nhwc_strides(y),
         "PRECISION": "tf32" if allow_tf32 else "ieee",
         **config.constexprs(),
+        "ASM": uses_assembly(),
     }
     trips = (num_npq / (num_splits * config.block_k),)
     return KernelVariant(_conv_wgrad_kernel, (tiles, num_splits), args, num_splits, trips, tiles)
@@ -271,4 +270,5 @@ def _patch_variant(
     y: torch.Tensor | None,
 ) -> KernelVariant | None:
     """The launch in patches of outputs; None where configuration or operands want another form."""
-    return wgrad_strip_variant(config, shape, x, g, y)
+    arguments = (config, shape, x, g, y)
+    return wgrad_strip_variant(*arguments) or wgrad_pixel_variant(*arguments)

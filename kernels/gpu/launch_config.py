@@ -38,6 +38,7 @@ __all__ = [
     "assume_entries",
     "conv_config",
     "fits_fused",
+    "fits_pixels",
     "fits_strips",
     "force_pdl",
     "force_route",
@@ -46,6 +47,7 @@ __all__ = [
     "heuristic_config",
     "load_pdl",
     "load_table",
+    "pixel_config",
     "row_config",
     "strip_config",
     "table_key",
@@ -90,13 +92,14 @@ class ConvConfig:
         im2col   conv_fprop.py, conv_dgrad.py, conv_wgrad.py: any shape, pixels by pointers
         tma      conv_tma.py: fprop and dgrad, pixels by tensor descriptors, see `tma_tile`
         strip    conv_strip.py: 3x3 of few channels, rows of patches
-        pixel    conv_pixel.py: 3x3 of 32 or 64 channels, pixels of patches
+        pixel    conv_pixel.py: 3x3 of 16 to 64 channels, pixels of patches; strided dgrads
         fused    conv_backward.py, asked of dgrad: both gradients in one launch
 
     block_m, block_n, block_k: the tile of the matrix product; block_m counts patches where the form
     has them. split_k: partial sums of a wgrad reduction. grid_size: programs of a persistent
-    schedule; 0 starts one program a tile. patch_h: rows of a patch. ahead: how many rows or pixels
-    of its window are loaded before the first product.
+    schedule; 0 starts one program a tile. patch_h, patch_w: rows and columns of a patch, where the
+    form leaves them open; a pixel wgrad with patches of one row has programs of one filter row.
+    ahead: how many rows or pixels of its window are loaded before the first product.
     """
 
     block_m: int
@@ -109,6 +112,7 @@ class ConvConfig:
     form: Form = "im2col"
     grid_size: int = 0
     patch_h: int = 2
+    patch_w: int = 2
     ahead: int = 0
 
     def __post_init__(self) -> None:
@@ -128,8 +132,9 @@ class ConvConfig:
             raise ValueError(
                 f"grid_size must be 0, or above in another form, got {self.grid_size} ({self.form})"
             )
-        if self.patch_h not in (2, 4):
-            raise ValueError(f"patch_h must be 2 or 4, got {self.patch_h}")
+        for name in ("patch_h", "patch_w"):
+            if getattr(self, name) not in (1, 2, 4, 8):
+                raise ValueError(f"{name} must be 1, 2, 4 or 8, got {getattr(self, name)}")
         if self.ahead < 0:
             raise ValueError(f"ahead must not be negative, got {self.ahead}")
 
@@ -143,7 +148,7 @@ class ConvConfig:
         if self.grid_size:
             text += f" p{self.grid_size}"
         if self.form not in ("im2col", "tma"):
-            text += f" h{self.patch_h} a{self.ahead}"
+            text += f" h{self.patch_h} w{self.patch_w} a{self.ahead}"
         return text
 
     def constexprs(self) -> dict[str, int]:
@@ -397,6 +402,43 @@ def fused_config(shape: ConvShape, dtype: torch.dtype, *, has_producer: bool) ->
         return None
     patch_h = 2 if has_producer else 4
     return ConvConfig(64, 16, 16, 4, 1, form="fused", grid_size=2 * NUM_SMS, patch_h=patch_h)
+
+
+def fits_pixels(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> bool:
+    """Whether the pixel form computes a product: 3x3 with stride and padding 1, few channels.
+
+    Of strided convolutions it has the input gradient: 3x3, or 1x1 without padding, at stride 2.
+    """
+    windows = {(3, 3, 1, 1)} | ({(3, 3, 2, 1), (1, 1, 2, 0)} if op == "dgrad" else set())
+    is_met = (shape.R, shape.S, shape.stride, shape.padding) in windows
+    is_narrow = shape.C in (16, 32, 64) and shape.K in (16, 32, 64)
+    return is_met and is_narrow and dtype != torch.float32
+
+
+def pixel_config(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig | None:
+    """The heuristic configuration of the pixel form; None where it does not fit.
+
+    Four warps, for eight would form operands twice; nothing loaded ahead, for at 64 channels the
+    four sums leave no registers. The tuner tries the rest.
+    """
+    if not fits_pixels(op, shape, dtype):
+        return None
+    config = ConvConfig(64, 16, 16, 4, 1, form="pixel")
+    if op == "wgrad":
+        block_n = min(shape.K, 32)
+        # A program with one filter row writes a third of the sums, and in images no wider than a
+        # patch forms each x once; with all rows it forms each dy once.
+        if shape.W <= 8:
+            blocks = 3 * shape.K // block_n
+            config = replace(config, patch_h=1, patch_w=8, ahead=2)
+        else:
+            blocks = shape.K // block_n
+            config = replace(config, block_m=32, ahead=1)
+        config = replace(config, block_n=block_n, split_k=NUM_SMS // blocks)
+    elif shape.stride == 2 and shape.C == 16:
+        # Four sums of 16 channels are small: twice the patches share the filters.
+        config = replace(config, block_m=128)
+    return config
 
 
 def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:

@@ -49,11 +49,11 @@ class PatchGrid(NamedTuple):
     is_whole: bool
 
 
-def patch_grid(shape: ConvShape, patch_h: int, block_m: int) -> PatchGrid:
+def patch_grid(shape: ConvShape, patch_h: int, block_m: int, patch_w: int = PATCH_W) -> PatchGrid:
     """Tile the outputs of a convolution whose output has the size of its input."""
-    num_patches = shape.N * triton.cdiv(shape.H, patch_h) * triton.cdiv(shape.W, PATCH_W)
+    num_patches = shape.N * triton.cdiv(shape.H, patch_h) * triton.cdiv(shape.W, patch_w)
     num_tiles = triton.cdiv(num_patches, block_m)
-    is_whole = (shape.H % patch_h, shape.W % PATCH_W, num_patches % block_m) == (0, 0, 0)
+    is_whole = (shape.H % patch_h, shape.W % patch_w, num_patches % block_m) == (0, 0, 0)
     return PatchGrid(num_patches, num_tiles, is_whole)
 
 
@@ -69,14 +69,19 @@ def are_dense(*tensors: torch.Tensor | None) -> bool:
 
 @triton.jit
 def locate_patches(
-    tile, BLOCK_M: tl.constexpr, PATCH_H: tl.constexpr, H: tl.constexpr, W: tl.constexpr
+    tile,
+    BLOCK_M: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PATCH_W: tl.constexpr = 2,
 ):
     """n, h0, w0 of the patches of a tile, [BLOCK_M] each.
 
     Where tiles divide images, or images tiles, n or the rows depend on the tile alone and most of
     the divisions are by constants of the lane: they leave the loop over tiles.
     """
-    COLUMNS: tl.constexpr = (W + 1) // 2
+    COLUMNS: tl.constexpr = (W + PATCH_W - 1) // PATCH_W
     PATCHES: tl.constexpr = (H + PATCH_H - 1) // PATCH_H * COLUMNS
     lane = tl.arange(0, BLOCK_M)
     if PATCHES % BLOCK_M == 0:
@@ -84,19 +89,19 @@ def locate_patches(
         n = tile // (PATCHES // BLOCK_M) + lane * 0
         if BLOCK_M % COLUMNS == 0:
             h0 = (first // COLUMNS + lane // COLUMNS) * PATCH_H
-            w0 = lane % COLUMNS * 2
+            w0 = lane % COLUMNS * PATCH_W
         else:
             h0 = (first + lane) // COLUMNS * PATCH_H
-            w0 = (first + lane) % COLUMNS * 2
+            w0 = (first + lane) % COLUMNS * PATCH_W
     elif BLOCK_M % PATCHES == 0:
         n = tile * (BLOCK_M // PATCHES) + lane // PATCHES
         h0 = lane % PATCHES // COLUMNS * PATCH_H
-        w0 = lane % COLUMNS * 2
+        w0 = lane % COLUMNS * PATCH_W
     else:
         patch = tile * BLOCK_M + lane
         n = patch // PATCHES
         h0 = patch % PATCHES // COLUMNS * PATCH_H
-        w0 = patch % COLUMNS * 2
+        w0 = patch % COLUMNS * PATCH_W
     return n, h0, w0
 
 

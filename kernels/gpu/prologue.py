@@ -11,8 +11,9 @@ stored, and that again in fp32, of which statistics and gradient sums are made.
 In bf16 the compiler unpacks, compares, converts and packs one number at a time. ASM gives it the
 packed form: two numbers to a register, one conversion for both, the ReLU inside that conversion,
 the mask as one AND. Both round to nearest even, so the bits are the same; a NaN comes out as the
-canonical one. Neighbours in a row of the tile must have the same mask: two channels of one pixel.
-Without ASM, in the interpreter and for other dtypes the plain form is compiled.
+canonical one. Which neighbours share a register is the compiler's choice, two channels of a pixel
+or two pixels of a transposed tile, so each has a mask of its own. Without ASM, in the interpreter
+and for other dtypes the plain form is compiled.
 
 Source: own derivation; PTX ISA, sections cvt and fma.
 """
@@ -30,13 +31,15 @@ __all__ = [
     "BACKWARD_BN_PTX",
     "ROUND_PAIR_PTX",
     "activate",
+    "activate_channels",
     "backward_bn",
+    "backward_bn_channels",
     "plain_arithmetic",
     "round_pair",
     "uses_assembly",
 ]
 
-# $0: two results. $1: two of x. $2, $3: a. $4, $5: b. $6, $7: the mask, all ones or zero.
+# $0: two results. $1: two of x. $2, $3: a. $4, $5: b. $6: two masks, all ones or zero.
 ACTIVATE_PTX = tl.constexpr("""{
     .reg .b32 lo, hi;
     .reg .f32 z0, z1;
@@ -50,7 +53,7 @@ ACTIVATE_PTX = tl.constexpr("""{
     and.b32 $0, lo, $6;
 }""")
 
-# $0: two results. $1, $2: two of g and of y. $3 to $8: c0, c1, c2, two of each. $9, $10: the mask.
+# $0: two results. $1, $2: two of g and of y. $3 to $8: c0, c1, c2, two of each. $9: two masks.
 BACKWARD_BN_PTX = tl.constexpr("""{
     .reg .b32 lo, hi;
     .reg .f32 d0, d1, g0, g1;
@@ -96,8 +99,8 @@ def activate(x, a, b, inside, ASM: tl.constexpr):
     if ASM and not INTERPRETED and x.dtype == tl.bfloat16:
         result = tl.inline_asm_elementwise(
             ACTIVATE_PTX,
-            "=r,r,f,f,f,f,r,r",
-            [x, a, b, tl.where(inside, -1, 0)],
+            "=r,r,f,f,f,f,r",
+            [x, a, b, tl.where(inside, -1, 0).to(tl.int16)],
             dtype=tl.bfloat16,
             is_pure=True,
             pack=2,
@@ -114,8 +117,8 @@ def backward_bn(g, y, c0, c1, c2, inside, ASM: tl.constexpr):
     if ASM and not INTERPRETED and g.dtype == tl.bfloat16:
         result = tl.inline_asm_elementwise(
             BACKWARD_BN_PTX,
-            "=r,r,r,f,f,f,f,f,f,r,r",
-            [g, y, c0, c1, c2, tl.where(inside, -1, 0)],
+            "=r,r,r,f,f,f,f,f,f,r",
+            [g, y, c0, c1, c2, tl.where(inside, -1, 0).to(tl.int16)],
             dtype=tl.bfloat16,
             is_pure=True,
             pack=2,
@@ -124,6 +127,40 @@ def backward_bn(g, y, c0, c1, c2, inside, ASM: tl.constexpr):
         dy = c0 * g.to(tl.float32) + (c1 * y.to(tl.float32) + c2)
         result = round_to(tl.where(inside, dy, 0.0), g.dtype)
     return result
+
+
+@triton.jit
+def activate_channels(
+    x,  # [rows, columns]
+    scale_shift_ptr,  # (2, C) fp32: a above b
+    channels,  # [columns]
+    mask_c,  # which of them exist
+    inside,
+    C: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """`activate` of a tile whose columns are any channels."""
+    a = tl.load(scale_shift_ptr + channels, mask=mask_c, other=0.0)
+    b = tl.load(scale_shift_ptr + C + channels, mask=mask_c, other=0.0)
+    return activate(x, a[None, :], b[None, :], inside, ASM)
+
+
+@triton.jit
+def backward_bn_channels(
+    g,  # [rows, columns], as is y
+    y,
+    coefficients_ptr,  # (3, K) fp32: c0, c1, c2
+    channels,  # [columns]
+    mask_k,  # which of them exist
+    inside,
+    K: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """`backward_bn` of a tile whose columns are any channels."""
+    c0 = tl.load(coefficients_ptr + channels, mask=mask_k, other=0.0)
+    c1 = tl.load(coefficients_ptr + K + channels, mask=mask_k, other=0.0)
+    c2 = tl.load(coefficients_ptr + 2 * K + channels, mask=mask_k, other=0.0)
+    return backward_bn(g, y, c0[None, :], c1[None, :], c2[None, :], inside, ASM)
 
 
 @triton.jit

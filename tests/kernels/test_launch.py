@@ -111,7 +111,7 @@ def test_table_serves_the_nearest_batch_and_heuristics_the_rest(table):
         ({**ENTRY, "route": "magic"}, 3, "route must be one of"),
         ({**ENTRY, "split_k": 0}, 3, "split_k must be at least 1"),
         ({**ENTRY, "form": "box"}, 3, "form must be one of"),
-        ({**ENTRY, "patch_h": 3}, 3, "patch_h must be 2 or 4, got 3"),
+        ({**ENTRY, "patch_h": 3}, 3, "patch_h must be 1, 2, 4 or 8, got 3"),
         ({**ENTRY, "ahead": -1}, 3, "ahead must not be negative, got -1"),
         ({**ENTRY, "grid_size": 132}, 3, "grid_size must be 0, or above in another form, got 132"),
     ],

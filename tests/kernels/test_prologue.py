@@ -76,8 +76,10 @@ def fp32_operands(seed):
 
 
 def mask_operand(seed):
-    inside = np.random.default_rng(seed).random(SIZE) < 0.75
-    return inside, np.where(inside, np.uint32(0xFFFFFFFF), np.uint32(0))
+    """Which numbers of every pair stay, and the masks of both as one register."""
+    inside = np.random.default_rng(seed).random((2, SIZE)) < 0.75
+    low, high = np.where(inside, np.uint32(0xFFFF), np.uint32(0))
+    return inside, (high << 16) | low
 
 
 def rounded(values):
@@ -97,10 +99,11 @@ def test_packed_activation():
     x, xs = bf16_operands(0)
     a, b = fp32_operands(1), fp32_operands(2)
     inside, mask = mask_operand(3)
-    operands = {"$1": x, "$2": a[0], "$3": a[1], "$4": b[0], "$5": b[1], "$6": mask, "$7": mask}
+    operands = {"$1": x, "$2": a[0], "$3": a[1], "$4": b[0], "$5": b[1], "$6": mask}
     found = run_ptx(prologue.ACTIVATE_PTX.value, operands)["$0"]
     z = [fma(*numbers) for numbers in zip(xs, a, b, strict=True)]
-    check_pairs(found, [np.where(inside, np.where(v <= 0, np.float32(0), v), 0) for v in z])
+    activations = [np.where(v <= 0, np.float32(0), v) for v in z]
+    check_pairs(found, np.where(inside, activations, np.float32(0)))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -111,11 +114,11 @@ def test_packed_backward():
     c0, c1, c2 = fp32_operands(2), fp32_operands(3), fp32_operands(4)
     inside, mask = mask_operand(5)
     vectors = [v for pair in (c0, c1, c2) for v in pair]
-    operands = {"$1": g, "$2": y, "$9": mask, "$10": mask}
+    operands = {"$1": g, "$2": y, "$9": mask}
     operands |= {f"${i}": vector for i, vector in enumerate(vectors, start=3)}
     found = run_ptx(prologue.BACKWARD_BN_PTX.value, operands)["$0"]
     dy = [fma(gs[i], c0[i], fma(ys[i], c1[i], c2[i])) for i in range(2)]
-    check_pairs(found, [np.where(inside, v, np.float32(0)) for v in dy])
+    check_pairs(found, np.where(inside, dy, np.float32(0)))
 
 
 def test_packed_rounding():
