@@ -28,7 +28,12 @@ from fastres.kernels.gpu.conv_backward import conv_gradients
 from fastres.kernels.gpu.conv_dgrad import conv_dgrad
 from fastres.kernels.gpu.conv_fprop import conv_fprop, conv_fprop_folded
 from fastres.kernels.gpu.conv_wgrad import conv_wgrad
-from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
+from fastres.kernels.gpu.launch_config import (
+    ConvConfig,
+    conv_config,
+    im2col_config,
+    strip_config,
+)
 from fastres.kernels.gpu.primitives import INTERPRETED
 from fastres.kernels.layout import to_dense_channels_last
 from fastres.kernels.reference import block as ref
@@ -54,21 +59,31 @@ def _allow_tf32(x: Tensor) -> bool:
     return x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
 
 
-def _config(op: ConvOp, x: Tensor, layer: ConvBN) -> ConvConfig:
-    """Tiles and route of one product of the convolution of x."""
+def _shape(x: Tensor, layer: ConvBN) -> ConvShape:
+    """Of the convolution of x."""
     n, c, h, w = x.shape
     k, _, r, s = layer.w.shape
-    shape = ConvShape(n, h, w, c, k, r, s, layer.stride, layer.padding)
-    return conv_config(op, shape, x.dtype, x.device, tf32=_allow_tf32(x))
+    return ConvShape(n, h, w, c, k, r, s, layer.stride, layer.padding)
+
+
+def _config(op: ConvOp, x: Tensor, layer: ConvBN) -> ConvConfig:
+    """Form, tiles and route of one product of the convolution of x."""
+    return conv_config(op, _shape(x, layer), x.dtype, x.device, tf32=_allow_tf32(x))
+
+
+def _stores_operand(config: ConvConfig) -> bool:
+    """Whether a pass of its own stores what a prologue would form."""
+    return config.stored or config.route == "cudnn"
 
 
 def conv_bn(x: Tensor, layer: ConvBN, scale_shift: Tensor | None) -> LayerState:
     """See `block.Backend`."""
     config = _config("fprop", x, layer)
     geometry = {"stride": layer.stride, "padding": layer.padding}
+    if scale_shift is not None and _stores_operand(config):
+        x, scale_shift = bn_apply(x, scale_shift), None
     if config.route == "cudnn":
-        activation = x if scale_shift is None else bn_apply(x, scale_shift)
-        y = to_dense_channels_last(ref.conv_ref(activation, layer.w, **geometry))
+        y = to_dense_channels_last(ref.conv_ref(x, layer.w, **geometry))
         return LayerState(y, bn_stats(y, layer.batch_norm))
     y, stats = conv_fprop(
         x,
@@ -128,9 +143,9 @@ def conv_backward(
     shortcut: Tensor | None,
     need_dx: bool,
 ) -> ConvGrads:
-    """See `block.Backend`; dy is stored once where either product is cuDNN's."""
+    """See `block.Backend`; dy is stored once for both products where either wants it."""
     dgrad, wgrad = _config("dgrad", x, layer), _config("wgrad", x, layer)
-    if need_dx and (dgrad.route, wgrad.route) == ("triton", "triton"):
+    if need_dx and (dgrad.route, dgrad.form) == ("triton", "fused"):
         both = conv_gradients(
             dy,
             x,
@@ -145,8 +160,10 @@ def conv_backward(
         )
         if both is not None:
             return both
+        shape = _shape(x, layer)
+        dgrad = strip_config("dgrad", shape, x.dtype) or im2col_config("dgrad", shape, x.dtype)
     gradient: Tensor | DeferredGrad = dy
-    if wgrad.route == "cudnn" or (need_dx and dgrad.route == "cudnn"):
+    if _stores_operand(wgrad) or (need_dx and _stores_operand(dgrad)):
         gradient = bn_backward_apply(dy)
     dw = _filter_gradient(gradient, x, layer, producer, wgrad)
     if not need_dx:
@@ -164,12 +181,11 @@ def _filter_gradient(
 ) -> Tensor:
     scale_shift = None if producer is None else producer.scale_shift
     filter_size = (layer.w.shape[2], layer.w.shape[3])
+    if scale_shift is not None and _stores_operand(config):
+        x, scale_shift = bn_apply(x, scale_shift), None
     if config.route == "cudnn":
         assert isinstance(dy, Tensor)
-        activation = x if scale_shift is None else bn_apply(x, scale_shift)
-        dw = ref.conv_wgrad_ref(
-            activation, dy, filter_size, stride=layer.stride, padding=layer.padding
-        )
+        dw = ref.conv_wgrad_ref(x, dy, filter_size, stride=layer.stride, padding=layer.padding)
         return to_dense_channels_last(dw).to(layer.dw_dtype or dw.dtype)
     return conv_wgrad(
         x,

@@ -35,6 +35,7 @@ __all__ = [
     "Route",
     "RowConfig",
     "TmaTile",
+    "assume_capability",
     "assume_entries",
     "conv_config",
     "fits_fused",
@@ -45,6 +46,7 @@ __all__ = [
     "fused_config",
     "gpu_name",
     "heuristic_config",
+    "im2col_config",
     "load_pdl",
     "load_table",
     "pixel_config",
@@ -67,12 +69,19 @@ MAX_TMA_DIM = 256
 # Multiprocessors of an H100 or H200: a grid of as many programs fills the GPU once.
 NUM_SMS = 132
 
+# Channels from which a convolution is bound by its products.
+WIDE = 128
+
+# Compute capability from which GPUs have TMA and products of warpgroups.
+HOPPER = (9, 0)
+
 Route = Literal["triton", "cudnn"]
 Form = Literal["im2col", "tma", "strip", "pixel", "fused"]
 
 _assumed: Override[Mapping[str, "ConvConfig"]] = Override()
 _forced_route: Override[Route] = Override()
 _forced_pdl: Override[bool] = Override()
+_assumed_capability: Override[tuple[int, int]] = Override()
 
 
 class TmaTile(NamedTuple):
@@ -100,6 +109,8 @@ class ConvConfig:
     schedule; 0 starts one program a tile. patch_h, patch_w: rows and columns of a patch, where the
     form leaves them open; a pixel wgrad with patches of one row has programs of one filter row.
     ahead: how many rows or pixels of its window are loaded before the first product.
+    stored: whether a kernel of its own stores the activation or dy first, that the prologue would
+    form otherwise.
     """
 
     block_m: int
@@ -114,6 +125,7 @@ class ConvConfig:
     patch_h: int = 2
     patch_w: int = 2
     ahead: int = 0
+    stored: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k", "num_warps"):
@@ -244,6 +256,14 @@ def assume_entries(entries: Mapping[str, ConvConfig]) -> AbstractContextManager[
     return _assumed.set(entries)
 
 
+def assume_capability(capability: tuple[int, int]) -> AbstractContextManager[None]:
+    """Let the rules take devices that are no GPUs for one of this compute capability, e.g. (8, 0).
+
+    Without it they take them for Hopper.
+    """
+    return _assumed_capability.set(capability)
+
+
 def force_route(route: Route) -> AbstractContextManager[None]:
     """Have every convolution inside the `with` block on one route, tiles as `conv_config` gives.
 
@@ -302,14 +322,62 @@ def _known_config(
         if key.startswith(prefix) and key.endswith(suffix)
     }
     if not batches:
-        return heuristic_config(op, shape, dtype, tf32=tf32)
+        return heuristic_config(op, shape, dtype, tf32=tf32, capability=_capability(device))
     return batches[min(batches, key=lambda n: abs(math.log(n / shape.N)))]
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)
+    return _assumed_capability.value or HOPPER
+
+
 def heuristic_config(
+    op: ConvOp,
+    shape: ConvShape,
+    dtype: torch.dtype,
+    *,
+    tf32: bool = False,
+    capability: tuple[int, int] = HOPPER,
+) -> ConvConfig:
+    """Form, tiles and route by rule, for GPUs and layers nobody has measured.
+
+    Narrow layers wait for the instructions of their own kernels, so the form that issues fewest
+    computes them: on Hopper and later, for what it runs spills on earlier GPUs.
+    """
+    if max(shape.C, shape.K) >= WIDE and shape.R * shape.S > 1:
+        return _wide_config(op, shape, dtype, tf32, capability)
+    im2col = im2col_config(op, shape, dtype, tf32=tf32)
+    if capability < HOPPER or dtype == torch.float32:
+        return im2col
+    if op == "dgrad" and (fused := fused_config(shape, dtype, has_producer=True)) is not None:
+        return fused
+    by_form = strip_config(op, shape, dtype) or pixel_config(op, shape, dtype)
+    if by_form is None and shape.stride > 1:
+        # Four taps of a strided window are soon read: stages cost more instructions than they hide.
+        return replace(im2col, num_stages=1)
+    return by_form or im2col
+
+
+def _wide_config(
+    op: ConvOp, shape: ConvShape, dtype: torch.dtype, tf32: bool, capability: tuple[int, int]
+) -> ConvConfig:
+    """Wide layers are bound by products: cuDNN, or plain products by TMA with the epilogues.
+
+    Their operands are stored first, by a pass that costs less than forming them for every tap and
+    block of filters.
+    """
+    if op != "wgrad" and capability >= HOPPER and dtype != torch.float32:
+        by_tma = tma_config(op, shape, dtype)
+        if by_tma is not None:
+            return replace(by_tma, stored=True)
+    return replace(im2col_config(op, shape, dtype, tf32=tf32), route="cudnn")
+
+
+def im2col_config(
     op: ConvOp, shape: ConvShape, dtype: torch.dtype, *, tf32: bool = False
 ) -> ConvConfig:
-    """Tiles by rule, for GPUs and layers nobody has measured."""
+    """The heuristic tiles of the form that computes everything."""
     gemm = shape.gemm(op)
     on_tensor_cores = dtype != torch.float32 or tf32
     if op == "wgrad":
@@ -344,7 +412,7 @@ def tma_config(
     None where the shape has no TMA tile or its pixels and filters are no multiples of 16 bytes.
     Nobody has timed TMA loads on a GPU, so the heuristics load by pointers; the tuner tries both.
     """
-    config = heuristic_config(op, shape, dtype, tf32=tf32)
+    config = im2col_config(op, shape, dtype, tf32=tf32)
     # A TMA tile holds channels of one tap; a pointer load takes several taps of few channels.
     channels = shape.C if op == "fprop" else shape.K
     config = replace(config, form="tma", block_k=_tile(channels, config.block_k))

@@ -16,7 +16,11 @@ from fastres.kernels.gpu.launch_config import (
     NUM_SMS,
     ConvConfig,
     Form,
+    fused_config,
     heuristic_config,
+    im2col_config,
+    pixel_config,
+    strip_config,
     table_key,
     tma_config,
 )
@@ -71,7 +75,8 @@ def heuristic_start(product: Product) -> ConvConfig:
 
 def im2col_start(product: Product) -> ConvConfig:
     """The heuristic tiles of the form that computes everything."""
-    return heuristic_start(product)
+    precision = product.precision
+    return im2col_config(product.op, product.shape, precision.dtype, tf32=precision.tf32)
 
 
 def _tma_start(product: Product) -> ConvConfig | None:
@@ -80,9 +85,18 @@ def _tma_start(product: Product) -> ConvConfig | None:
 
 
 # What each form begins with, None for products that it cannot compute. A new form is added here.
+def _fused_start(product: Product) -> ConvConfig | None:
+    if product.op != "dgrad":
+        return None
+    return fused_config(product.shape, product.precision.dtype, has_producer=True)
+
+
 STARTS: dict[Form, Callable[[Product], ConvConfig | None]] = {
     "im2col": im2col_start,
     "tma": _tma_start,
+    "strip": lambda product: strip_config(product.op, product.shape, product.precision.dtype),
+    "pixel": lambda product: pixel_config(product.op, product.shape, product.precision.dtype),
+    "fused": _fused_start,
 }
 
 

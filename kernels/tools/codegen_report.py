@@ -22,8 +22,9 @@ from fastres.kernels.conv_shape import ConvOp
 from fastres.kernels.gpu.launch import Launch, Traffic
 from fastres.kernels.gpu.launch_config import (
     ConvConfig,
+    assume_capability,
     assume_entries,
-    heuristic_config,
+    im2col_config,
     load_table,
     table_key,
     tma_config,
@@ -38,6 +39,7 @@ __all__ = [
     "CodegenEntry",
     "Plan",
     "attainable_us",
+    "capability_of",
     "compile_entries",
     "count_builds",
     "plan_entries",
@@ -235,6 +237,12 @@ def plan_launch(
     )
 
 
+def capability_of(arch: str) -> tuple[int, int]:
+    """The compute capability of an architecture: (9, 0) of sm_90."""
+    major, minor = divmod(int(arch.removeprefix("sm_")), 10)
+    return major, minor
+
+
 def plan_entries(
     arch: str, model: str, precision: str, batch: int, phases: Sequence[str]
 ) -> list[Plan]:
@@ -254,7 +262,7 @@ def plan_entries(
     convs, numbers = network_convs(model, batch), PRECISIONS[precision]
     plans: dict[tuple[Build, Traffic], Plan] = {}
     for configured_by, entries in _tables(arch, convs, numbers).items():
-        with assume_entries(entries):
+        with assume_entries(entries), assume_capability(capability_of(arch)):
             recorded = [
                 named
                 for phase in phases
@@ -285,6 +293,7 @@ def _tables(
     }
     if arch != "sm_80":
         tables["TMA loads"] = _by_tma(convs, precision)
+        tables["im2col"] = _by_im2col(convs, precision)
     routed: list[list[ConvOp]] = [["fprop", "dgrad", "wgrad"], ["dgrad"], ["wgrad"]]
     for ops in routed:
         tables[f"{', '.join(ops)} on cudnn"] = _on_cudnn(convs, precision, ops)
@@ -303,6 +312,17 @@ def _by_tma(convs: Sequence[NamedConv], precision: Precision) -> dict[str, ConvC
     return {key: config for key, config in entries.items() if config is not None}
 
 
+def _by_im2col(convs: Sequence[NamedConv], precision: Precision) -> dict[str, ConvConfig]:
+    """Entries of the form that takes what no other can."""
+    dtype, tf32 = precision.dtype, precision.tf32
+    ops: list[ConvOp] = ["fprop", "dgrad", "wgrad"]
+    return {
+        table_key(op, shape, dtype, tf32=tf32): im2col_config(op, shape, dtype, tf32=tf32)
+        for op in ops
+        for _, shape, _ in convs
+    }
+
+
 def _on_cudnn(
     convs: Sequence[NamedConv], precision: Precision, ops: Sequence[ConvOp]
 ) -> dict[str, ConvConfig]:
@@ -310,7 +330,7 @@ def _on_cudnn(
     dtype, tf32 = precision.dtype, precision.tf32
     return {
         table_key(op, shape, dtype, tf32=tf32): replace(
-            heuristic_config(op, shape, dtype, tf32=tf32), route="cudnn"
+            im2col_config(op, shape, dtype, tf32=tf32), route="cudnn"
         )
         for op in ops
         for _, shape, _ in convs

@@ -15,11 +15,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastres.kernels.gpu.launch import Launch
-from fastres.kernels.gpu.launch_config import ConvConfig, assume_entries, load_table
+from fastres.kernels.gpu.launch_config import (
+    ConvConfig,
+    assume_capability,
+    assume_entries,
+    load_table,
+)
 from fastres.kernels.tools.codegen_report import (
     EFFICIENCY,
     CodegenEntry,
     attainable_us,
+    capability_of,
     compile_entries,
     plan_launch,
 )
@@ -173,7 +179,7 @@ def count_step(
 
     Raises: ValueError: when the kernels are interpreted in this process and cannot be compiled.
     """
-    with assume_entries(_entries_of_card(arch)):
+    with assume_entries(_entries_of_card(arch)), assume_capability(capability_of(arch)):
         named = list(network_launches(network, batch, PRECISIONS[precision], phase))
     plans = [
         plan_launch(launch, arch, network, precision, "step")
