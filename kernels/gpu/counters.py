@@ -7,7 +7,7 @@ be shared by launches that run at the same time.
   a CUDA graph's launches  memory of their own, since a graph is replayed on any stream, beside any
                            other. Zeros allocated during capture are memory of the graph, at the
                            price of a memset in it for each; inside `own_counters` it is none.
-  CPU and meta tensors     zeros, which cost nothing worth saving.
+  CPU tensors              zeros, which cost nothing worth saving.
 """
 
 from collections.abc import Iterator
@@ -65,6 +65,8 @@ def zero_counters(like: torch.Tensor, count: int) -> torch.Tensor:
         counters = slices.take(count)
         if counters is not None:
             return counters
+    if device.type == "meta":
+        return torch.empty(count, dtype=torch.int32, device=device)
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)

@@ -1,5 +1,7 @@
 """A recorded launch in words, and how wide its loads can be: for the codegen report."""
 
+import re
+
 import torch
 
 from fastres.kernels.gpu.launch import Launch
@@ -21,6 +23,11 @@ _VARIANTS = {
         "producer_y_ptr": "relu mask and sums",
     },
     "conv_wgrad_kernel": {"in_scale_shift_ptr": "bn+relu in", "coefficients_ptr": "deferred dy"},
+    "conv_backward_kernel": {
+        "coefficients_ptr": "deferred dy",
+        "shortcut_ptr": "shortcut added",
+        "producer_batch_norm_ptr": "bn+relu in, relu mask and sums",
+    },
     "bn_apply_kernel": {
         "shortcut_ptr": "shortcut",
         "shortcut_scale_shift_ptr": "projected",
@@ -34,23 +41,30 @@ _VARIANTS = {
 }
 
 
+_FORMS = re.compile("_(?:tma|strip|pixel)(?=_)")
+
+
 def variant_label(launch: Launch) -> str:
     """The prologue and epilogue of a launch in words."""
     words = [
         word
-        for name, word in _VARIANTS.get(launch.name.replace("_tma", ""), {}).items()
+        for name, word in _VARIANTS.get(_FORMS.sub("", launch.name), {}).items()
         if launch.args[name] is not None and launch.args[name] is not False
     ]
     return ", ".join(words) or "plain"
 
 
 def tile_label(launch: Launch) -> str:
-    """Tile, warps, stages; size of a persistent grid; split-K of a filter gradient."""
-    sizes = [str(value) for name, value in launch.args.items() if name.startswith("BLOCK_")]
+    """Tile, warps, stages; a patch and what of it is loaded ahead; persistent grid or split-K."""
+    args, grid = launch.args, launch.grid
+    sizes = [str(value) for name, value in args.items() if name.startswith("BLOCK_")]
     text = f"{'x'.join(sizes)} w{launch.num_warps} s{launch.num_stages}"
-    if launch.args.get("PERSISTENT"):
-        text += f" p{launch.grid[0]}"
-    return f"{text} k{launch.grid[1]}" if launch.name == "conv_wgrad_kernel" else text
+    if "AHEAD" in args:
+        text += f" h{args.get('PATCH_H', 2)} a{args['AHEAD']}"
+    if "wgrad" in launch.name:
+        return f"{text} k{grid[-1]}"
+    is_persistent = args.get("PERSISTENT") or grid[0] < args.get("num_tiles", 0)
+    return f"{text} p{grid[0]}" if is_persistent else text
 
 
 def expected_bits(launch: Launch) -> dict[str, int]:
@@ -58,7 +72,8 @@ def expected_bits(launch: Launch) -> dict[str, int]:
 
     A load is at most 16 bytes; no wider than what stays together and aligned in memory, which is a
     pixel's channels (6 bytes in a stem) or a filter's row; and no wider than a thread's share of
-    the tile, which can be less for the filters of a narrow layer.
+    the tile, which can be less for the filters of a narrow layer. Forms in patches read the filters
+    once, before their loop, as it suits their products.
     """
     args, expected = launch.args, {}
     for name, tensor in args.items():
@@ -67,6 +82,8 @@ def expected_bits(launch: Launch) -> dict[str, int]:
         run = tensor.shape[1] * tensor.element_size()
         share = 16
         if name == "w_ptr":
+            if "BLOCK_K" not in args:
+                continue
             run *= 1 if launch.name == "conv_dgrad_kernel" else tensor[0, 0].numel()
             tile = args["BLOCK_K"] * args["BLOCK_N"] * tensor.element_size()
             share = tile // (32 * launch.num_warps)

@@ -33,6 +33,7 @@ from fastres.kernels.tools.torch_launches import AnyLaunch, recording_all
 
 __all__ = [
     "NamedLaunch",
+    "computes",
     "network_launches",
     "record_augmentation",
     "record_head",
@@ -194,15 +195,19 @@ class NamedLaunch:
     count: int
 
 
+def computes(launch: Launch, shape: ConvShape) -> bool:
+    """Whether a launch is of this convolution; what a form leaves fixed is no argument of its."""
+    numbers = shape.constexprs().items()
+    return launch.name.startswith("conv") and all(
+        launch.args.get(name, number) == number for name, number in numbers
+    )
+
+
 def _layer_name(block: NamedBlock, launch: AnyLaunch) -> str:
     """The convolution that a launch computes, as networks.py calls it; else the block."""
     if not isinstance(launch, Launch) or not launch.name.startswith("conv"):
         return block.name
-    return next(
-        conv.name
-        for conv in block.convs()
-        if conv.shape.constexprs().items() <= launch.args.items()
-    )
+    return next(conv.name for conv in block.convs() if computes(launch, conv.shape))
 
 
 def network_launches(

@@ -24,7 +24,7 @@ from fastres.kernels.gpu.launch import Launch
 from fastres.kernels.reference import backend as reference_backend
 from fastres.kernels.reference.block import bn_fold_ref
 from fastres.kernels.reference.error_bound import RATIO, UNIT_ROUNDOFF
-from fastres.kernels.tools.network_launches import record_training
+from fastres.kernels.tools.network_launches import computes, record_training
 from fastres.kernels.tools.networks import NamedBlock, Precision, network_blocks, precision_set
 from fastres.kernels.tools.torch_launches import AnyLaunch
 
@@ -103,9 +103,7 @@ def _variants_of(block: NamedBlock) -> list[tuple[ConvVariant, ConvShape]]:
 
 
 def _is_of(launch: AnyLaunch, shape: ConvShape) -> bool:
-    if not isinstance(launch, Launch) or not launch.name.startswith("conv"):
-        return False
-    return shape.constexprs().items() <= launch.args.items()
+    return isinstance(launch, Launch) and computes(launch, shape)
 
 
 @dataclass(frozen=True)
