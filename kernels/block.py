@@ -122,6 +122,12 @@ class Backend(Protocol):
         wanted.
         """
 
+    def adds_in_projection(self, x: Tensor, first: ConvBN, projection: ConvBN) -> bool:
+        """Whether the gradient of the main path is added to that of the projection.
+
+        Both convolve x, and the kernel of either may add what the other has left.
+        """
+
     def conv_folded(
         self, x: Tensor, layer: ConvBN, scale_shift: Tensor, residual: Tensor | None, relu: bool
     ) -> Tensor:
@@ -242,17 +248,22 @@ def backward(
     )
     dshortcut = grads.dy.g if block.shortcut == "input" else None
     dresidual = grads.dy.g if block.shortcut == "given" else None
-    of_projection: list[ConvBNGrads] = []
-    if projection is not None and projected is not None:
-        dshortcut, dw, _ = backend.conv_backward(
-            projected.dy,
+
+    def of_input(dy: DeferredGrad, layer: ConvBN, shortcut: Tensor | None) -> ConvGrads:
+        return backend.conv_backward(
+            dy,
             x,
-            projection,
+            layer,
             producer=None,
             producer_weight=None,
-            shortcut=None,
+            shortcut=shortcut,
             need_dx=need_dx,
         )
+
+    of_projection: list[ConvBNGrads] = []
+    comes_last = projection is not None and backend.adds_in_projection(x, layers[0], projection)
+    if projection is not None and projected is not None and not comes_last:
+        dshortcut, dw, _ = of_input(projected.dy, projection, None)
         of_projection.append(ConvBNGrads(dw, projected.dgamma, projected.dbeta))
 
     of_layers: list[ConvBNGrads] = []
@@ -269,14 +280,9 @@ def backward(
         of_layers.insert(0, ConvBNGrads(dw, grads.dgamma, grads.dbeta))
         assert producer is not None
         grads = producer
-    dx, dw, _ = backend.conv_backward(
-        grads.dy,
-        x,
-        layers[0],
-        producer=None,
-        producer_weight=None,
-        shortcut=dshortcut,
-        need_dx=need_dx,
-    )
+    dx, dw, _ = of_input(grads.dy, layers[0], dshortcut)
     of_layers.insert(0, ConvBNGrads(dw, grads.dgamma, grads.dbeta))
+    if projection is not None and projected is not None and comes_last:
+        dx, dw, _ = of_input(projected.dy, projection, dx)
+        of_projection.append(ConvBNGrads(dw, projected.dgamma, projected.dbeta))
     return BlockGrads(dx, dresidual, of_layers + of_projection)

@@ -26,6 +26,7 @@ from fastres.kernels.cpu import build as cpu_build
 from fastres.kernels.layout import empty_channels_last, to_dense_channels_last
 
 __all__ = [
+    "adds_in_projection",
     "apply",
     "block_folded",
     "conv_backward",
@@ -346,6 +347,11 @@ def _fuses_block(x: Tensor, block: Block, scale_shifts: Sequence[Tensor]) -> boo
         and all(_fuses_size(h, w, layer) for layer in block.all_layers if layer is not second)
         and _fuses_size(h // stride, w // stride, second)
     )
+
+
+def adds_in_projection(x: Tensor, first: ConvBN, projection: ConvBN) -> bool:
+    """See `block.Backend`: the main path adds the projection's."""
+    return False
 
 
 def block_folded(x: Tensor, block: Block, scale_shifts: Sequence[Tensor]) -> Tensor | None:

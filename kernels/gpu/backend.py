@@ -39,6 +39,7 @@ from fastres.kernels.layout import to_dense_channels_last
 from fastres.kernels.reference import block as ref
 
 __all__ = [
+    "adds_in_projection",
     "apply",
     "block_folded",
     "conv_backward",
@@ -258,6 +259,12 @@ def conv_folded(
         allow_tf32=_allow_tf32(x),
         config=config,
     )
+
+
+def adds_in_projection(x: Tensor, first: ConvBN, projection: ConvBN) -> bool:
+    """See `block.Backend`: where cuDNN has no epilogue to add in, and the projection has."""
+    routes = _config("dgrad", x, first).route, _config("dgrad", x, projection).route
+    return routes == ("cudnn", "triton")
 
 
 def block_folded(x: Tensor, block: Block, scale_shifts: Sequence[Tensor]) -> Tensor | None:

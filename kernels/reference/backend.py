@@ -21,6 +21,7 @@ from fastres.kernels.layout import to_dense_channels_last
 from fastres.kernels.reference import block as ref
 
 __all__ = [
+    "adds_in_projection",
     "apply",
     "block_folded",
     "conv_backward",
@@ -137,6 +138,11 @@ def conv_folded(
     x, w = _conv_operands(x, layer.w, layer=layer)
     y = ref.conv_ref(x, w, stride=layer.stride, padding=layer.padding)
     return to_dense_channels_last(ref.bn_apply_ref(y, scale_shift, residual=residual, relu=relu))
+
+
+def adds_in_projection(x: Tensor, first: ConvBN, projection: ConvBN) -> bool:
+    """See `block.Backend`: the main path adds the projection's."""
+    return False
 
 
 def block_folded(x: Tensor, block: Block, scale_shifts: Sequence[Tensor]) -> Tensor | None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,7 +83,19 @@ class _TorchRecorder(TorchDispatchMode):
         result = None if func.__name__.startswith("_fused_") else func(*args, **kwargs)
         if func.namespace == "aten":
             self.launches += _launches_of(func, args, kwargs, result)
+        if func.__name__.startswith("convolution_backward"):
+            result = _as_cudnn_returns(result, args[2])
         return result
+
+
+def _as_cudnn_returns(grads: Any, w: Tensor) -> Any:
+    """The gradients in the layout of the filters, which cuDNN gives them; meta knows NCHW alone."""
+    if not w.is_contiguous(memory_format=torch.channels_last):
+        return grads
+    return [
+        grad.contiguous(memory_format=torch.channels_last) if grad is not None else None
+        for grad in grads
+    ]
 
 
 def _tensors(value: Any) -> list[Tensor]:
