@@ -112,6 +112,8 @@ def _conv_backward_kernel(
         n, h0, w0 = locate_patches(tile, BLOCK_M, PATCH_H, H, W)
         exists = tile * BLOCK_M + tl.arange(0, BLOCK_M) < num_patches
         pixels = (n.to(INDEX) * H + h0) * W + w0
+        # One tile of offsets for all rows: there are no registers for more.
+        offs_x = (pixels * C)[:, None] + column[None, :]
         inside_dy = row_masks(exists, h0, w0, K, PATCH_H, H, W, WHOLE)
         inside_x = output_masks(exists, h0, w0, (column // C)[None, :], PATCH_H, H, W, WHOLE)
 
@@ -121,7 +123,7 @@ def _conv_backward_kernel(
         raw: tl.tuple = ()
         xs: tl.tuple = ()
         for o in tl.static_range(PATCH_H):
-            offs = ((pixels + o * W) * C)[:, None] + column[None, :]
+            offs = offs_x + o * (W * C)
             x = load_outputs(x_ptr, offs, inside_x[o], WHOLE)
             raw += (x,)
             xs += (activate(x, scale, shift, inside_x[o], ASM) if MASK else x,)
@@ -139,7 +141,7 @@ def _conv_backward_kernel(
         mean = load_channels(producer_batch_norm_ptr, column % C)
         dx_rows, dxy_rows = sums[0], sums[0]
         for o in tl.static_range(PATCH_H):
-            offs = ((pixels + o * W) * C)[:, None] + column[None, :]
+            offs = offs_x + o * (W * C)
             dx, dxy = store_gradient(
                 sums[o],
                 offs,

@@ -3,7 +3,7 @@
     dT[t] = sum over patches and their rows o of x'[o + t]^T @ dy'[o]
 
     prologue   x' = x, or relu(a * x + b);  dy' = dy, or c0 * g + c1 * y + c2
-    epilogue   both output pixels of dT added up to a partial dw; a second kernel adds the partials
+    epilogue   both output pixels of dT added up to a partial dw; the last program adds the partials
 
 Stride 1, padding 1, any height and width; 16 or 32 channels out, 16, 32 or up to 4 in; bf16, fp16.
 A pixel of x is formed 3 times (PATCH_H = 4), one of dy once, where an im2col tile forms x 9 times

@@ -6,7 +6,7 @@ and on meta tensors nothing else happens: so the byte budget of a whole network,
 code of every kernel it starts, can be examined at full size on a machine without a GPU.
 
     with recording() as launches:
-        conv_fprop(x_meta, w_meta, padding=1, store_stats=True)
+        conv_fprop(x_meta, w_meta, padding=1)
     launches[0].traffic.bytes, launches[0].grid, launches[0].args["BLOCK_M"]
 """
 

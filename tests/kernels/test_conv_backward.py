@@ -7,7 +7,7 @@ import torch
 import triton.language as tl
 
 from fastres.kernels.conv_shape import ConvShape
-from fastres.kernels.conv_types import ConvBN
+from fastres.kernels.conv_types import ConvBN, LayerState
 from fastres.kernels.gpu import backend
 from fastres.kernels.gpu import conv_backward as backward_module
 from fastres.kernels.gpu.conv_backward import conv_gradients
@@ -24,12 +24,13 @@ from fastres.kernels.reference import block as ref
 from tests.helpers.interpreter import DEVICE, needs_gpu, strict_memory  # noqa: F401
 from tests.helpers.kernel_cases import (
     channels_last,
+    check_producer_grads,
     dgrad,
     make_tensors,
     pre_activation,
     wgrad,
 )
-from tests.helpers.numerics import assert_like_eager, assert_statistics, away_from_ties
+from tests.helpers.numerics import assert_like_eager, away_from_ties
 
 pytestmark = pytest.mark.usefixtures("strict_memory")
 
@@ -66,7 +67,7 @@ def tensors(shape, dtype, case):
     return t
 
 
-def run(t, case, config):
+def run(t, case, config, dw_dtype=None):
     return conv_gradients(
         t.dy,
         t.x,
@@ -74,6 +75,8 @@ def run(t, case, config):
         padding=1,
         shortcut=t.shortcut if case == "shortcut" else None,
         producer=t.producer if case == "producer" else None,
+        producer_weight=t.producer_weight if case == "producer" else None,
+        dw_dtype=dw_dtype,
         config=config,
     )
 
@@ -83,7 +86,9 @@ def test_both_gradients(name, dtype, case, config):
     shape = SHAPES[name]
     t = tensors(shape, dtype, case)
     wide = t.double()
-    dx, dw, sums = run(t, case, config)
+    with recording() as launches:
+        dx, dw, grads = run(t, case, config)
+    assert [launch.name for launch in launches] == ["conv_backward_kernel"]
     assert dw.is_contiguous(memory_format=torch.channels_last)
     activated = case == "producer"
     assert_like_eager(
@@ -91,19 +96,23 @@ def test_both_gradients(name, dtype, case, config):
     )
     eager, truth = (dgrad(v, shape, True, case == "shortcut") for v in (t, wide))
     if not activated:
-        assert sums is None
+        assert grads is None
         assert_like_eager("dx", dx, eager, truth)
         return
     z = pre_activation(wide)
     eager, truth = ref.relu_grad_ref(z.float(), eager), ref.relu_grad_ref(z, truth)
     assert_like_eager("g", dx, eager, truth, keep=away_from_ties(z, FP32))
-    mean = wide.producer.mean
-    sum_g, sum_gy = ref.bn_backward_sums_ref(dx.double(), wide.x, mean)
-    size_g, size_gy = ref.bn_backward_sums_ref(
-        dx.double().abs(), (wide.x - mean.view(1, -1, 1, 1)).abs(), 0 * mean
-    )
-    assert_statistics("sum g", sums.g.sum(1), sum_g, size_g)
-    assert_statistics("sum g (y - mean)", sums.gy.sum(1), sum_gy, size_gy)
+    check_producer_grads(grads, dx, t)
+
+
+@pytest.mark.parametrize("grid_size", [1, 3])
+def test_dw_in_fp32_rounds_to_the_bf16_one(grid_size):
+    t = tensors(SHAPES["odd"], BF16, "producer")
+    config = replace(FLAT, grid_size=grid_size)
+    dw = run(t, "producer", config, FP32).dw
+    assert dw.dtype == FP32
+    assert not torch.equal(dw, dw.to(BF16).float())
+    assert torch.equal(dw.to(BF16), run(t, "producer", config).dw)
 
 
 @pytest.mark.parametrize("config", [TALL, FLAT])
@@ -113,10 +122,9 @@ def test_padding_stays_zero_although_shifts_are_not(config):
     zeros = channels_last(torch.zeros(1, 16, 5, 4), BF16)
     coefficients = torch.stack([torch.zeros(16), torch.zeros(16), torch.ones(16)]).to(DEVICE)
     dy = t.dy._replace(g=zeros, y=zeros, coefficients=coefficients)
-    producer = t.producer._replace(y=zeros, scale_shift=torch.ones(2, 16, device=DEVICE))
-    dx, dw, _ = conv_gradients(
-        dy, zeros, torch.ones_like(t.w), padding=1, producer=producer, config=config
-    )
+    stats = torch.cat([t.producer.stats[:3], torch.ones(2, 16, device=DEVICE)])
+    t = t._replace(dy=dy, x=zeros, w=torch.ones_like(t.w), producer=LayerState(zeros, stats))
+    dx, dw, _ = run(t, "producer", config)
     rows = torch.tensor([2.0, 3.0, 3.0, 3.0, 2.0], device=DEVICE)
     columns = torch.tensor([2.0, 3.0, 3.0, 2.0], device=DEVICE)
     expected = 16 * torch.outer(rows, columns)
@@ -131,20 +139,20 @@ def test_nan_and_inf_come_through_and_stay_in_their_image(poison):
     shape = SHAPES["whole"]
     t = tensors(shape, BF16, "producer")
     t.x[1, 0, 3, 2] = t.dy.g[1, 2, 3, 2] = poison
-    dx, dw, sums = run(t, "producer", FLAT)
+    dx, dw, grads = run(t, "producer", FLAT)
     expected = ref.relu_grad_ref(pre_activation(t), dgrad(t, shape, True, False))
     assert (~dx.isfinite() >= ~expected.isfinite()).all()
     assert dx[0].isfinite().all()
     assert (~dw.isfinite() >= ~wgrad(t, shape, True, True).isfinite()).all()
-    assert not sums.g.sum(1).isfinite().all()
+    assert not grads.dbeta.isfinite().all()
 
 
 def test_64_bit_offsets_and_the_order_of_loads_give_the_same_bits(monkeypatch):
     t = tensors(SHAPES["odd"], BF16, "producer")
 
     def flat(config):
-        dx, dw, sums = run(t, "producer", config)
-        return dx, dw, sums.g, sums.gy
+        dx, dw, grads = run(t, "producer", config)
+        return dx, dw, grads.dy.coefficients, grads.dgamma, grads.dbeta
 
     expected = flat(TALL)
     others = [flat(TALL), flat(replace(TALL, ahead=6))]
@@ -156,7 +164,8 @@ def test_64_bit_offsets_and_the_order_of_loads_give_the_same_bits(monkeypatch):
 
 def test_what_one_launch_cannot_compute_takes_two():
     t = make_tensors(SHAPES["whole"], BF16)
-    both = {"shortcut": t.shortcut, "producer": t.producer}
+    producer = {"producer": t.producer, "producer_weight": t.producer_weight}
+    both = {"shortcut": t.shortcut, **producer}
     assert conv_gradients(t.dy, t.x, t.w, padding=1, config=TALL, **both) is None
     strips = replace(TALL, form="strip")
     assert conv_gradients(t.dy, t.x, t.w, padding=1, config=strips) is None
@@ -177,6 +186,8 @@ def test_operands_that_do_not_fit_are_refused():
         conv_gradients(t.dy, t.x[:1], t.w, padding=1, config=TALL)
     with pytest.raises(ValueError, match="shortcut must have dtype"):
         conv_gradients(t.dy, t.x, t.w, padding=1, shortcut=t.shortcut.float(), config=TALL)
+    with pytest.raises(ValueError, match="give both of producer and producer_weight"):
+        conv_gradients(t.dy, t.x, t.w, padding=1, producer=t.producer, config=TALL)
     with pytest.raises(ValueError, match="w must have 16 input channels"):
         conv_gradients(
             t.dy,
@@ -194,6 +205,7 @@ def test_the_launch_table_chooses_it(has_producer):
     layer = ConvBN(t.w, *torch.ones(2, 16, device=DEVICE), padding=1)
     options = {
         "producer": t.producer if has_producer else None,
+        "producer_weight": t.producer_weight if has_producer else None,
         "shortcut": None if has_producer else t.shortcut,
         "need_dx": True,
     }
@@ -202,7 +214,7 @@ def test_the_launch_table_chooses_it(has_producer):
         with assume_entries({table_key("dgrad", shape, BF16): config}), recording() as launches:
             results.append(backend.conv_backward(t.dy, t.x, layer, **options))
         names.append([launch.name for launch in launches])
-    assert names[0] == ["conv_backward_kernel", "sum_partials_kernel"]
+    assert names[0] == ["conv_backward_kernel"]
     assert "conv_dgrad_kernel" in names[1]
     for one, other in zip(results[0][:2], results[1][:2], strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
@@ -220,7 +232,11 @@ def test_packed_and_plain_arithmetic_agree_bit_for_bit(case):
     packed = run(t, case, config)
     with plain_arithmetic():
         plain = run(t, case, config)
-    for a, b in zip(packed[:2], plain[:2], strict=True):
+    compared = [(packed.dx, plain.dx), (packed.dw, plain.dw)]
+    if case == "producer":
+        compared.append((packed.producer.dy.coefficients, plain.producer.dy.coefficients))
+        compared += zip(packed.producer[1:], plain.producer[1:], strict=True)
+    for a, b in compared:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     truth = wgrad(t.double(), shape, case == "producer", True)
     assert_like_eager("dw", packed.dw, wgrad(t, shape, case == "producer", True), truth)

@@ -10,7 +10,6 @@ from fastres.kernels.conv_shape import ConvShape
 from fastres.kernels.gpu import conv_dgrad as dgrad_module
 from fastres.kernels.gpu import conv_fprop as fprop_module
 from fastres.kernels.gpu import conv_wgrad as wgrad_module
-from fastres.kernels.gpu.batchnorm_fwd import bn_finalize
 from fastres.kernels.gpu.conv_dgrad import conv_dgrad
 from fastres.kernels.gpu.conv_fprop import conv_fprop, conv_fprop_folded
 from fastres.kernels.gpu.conv_wgrad import conv_wgrad
@@ -22,6 +21,8 @@ from fastres.kernels.tools.networks import resnet20_convs
 from tests.helpers.interpreter import DEVICE, needs_gpu, strict_memory  # noqa: F401
 from tests.helpers.kernel_cases import (
     channels_last,
+    check_producer_grads,
+    check_stats,
     dgrad,
     fprop,
     geometry,
@@ -32,7 +33,6 @@ from tests.helpers.kernel_cases import (
 from tests.helpers.numerics import (
     assert_like_eager,
     assert_rounded_once,
-    assert_statistics,
     away_from_ties,
 )
 
@@ -69,48 +69,51 @@ def in_strips():
     assert all(name.startswith("conv_strip_") for name in convolutions), convolutions
 
 
-# name, dtype, a prologue, configuration
+# name, dtype, a prologue, a batch norm, configuration
 FPROP = [
-    ("whole", BF16, True, TALL),
-    ("whole", FP16, False, FLAT),
-    ("tiles of two images", BF16, True, LATE),
-    ("odd height", BF16, True, TALL),
-    ("odd width", FP16, True, FLAT),
-    ("odd", BF16, True, replace(TALL, grid_size=2)),
-    ("rows of one pixel", BF16, False, FLAT),
-    ("one pixel", BF16, True, TALL),
-    ("stem", BF16, False, TALL),
-    ("odd stem", FP16, True, FLAT),
-    ("one channel", BF16, True, TALL),
-    ("four channels", BF16, False, FLAT),
+    ("whole", BF16, True, True, TALL),
+    ("whole", FP16, False, False, FLAT),
+    ("tiles of two images", BF16, True, True, LATE),
+    ("odd height", BF16, True, True, TALL),
+    ("odd width", FP16, True, True, FLAT),
+    ("odd", BF16, True, True, replace(TALL, grid_size=2)),
+    ("rows of one pixel", BF16, False, True, FLAT),
+    ("one pixel", BF16, True, True, TALL),
+    ("stem", BF16, False, True, TALL),
+    ("odd stem", FP16, True, True, FLAT),
+    ("one channel", BF16, True, False, TALL),
+    ("four channels", BF16, False, True, FLAT),
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype", "prologue", "config"), FPROP)
-def test_fprop(name, dtype, prologue, config, in_strips):
+@pytest.mark.parametrize(("name", "dtype", "prologue", "has_batch_norm", "config"), FPROP)
+def test_fprop(name, dtype, prologue, has_batch_norm, config, in_strips):
     shape = SHAPES[name]
     t = make_tensors(shape, dtype)
-    ab = t.scale_shift if prologue else None
-    y, _ = conv_fprop(t.x, t.w, padding=1, scale_shift=ab, config=config)
+    y, stats = conv_fprop(
+        t.x,
+        t.w,
+        padding=1,
+        scale_shift=t.scale_shift if prologue else None,
+        batch_norm=t.batch_norm if has_batch_norm else None,
+        config=config,
+    )
     assert y.is_contiguous(memory_format=torch.channels_last)
     truth = fprop(t.double(), shape, prologue)
     assert_like_eager("y", y, fprop(t, shape, prologue), truth)
+    assert (stats is not None) == has_batch_norm
+    if stats is not None:
+        check_stats(stats, y, t.batch_norm)
 
 
 @pytest.mark.parametrize("config", [TALL, replace(FLAT, grid_size=2), replace(FLAT, grid_size=1)])
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_statistics_of_y_as_stored(dtype, config, in_strips):
+@pytest.mark.parametrize(("name", "dtype"), [("whole", BF16), ("whole", FP16), ("odd", BF16)])
+def test_statistics_of_y_as_stored(name, dtype, config, in_strips):
     """Far from 0, where a variance made of squares would lose its digits."""
-    shape = SHAPES["whole"]
-    t = make_tensors(shape, dtype)
+    t = make_tensors(SHAPES[name], dtype)
     t.x[:, 0] += 100
-    y, stats = conv_fprop(t.x, t.w, padding=1, store_stats=True, config=config)
-    ones = torch.ones(shape.K, device=DEVICE)
-    bn = bn_finalize(stats, ones, 0 * ones, eps=1e-5)
-    rows = y.double().permute(0, 2, 3, 1).reshape(-1, shape.K)
-    mean, size = rows.mean(0), rows.abs().mean(0)
-    assert_statistics("mean", bn.mean, mean, size)
-    assert_statistics("var", bn.var, (rows - mean).square().mean(0), rows.var(0) + size.square())
+    y, stats = conv_fprop(t.x, t.w, padding=1, batch_norm=t.batch_norm, config=config)
+    check_stats(stats, y, t.batch_norm)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +143,7 @@ def test_fprop_folded(name, dtype, has_residual, relu, config, in_strips):
 DGRAD = [
     ("whole", BF16, True, True, True, TALL),
     ("whole", FP16, False, False, False, FLAT),
+    ("whole", BF16, False, False, True, replace(FLAT, grid_size=3)),
     ("tiles of two images", BF16, True, False, True, LATE),
     ("odd height", BF16, True, True, False, FLAT),
     ("odd width", BF16, False, True, True, TALL),
@@ -155,35 +159,24 @@ def test_dgrad(name, dtype, deferred, shortcut, has_producer, config, in_strips)
     t = make_tensors(shape, dtype)
     wide = t.double()
     z = pre_activation(wide)
-    got, sums = conv_dgrad(
+    got, grads = conv_dgrad(
         t.dy if deferred else t.dy.g,
         t.w,
         (shape.H, shape.W),
         padding=1,
         shortcut=t.shortcut if shortcut else None,
         producer=t.producer if has_producer else None,
+        producer_weight=t.producer_weight if has_producer else None,
         config=config,
     )
     eager, truth = dgrad(t, shape, deferred, shortcut), dgrad(wide, shape, deferred, shortcut)
     if not has_producer:
-        assert sums is None
+        assert grads is None
         assert_like_eager("dx", got, eager, truth)
         return
     eager, truth = ref.relu_grad_ref(z.float(), eager), ref.relu_grad_ref(z, truth)
     assert_like_eager("g", got, eager, truth, keep=away_from_ties(z, FP32))
-    check_sums(sums, got, t)
-
-
-def check_sums(sums, g, t):
-    """The sums of g as stored and of g * (y - mean), against fp64."""
-    wide = t.double()
-    mean = wide.producer.mean
-    sum_g, sum_gy = ref.bn_backward_sums_ref(g.double(), wide.producer.y, mean)
-    size_g, size_gy = ref.bn_backward_sums_ref(
-        g.double().abs(), (wide.producer.y - mean.view(1, -1, 1, 1)).abs(), 0 * mean
-    )
-    assert_statistics("sum g", sums.g.sum(1), sum_g, size_g)
-    assert_statistics("sum g (y - mean)", sums.gy.sum(1), sum_gy, size_gy)
+    check_producer_grads(grads, got, t)
 
 
 # name, dtype, a prologue, dy is deferred, configuration
@@ -220,6 +213,16 @@ def test_wgrad(name, dtype, prologue, deferred, config, in_strips):
     assert_like_eager("dw", dw, eager, wgrad(t.double(), shape, prologue, deferred))
 
 
+@pytest.mark.parametrize("split_k", [1, 3])
+def test_wgrad_in_fp32_rounds_to_the_bf16_one(split_k, in_strips):
+    t = make_tensors(SHAPES["odd"], BF16)
+    options = {"padding": 1, "config": replace(TALL, split_k=split_k)}
+    dw = conv_wgrad(t.x, t.dy, (3, 3), dw_dtype=FP32, **options)
+    assert dw.dtype == FP32
+    assert not torch.equal(dw, dw.to(BF16).float())
+    assert torch.equal(dw.to(BF16), conv_wgrad(t.x, t.dy, (3, 3), **options))
+
+
 @pytest.mark.parametrize("config", [TALL, FLAT])
 def test_padding_stays_zero_although_shifts_are_not(config, in_strips):
     """Filters, activations and gradients of ones: results count what lies inside a 5 x 4 image."""
@@ -249,32 +252,41 @@ def test_nan_and_inf_come_through_and_stay_in_their_image(name, poison, in_strip
     t = make_tensors(shape, BF16)
     t = t._replace(scale_shift=torch.ones_like(t.scale_shift))
     t.x[1, 0, 3, 2] = t.dy.g[1, 2, 3, 2] = poison
-    y, _ = conv_fprop(t.x, t.w, padding=1, scale_shift=t.scale_shift, config=TALL)
+    options = {"padding": 1, "scale_shift": t.scale_shift, "config": TALL}
+    y, stats = conv_fprop(t.x, t.w, batch_norm=t.batch_norm, **options)
     assert (~y.isfinite() >= ~fprop(t, shape, True).isfinite()).all()
     assert not y[1, :, 3, 2].isfinite().any()
     assert y[0].isfinite().all()
-    dw = conv_wgrad(t.x, t.dy, (3, 3), padding=1, scale_shift=t.scale_shift, config=TALL)
+    assert not stats[:2].isfinite().any()
+    dw = conv_wgrad(t.x, t.dy, (3, 3), **options)
     assert (~dw.isfinite() >= ~wgrad(t, shape, True, True).isfinite()).all()
     if shape.C < 16:
         return
-    size = (shape.H, shape.W)
-    dx, sums = conv_dgrad(t.dy, t.w, size, padding=1, producer=t.producer, config=TALL)
+    producer = {"producer": t.producer, "producer_weight": t.producer_weight}
+    dx, grads = conv_dgrad(t.dy, t.w, (shape.H, shape.W), padding=1, config=TALL, **producer)
     assert (
         ~dx.isfinite()
         >= ~ref.relu_grad_ref(pre_activation(t), dgrad(t, shape, True, False)).isfinite()
     ).all()
-    assert not sums.g.sum(1).isfinite().all()
+    assert not grads.dbeta.isfinite().all()
     assert dx[0].isfinite().all()
 
 
 def run_all(shape, t, config):
-    y, _ = conv_fprop(t.x, t.w, padding=1, scale_shift=t.scale_shift, config=config)
-    size = (shape.H, shape.W)
-    dx, sums = conv_dgrad(
-        t.dy, t.w, size, padding=1, shortcut=t.shortcut, producer=t.producer, config=config
+    options = {"padding": 1, "config": config}
+    ab = t.scale_shift
+    y, stats = conv_fprop(t.x, t.w, scale_shift=ab, batch_norm=t.batch_norm, **options)
+    dx, grads = conv_dgrad(
+        t.dy,
+        t.w,
+        (shape.H, shape.W),
+        shortcut=t.shortcut,
+        producer=t.producer,
+        producer_weight=t.producer_weight,
+        **options,
     )
-    dw = conv_wgrad(t.x, t.dy, (3, 3), padding=1, scale_shift=t.scale_shift, config=config)
-    return y, dx, dw, sums.g, sums.gy
+    dw = conv_wgrad(t.x, t.dy, (3, 3), scale_shift=ab, **options)
+    return y, stats, dx, grads.dy.coefficients, grads.dgamma, grads.dbeta, dw
 
 
 def test_64_bit_offsets_and_the_order_of_loads_give_the_same_bits(monkeypatch, in_strips):
@@ -354,21 +366,16 @@ def test_packed_and_plain_arithmetic_agree_bit_for_bit(name):
     t = make_tensors(shape, BF16)
 
     def run():
-        y, stats = conv_fprop(
-            t.x,
-            t.w,
-            padding=1,
-            scale_shift=t.scale_shift,
-            store_stats=True,
-            config=strip_config("fprop", shape, BF16),
-        )
-        ab, config = t.scale_shift, strip_config("wgrad", shape, BF16)
-        dw = conv_wgrad(t.x, t.dy, (3, 3), padding=1, scale_shift=ab, config=config)
+        options = {"padding": 1, "scale_shift": t.scale_shift}
+        config = strip_config("fprop", shape, BF16)
+        y, stats = conv_fprop(t.x, t.w, batch_norm=t.batch_norm, config=config, **options)
+        dw = conv_wgrad(t.x, t.dy, (3, 3), config=strip_config("wgrad", shape, BF16), **options)
         if shape.C < 16:
-            return y, stats.partials, dw
+            return y, dw, stats
+        producer = {"producer": t.producer, "producer_weight": t.producer_weight}
         config, size = strip_config("dgrad", shape, BF16), (shape.H, shape.W)
-        dx, sums = conv_dgrad(t.dy, t.w, size, padding=1, producer=t.producer, config=config)
-        return y, stats.partials, dw, dx, sums.g, sums.gy
+        dx, grads = conv_dgrad(t.dy, t.w, size, padding=1, config=config, **producer)
+        return y, dw, stats, dx, grads.dy.coefficients, grads.dgamma, grads.dbeta
 
     packed = run()
     with plain_arithmetic():
@@ -378,4 +385,4 @@ def test_packed_and_plain_arithmetic_agree_bit_for_bit(name):
     wide = t.double()
     assert_like_eager("y", packed[0], fprop(t, shape, True), fprop(wide, shape, True))
     dw, truth = wgrad(t, shape, True, True), wgrad(wide, shape, True, True)
-    assert_like_eager("dw", packed[2], dw, truth)
+    assert_like_eager("dw", packed[1], dw, truth)

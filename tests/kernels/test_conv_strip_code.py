@@ -37,7 +37,7 @@ CASES = {
 def record(name):
     """The launch of a case at batch 512."""
     from fastres.kernels.conv_shape import ConvShape
-    from fastres.kernels.conv_types import DeferredGrad, LayerState
+    from fastres.kernels.conv_types import BatchNorm, DeferredGrad, LayerState
     from fastres.kernels.gpu.conv_backward import conv_gradients
     from fastres.kernels.gpu.conv_dgrad import conv_dgrad
     from fastres.kernels.gpu.conv_fprop import conv_fprop, conv_fprop_folded
@@ -61,7 +61,8 @@ def record(name):
     scale_shift = None if is_raw else vectors(2, c)
     grads = {
         "shortcut": None if mask else x,
-        "producer": LayerState(x, *[vectors(c)] * 3, vectors(2, c)) if mask else None,
+        "producer": LayerState(x, vectors(5, c)) if mask else None,
+        "producer_weight": vectors(c) if mask else None,
     }
     with recording() as launches:
         if op.startswith("backward"):
@@ -73,7 +74,8 @@ def record(name):
         if rest == "of inference":
             conv_fprop_folded(x, w, vectors(2, k), residual=y, **options)
         elif op == "fprop":
-            conv_fprop(x, w, scale_shift=scale_shift, store_stats=True, **options)
+            batch_norm = BatchNorm(vectors(k), vectors(k), 1e-5)
+            conv_fprop(x, w, scale_shift=scale_shift, batch_norm=batch_norm, **options)
         elif op == "dgrad":
             conv_dgrad(dy, w, (side, side), **grads, **options)
         else:
