@@ -19,6 +19,7 @@ from fastres.kernels.gpu.prologue import plain_arithmetic
 from fastres.kernels.reference import block as ref
 from tests.helpers.interpreter import DEVICE, needs_gpu, strict_memory  # noqa: F401
 from tests.helpers.kernel_cases import (
+    check_producer_grads,
     check_stats,
     dgrad,
     fprop,
@@ -27,12 +28,7 @@ from tests.helpers.kernel_cases import (
     pre_activation,
     wgrad,
 )
-from tests.helpers.numerics import (
-    assert_like_eager,
-    assert_rounded_once,
-    assert_statistics,
-    away_from_ties,
-)
+from tests.helpers.numerics import assert_like_eager, assert_rounded_once, away_from_ties
 
 pytestmark = pytest.mark.usefixtures("strict_memory")
 
@@ -46,7 +42,7 @@ SHAPES = {
     "whole": ConvShape(4, 4, 8, 16, 16),
     "images divide tiles": ConvShape(8, 4, 4, 16, 32),
     "partial tile": ConvShape(3, 4, 6, 32, 16),
-    "odd": ConvShape(2, 5, 7, 16, 16),
+    "odd": ConvShape(3, 5, 7, 16, 16),
     "odd height": ConvShape(3, 3, 4, 32, 16),
     "one pixel": ConvShape(2, 1, 1, 16, 16),
     "wide": ConvShape(1, 4, 4, 64, 64),
@@ -58,33 +54,26 @@ SHAPES = {
 }
 
 
-def in_patch_order(y):
-    """The pixels of y, an image of even size, patch by patch."""
-    n, k, h, w = y.shape
-    patches = y.reshape(n, k, h // 2, 2, w // 2, 2).permute(0, 1, 2, 4, 3, 5)
-    return patches.reshape(n, k, h, w)
-
-
 def assert_pixel(launches):
     """The form was not given up for another."""
     assert "pixel" in launches[0].name
 
 
-# shape, dtype, a prologue, statistics, window pixels loaded ahead
+# shape, dtype, a prologue, a batch norm, window pixels loaded ahead
 FPROP = [
     ("whole", BF16, True, True, 0),
     ("images divide tiles", FP16, True, True, 4),
     ("partial tile", BF16, True, True, 1),
     ("partial tile", FP16, False, False, 16),
-    ("odd", BF16, True, False, 2),
-    ("odd height", FP16, False, False, 2),
-    ("one pixel", BF16, True, False, 2),
+    ("odd", BF16, True, True, 2),
+    ("odd height", FP16, False, True, 2),
+    ("one pixel", BF16, True, True, 2),
     ("wide", BF16, False, True, 2),
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype", "prologue", "store_stats", "ahead"), FPROP)
-def test_fprop(name, dtype, prologue, store_stats, ahead):
+@pytest.mark.parametrize(("name", "dtype", "prologue", "has_batch_norm", "ahead"), FPROP)
+def test_fprop(name, dtype, prologue, has_batch_norm, ahead):
     shape = SHAPES[name]
     t = make_tensors(shape, dtype)
     config = ConvConfig(16, 16, 16, 4, 1, form="pixel", ahead=ahead)
@@ -94,14 +83,14 @@ def test_fprop(name, dtype, prologue, store_stats, ahead):
             t.w,
             padding=1,
             scale_shift=t.scale_shift if prologue else None,
-            store_stats=store_stats,
+            batch_norm=t.batch_norm if has_batch_norm else None,
             config=config,
         )
     assert_pixel(launches)
     assert_like_eager("y", y, fprop(t, shape, prologue), fprop(t.double(), shape, prologue))
-    assert (stats is not None) == store_stats
+    assert (stats is not None) == has_batch_norm
     if stats is not None:
-        check_stats(stats, in_patch_order(y))
+        check_stats(stats, y, t.batch_norm)
 
 
 # shape, dtype, dy is deferred, shortcut, a producer
@@ -129,32 +118,27 @@ def test_dgrad(name, dtype, deferred, shortcut, has_producer):
     wide = t.double()
     z = pre_activation(wide)
     with recording() as launches:
-        got, sums = conv_dgrad(
+        got, grads = conv_dgrad(
             t.dy if deferred else t.dy.g,
             t.w,
             (shape.H, shape.W),
             **geometry(shape),
             shortcut=t.shortcut if shortcut else None,
             producer=t.producer if has_producer else None,
+            producer_weight=t.producer_weight if has_producer else None,
             config=PATCHES,
         )
     assert_pixel(launches)
     eager = dgrad(t, shape, deferred, shortcut)
     truth = dgrad(wide, shape, deferred, shortcut)
     if not has_producer:
-        assert sums is None
+        assert grads is None
         assert_like_eager("dx", got, eager, truth)
         return
     truth = ref.relu_grad_ref(z, truth)
     eager = ref.relu_grad_ref(z.float(), eager)
     assert_like_eager("g", got, eager, truth, keep=away_from_ties(z, FP32))
-    mean = t.producer.mean.double()
-    sum_g, sum_gy = ref.bn_backward_sums_ref(got.double(), wide.producer.y, mean)
-    size_g, size_gy = ref.bn_backward_sums_ref(
-        got.double().abs(), (wide.producer.y - mean.view(1, -1, 1, 1)).abs(), 0 * mean
-    )
-    assert_statistics("sum g", sums.g.sum(1), sum_g, size_g)
-    assert_statistics("sum g (y - mean)", sums.gy.sum(1), sum_gy, size_gy)
+    check_producer_grads(grads, got, t)
 
 
 # shape, dtype, a prologue, dy is deferred, rows and columns of a patch, splits
@@ -162,6 +146,7 @@ WGRAD = [
     ("whole", BF16, True, True, 2, 2, 2),
     ("whole", FP16, True, True, 1, 8, 1),
     ("images divide tiles", BF16, False, True, 2, 4, 3),
+    ("images divide tiles", FP16, True, False, 1, 2, 3),
     ("partial tile", BF16, True, False, 1, 2, 100),
     ("odd", FP16, True, True, 2, 4, 2),
     ("odd", BF16, True, True, 1, 8, 2),
@@ -251,10 +236,12 @@ def test_nan_and_inf_come_through(poison):
     t.x[1, 4, 3, 2] = poison
     t.dy.g[1, 2, 3, 2] = poison
     t = t._replace(scale_shift=ab)
-    y, stats = conv_fprop(t.x, t.w, padding=1, scale_shift=ab, store_stats=True, config=PATCHES)
+    y, stats = conv_fprop(
+        t.x, t.w, padding=1, scale_shift=ab, batch_norm=t.batch_norm, config=PATCHES
+    )
     assert (~y.isfinite() >= ~fprop(t, shape, True).isfinite()).all()
     assert y[0].isfinite().all()
-    assert not stats.partials.sum(2).isfinite().any()
+    assert not stats[:2].isfinite().any()
     dx, _ = conv_dgrad(t.dy, t.w, (4, 6), padding=1, config=PATCHES)
     assert (~dx.isfinite() >= ~dgrad(t, shape, True, False).isfinite()).all()
     assert dx[0].isfinite().all()
@@ -263,14 +250,12 @@ def test_nan_and_inf_come_through(poison):
 
 
 def run_all(t, shape):
-    y, stats = conv_fprop(
-        t.x, t.w, padding=1, scale_shift=t.scale_shift, store_stats=True, config=PATCHES
-    )
-    dx, sums = conv_dgrad(
-        t.dy, t.w, (shape.H, shape.W), padding=1, producer=t.producer, config=PATCHES
-    )
-    dw = conv_wgrad(t.x, t.dy, (3, 3), padding=1, scale_shift=t.scale_shift, config=PATCHES)
-    return y, stats.partials, dx, *sums[:2], dw
+    options = {"padding": 1, "config": PATCHES}
+    y, stats = conv_fprop(t.x, t.w, scale_shift=t.scale_shift, batch_norm=t.batch_norm, **options)
+    producer = {"producer": t.producer, "producer_weight": t.producer_weight}
+    dx, grads = conv_dgrad(t.dy, t.w, (shape.H, shape.W), **producer, **options)
+    dw = conv_wgrad(t.x, t.dy, (3, 3), scale_shift=t.scale_shift, **options)
+    return y, stats, dx, grads.dy.coefficients, *grads[1:], dw
 
 
 def test_64_bit_offsets_give_the_same_bits(monkeypatch):
