@@ -8,15 +8,15 @@ show the main flow. Plain strings, no packages: the picture is as easy to change
 from html import escape
 from pathlib import Path
 
-WIDTH, HEIGHT = 1180, 700
+WIDTH, HEIGHT = 1180, 640
 INK, PAPER, MUTED = "#1f2937", "#ffffff", "#6b7280"
-KERNEL, TENSOR, SMALL = "#dbeafe", "#fef3c7", "#f3f4f6"
+KERNEL, TENSOR = "#dbeafe", "#fef3c7"
 KERNEL_EDGE, TENSOR_EDGE = "#2563eb", "#d97706"
 
 # Left edges of the columns: x, kernel 1, y1, kernel 2, y2, block end, out.
 X, CONV1, Y1, CONV2, Y2, END, OUT = 40, 150, 390, 490, 730, 830, 1070
 TENSOR_WIDTH, KERNEL_WIDTH = 70, 200
-FORWARD, BACKWARD, FILTERS = 130, 390, 560
+FORWARD, BACKWARD, FILTERS = 90, 310, 480
 
 
 def text(x: float, y: float, line: str, *, size: int = 13, colour: str = INK, **style: str) -> str:
@@ -30,11 +30,10 @@ def text(x: float, y: float, line: str, *, size: int = 13, colour: str = INK, **
 
 
 def box(x: float, y: float, lines: list[str], *, width: float, height: float, kind: str) -> str:
-    """A tensor, a kernel or a small kernel with centred lines; (x, y) is its upper left corner."""
+    """A tensor or a kernel with centred lines; (x, y) is its upper left corner."""
     fill, edge, radius = {
         "tensor": (TENSOR, TENSOR_EDGE, 18),
         "kernel": (KERNEL, KERNEL_EDGE, 3),
-        "small": (SMALL, MUTED, 3),
     }[kind]
     shape = (
         f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="{radius}" fill="{fill}" '
@@ -58,6 +57,14 @@ def kernel(x: float, row: float, *lines: str) -> str:
     return box(x, row, list(lines), width=KERNEL_WIDTH, height=90, kind="kernel")
 
 
+def frame(x: float, y: float, width: float, height: float) -> str:
+    """What one launch may do together."""
+    return (
+        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="none" '
+        f'stroke="{MUTED}" stroke-width="1.2" stroke-dasharray="2 4"/>'
+    )
+
+
 def arrow(*points: tuple[float, float], dashed: bool = False) -> str:
     """A line through the points with a head at the last."""
     path = " ".join(f"{x},{y}" for x, y in points)
@@ -70,27 +77,24 @@ def arrow(*points: tuple[float, float], dashed: bool = False) -> str:
 
 
 def forward_row() -> list[str]:
-    """Conv, conv, block end; statistics, scales and shifts above; the shortcut below."""
+    """Conv, conv, block end; scales and shifts, of the last program, above; the shortcut below."""
     middle = FORWARD + 45
     parts = [
-        text(X, FORWARD - 75, "forward", size=17, anchor="start", weight="bold"),
+        text(X, FORWARD - 50, "forward", size=17, anchor="start", weight="bold"),
         *(tensor(x, FORWARD, name) for x, name in ((X, "x"), (Y1, "y1"), (Y2, "y2"), (OUT, "out"))),
-        kernel(CONV1, FORWARD, "conv1", "epilogue: statistics of y1"),
-        kernel(CONV2, FORWARD, "conv2", "prologue: relu(a1·y1 + b1)", "epilogue: statistics of y2"),
+        kernel(CONV1, FORWARD, "conv1", "epilogue: statistics of y1", "last program: a1, b1"),
+        kernel(CONV2, FORWARD, "conv2", "prologue: relu(a1·y1 + b1)", "statistics; last: a2, b2"),
         kernel(END, FORWARD, "block end", "relu(a2·y2 + b2 + x)"),
     ]
     for left, right in ((X, CONV1), (Y1, CONV2), (Y2, END)):
         parts.append(arrow((left + TENSOR_WIDTH, middle), (right - 2, middle)))
     for left, right in ((CONV1, Y1), (CONV2, Y2), (END, OUT)):
         parts.append(arrow((left + KERNEL_WIDTH, middle), (right - 2, middle)))
-    for number, (left, right) in enumerate(((CONV1, CONV2), (CONV2, END)), start=1):
-        centre, top = (left + right + KERNEL_WIDTH) / 2, FORWARD - 62
-        label = [f"last program: a{number}, b{number}"]
-        parts.append(box(centre - 75, top, label, width=150, height=30, kind="small"))
-        start, end = left + KERNEL_WIDTH - 60, right + 60
-        line, left_edge, right_edge = top + 15, centre - 77, centre + 75
-        parts.append(arrow((start, FORWARD), (start, line), (left_edge, line), dashed=True))
-        parts.append(arrow((right_edge, line), (end, line), (end, FORWARD - 2), dashed=True))
+    for left, right in ((CONV1, CONV2), (CONV2, END)):
+        start, end, line = left + KERNEL_WIDTH - 60, right + 60, FORWARD - 22
+        parts.append(
+            arrow((start, FORWARD), (start, line), (end, line), (end, FORWARD - 2), dashed=True)
+        )
     below = FORWARD + 118
     entry = END + KERNEL_WIDTH / 2
     shortcut = ((X + 35, FORWARD + 68), (X + 35, below), (entry, below), (entry, FORWARD + 92))
@@ -103,13 +107,19 @@ def backward_row() -> list[str]:
     """Reduction, two input gradients; two filter gradients below."""
     middle, low = BACKWARD + 45, FILTERS + 45
     parts = [
-        text(X, BACKWARD - 75, "backward", size=17, anchor="start", weight="bold"),
+        text(X, BACKWARD - 50, "backward", size=17, anchor="start", weight="bold"),
         *(tensor(x, BACKWARD, name) for x, name in ((X, "dx"), (Y1, "g1"), (Y2, "g2"))),
         tensor(OUT, BACKWARD, "dout"),
         kernel(
-            END, BACKWARD, "BN2 reduction", "g2 = dout·(out > 0)", "sums of g2, g2·(y2 − mean2)"
+            END,
+            BACKWARD,
+            "BN2 reduction",
+            "g2 = dout·(out > 0), its sums",
+            "last program: c0, c1, c2",
         ),
-        kernel(CONV2, BACKWARD, "dgrad2", "prologue: dy2 from g2, y2", "mask by y1, sums for BN1"),
+        kernel(
+            CONV2, BACKWARD, "dgrad2", "prologue: dy2 from g2, y2", "mask by y1; last: c0, c1, c2"
+        ),
         kernel(CONV1, BACKWARD, "dgrad1", "prologue: dy1 from g1, y1", "epilogue: + g2"),
         kernel(CONV2, FILTERS, "wgrad2 → dw2", "dy2 from g2, y2", "activation: relu(a1·y1 + b1)"),
         kernel(CONV1, FILTERS, "wgrad1 → dw1", "dy1 from g1, y1", "activation: x"),
@@ -122,13 +132,13 @@ def backward_row() -> list[str]:
         stem = left + 35
         parts.append(arrow((stem, BACKWARD + 68), (stem, low), (right + KERNEL_WIDTH + 2, low)))
     for left, right in ((CONV1, CONV2), (CONV2, END)):
-        centre, top = (left + right + KERNEL_WIDTH) / 2, BACKWARD - 62
-        label = ["last program: c0, c1, c2"]
-        parts.append(box(centre - 92, top, label, width=184, height=30, kind="small"))
-        start, end = right + 40, left + KERNEL_WIDTH - 40
-        line, left_edge, right_edge = top + 15, centre - 92, centre + 94
-        parts.append(arrow((start, BACKWARD), (start, line), (right_edge, line), dashed=True))
-        parts.append(arrow((left_edge, line), (end, line), (end, BACKWARD - 2), dashed=True))
+        start, end, line = right + 40, left + KERNEL_WIDTH - 40, BACKWARD - 22
+        parts.append(
+            arrow((start, BACKWARD), (start, line), (end, line), (end, BACKWARD - 2), dashed=True)
+        )
+    for left in (CONV1, CONV2):
+        edge = left - 10
+        parts.append(frame(edge, BACKWARD - 10, KERNEL_WIDTH + 20, FILTERS - BACKWARD + 110))
     below = BACKWARD + 118
     entry = CONV1 + KERNEL_WIDTH / 2
     start = (Y2 + 15, BACKWARD + 68)
@@ -145,8 +155,13 @@ def legend() -> list[str]:
         text(END - 18, top + 2, "in memory", anchor="start", colour=MUTED),
         box(END + 70, top - 13, [""], width=34, height=20, kind="kernel"),
         text(END + 112, top + 2, "one launch", anchor="start", colour=MUTED),
-        box(END + 200, top - 13, [""], width=34, height=20, kind="small"),
-        text(END + 242, top + 2, "per channel", anchor="start", colour=MUTED),
+        text(
+            CONV1 - 10,
+            top + 2,
+            "dotted: one launch in layers of 16 channels; dashed: numbers a channel",
+            anchor="start",
+            colour=MUTED,
+        ),
     ]
 
 

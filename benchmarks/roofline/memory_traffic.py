@@ -141,12 +141,14 @@ def count_net(
 def _operand_names(launch: Launch, writes: bool) -> str:
     """The activations that a launch reads or writes, by their names in its kernel."""
     written = {
-        "conv_fprop_kernel": ("y_ptr",),
-        "bn_apply_kernel": ("out_ptr",),
-        "bn_backward_reduce_kernel": ("g_ptr",),
-        "conv_dgrad_kernel": ("dx_ptr",),
-    }.get(launch.name.replace("_box", ""), ())
-    names = [name for name in activations(launch) if (name in written) == writes]
+        "fprop": "y_ptr",
+        "bn_apply": "out_ptr",
+        "bn_backward_reduce": "g_ptr",
+        "dgrad": "dx_ptr",
+        "conv_backward": "dx_ptr",
+    }
+    outputs = {pointer for word, pointer in written.items() if word in launch.name}
+    names = [name for name in activations(launch) if (name in outputs) == writes]
     return ", ".join(name.rpartition("_")[0] for name in names)
 
 

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from fastres.kernels import ops
 from fastres.kernels.conv_shape import ConvOp, ConvShape
 from fastres.kernels.conv_types import ConvBN, stat_dtype
-from fastres.kernels.gpu.launch_config import ConvConfig, heuristic_config
+from fastres.kernels.gpu.launch_config import (
+    ConvConfig,
+    fused_config,
+    heuristic_config,
+    pixel_config,
+    strip_config,
+)
 from fastres.kernels.reference.error_bound import UNIT_ROUNDOFF
 from tests.helpers.interpreter import DEVICE, HAS_GPU
 from tests.helpers.numerics import PooledErrorBound
@@ -45,8 +51,10 @@ class Case:
     """What hypothesis draws; everything else follows from it and the number of the draw.
 
     size: (N, C, H, W) of x. gaps: (channels, columns) that lie between the pixels and rows of x,
-    residual and dout. tile: (BLOCK_M, BLOCK_N, BLOCK_K, split_k), grown for large problems. cudnn:
-    the products that torch computes. zero_gamma: every third gamma is 0.
+    residual and dout. tile: (BLOCK_M, BLOCK_N, BLOCK_K, split_k), grown for large problems; in
+    patches BLOCK_M of them, in split_k programs. cudnn: the products that torch computes. forms:
+    those that compute what they can take, the rest is im2col's. stored: products whose operand is
+    stored first. zero_gamma: every third gamma is 0.
     """
 
     op: str
@@ -59,6 +67,8 @@ class Case:
     gaps: tuple[int, int] = (0, 0)
     tile: tuple[int, int, int, int] = (32, 32, 64, 2)
     cudnn: frozenset[str] = field(default_factory=frozenset)
+    forms: frozenset[str] = field(default_factory=frozenset)
+    stored: frozenset[str] = field(default_factory=frozenset)
     zero_gamma: bool = False
     need_dx: bool = True
 
@@ -72,6 +82,9 @@ class Case:
     def config(self, op: ConvOp, shape: ConvShape, dtype: torch.dtype, *_, **options) -> ConvConfig:
         """Stands in for the launch table."""
         route = "cudnn" if op in self.cudnn else "triton"
+        in_patches = self._in_patches(op, shape, dtype)
+        if in_patches is not None:
+            return replace(in_patches, route=route, stored=op in self.stored)
         if HAS_GPU:
             config = heuristic_config(op, shape, dtype, **options)
             return replace(config, route=route)
@@ -90,13 +103,33 @@ class Case:
             block_k = 2 * block_k if block_k < k else block_k
         # The second pass over the partials is a program for every 128 elements.
         split_k = split_k if shape.num_w <= 2048 else 1
-        return ConvConfig(block_m, block_n, block_k, 4, 2, split_k, route)
+        return ConvConfig(block_m, block_n, block_k, 4, 2, split_k, route, stored=op in self.stored)
+
+    def _in_patches(self, op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig | None:
+        """The form in patches that computes a product here, with few patches a tile."""
+        starts = {
+            "fused": fused_config(shape, dtype, has_producer=True) if op == "dgrad" else None,
+            "strip": strip_config(op, shape, dtype),
+            "pixel": pixel_config(op, shape, dtype),
+        }
+        found = [starts[form] for form in sorted(self.forms) if starts[form] is not None]
+        if not found:
+            return None
+        block_m, split_k = self.tile[0], self.tile[3]
+        if HAS_GPU:
+            return found[0]
+        grid_size = split_k if found[0].form in ("fused", "strip") else 0
+        return replace(found[0], block_m=block_m, split_k=split_k, grid_size=grid_size)
 
 
 def _channels() -> st.SearchStrategy[int]:
     """Few channels mostly: the per-channel kernels cost the interpreter a program a channel."""
     few, some, many = st.integers(1, 8), st.integers(9, 24), st.integers(25, 130)
-    return st.integers(0, 15).flatmap(lambda i: few if i < 10 else some if i < 15 else many)
+    # What forms in patches take; 64 rarely, since an image of so many channels is small here.
+    narrow = st.sampled_from([3, 16, 16, 32, 32, 64])
+    return st.integers(0, 15).flatmap(
+        lambda i: few if i < 5 else narrow if i < 12 else some if i < 15 else many
+    )
 
 
 def _extent() -> st.SearchStrategy[int]:
@@ -136,6 +169,8 @@ def cases(draw: st.DrawFn, op: str, depth: int = 1, shortcut: Shortcut = "none")
             )
         ),
         cudnn=draw(st.frozensets(st.sampled_from(["fprop", "dgrad", "wgrad"]), max_size=1)),
+        forms=draw(st.frozensets(st.sampled_from(["fused", "strip", "pixel"]), max_size=2)),
+        stored=draw(st.frozensets(st.sampled_from(["fprop", "dgrad", "wgrad"]), max_size=1)),
         zero_gamma=draw(st.booleans()),
         need_dx=draw(st.booleans()),
     )
