@@ -495,8 +495,9 @@ def pixel_config(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig
     if op == "wgrad":
         block_n = min(shape.K, 32)
         # A program with one filter row writes a third of the sums, and in images no wider than a
-        # patch forms each x once; with all rows it forms each dy once.
-        if shape.W <= 8:
+        # patch forms each x once; with all rows it forms each dy once. Nine sums of 32x32, too few
+        # channels for products of a warpgroup, do not fit the registers.
+        if shape.W <= 8 or shape.C == shape.K == 32:
             blocks = 3 * shape.K // block_n
             config = replace(config, patch_h=1, patch_w=8, ahead=2)
         else:
