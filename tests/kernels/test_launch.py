@@ -16,6 +16,7 @@ from fastres.kernels.gpu.launch_config import (
     ConvConfig,
     conv_config,
     heuristic_config,
+    im2col_config,
     load_table,
 )
 from fastres.kernels.tools.networks import resnet18_convs, resnet20_convs
@@ -49,16 +50,50 @@ def test_networks_have_their_published_arithmetic(convs, gflops, layers):
 
 @pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
-def test_heuristics_fill_a_gpu_at_training_batch(op, dtype):
+def test_im2col_tiles_fill_a_gpu_at_training_batch(op, dtype):
     for conv in [*resnet20_convs(512), *resnet18_convs(512)]:
         shape = conv.shape
-        config = heuristic_config(op, shape, dtype)
+        config = im2col_config(op, shape, dtype)
         gemm = shape.gemm(op)
         rows, columns = (gemm.n, gemm.m) if op == "wgrad" else (gemm.m, gemm.n)
         programs = -(-rows // config.block_m) * -(-columns // config.block_n) * config.split_k
         assert programs >= 128, (conv, config)
         assert config.block_k <= 64
         assert config.route == "triton"
+
+
+# What the rules choose on Hopper in bf16 for fprop, dgrad, wgrad: a form, or cuDNN.
+RULES = {
+    "resnet20 stem": ("strip", "im2col", "strip"),
+    "resnet20 stage1": ("strip", "fused", "strip"),
+    "resnet20 stage2 down": ("im2col", "pixel", "im2col"),
+    "resnet20 stage2 projection": ("im2col", "pixel", "im2col"),
+    "resnet20 stage2": ("pixel", "pixel", "strip"),
+    "resnet20 stage3": ("pixel", "pixel", "pixel"),
+    "resnet18 stage1": ("pixel", "pixel", "pixel"),
+    "resnet18 stage2 down": ("cudnn", "cudnn", "cudnn"),
+    "resnet18 stage2 projection": ("im2col", "im2col", "im2col"),
+    "resnet18 stage2": ("tma", "tma", "cudnn"),
+    "resnet18 stage4": ("tma", "tma", "cudnn"),
+}
+
+
+@pytest.mark.parametrize("layer", RULES)
+def test_rules_choose_a_form_for_every_layer(layer):
+    net, _, name = layer.partition(" ")
+    convs = {"resnet20": resnet20_convs, "resnet18": resnet18_convs}[net](512)
+    (shape,) = (conv.shape for conv in convs if conv.name == name)
+    ops = ("fprop", "dgrad", "wgrad")
+    configs = [heuristic_config(op, shape, BF16) for op in ops]
+    assert tuple(c.form if c.route == "triton" else "cudnn" for c in configs) == RULES[layer]
+    is_wide = max(shape.C, shape.K) >= 128
+    assert [c.stored for c in configs] == [c.form == "tma" for c in configs]
+    # Earlier GPUs spill in other forms, and fp32 has none; wide layers are cuDNN's there.
+    for dtype, capability in ((BF16, (8, 0)), (torch.float32, (9, 0))):
+        for op in ops:
+            config = heuristic_config(op, shape, dtype, capability=capability)
+            assert config.form == "im2col"
+            assert (config.route == "cudnn") == (is_wide and shape.R == 3)
 
 
 @pytest.fixture
@@ -134,8 +169,9 @@ def test_recording_counts_each_operand_once_and_runs_nothing_on_meta():
     x = torch.empty(4, 16, 8, 8, dtype=BF16, device="meta", memory_format=torch.channels_last)
     w = torch.empty(32, 16, 3, 3, dtype=BF16, device="meta", memory_format=torch.channels_last)
     vector = torch.empty(32, device="meta")
+    config = ConvConfig(128, 32, 32, 4, 4)
     with recording() as launches:
-        y, _ = conv_fprop(x, w, padding=1, batch_norm=BatchNorm(vector, vector))
+        y, _ = conv_fprop(x, w, padding=1, batch_norm=BatchNorm(vector, vector), config=config)
         conv_wgrad(x, y, (3, 3), padding=1, config=ConvConfig(64, 32, 64, 4, 2, split_k=4))
     assert y.is_meta
     assert [launch.name for launch in launches] == [
