@@ -101,8 +101,11 @@ STARTS: dict[Form, Callable[[Product], ConvConfig | None]] = {
 
 
 def start_configs(product: Product, gpu: GpuLimits) -> list[ConvConfig]:
-    """The start of every form that the product has, on the route `triton`."""
-    found = (start(product) for form, start in STARTS.items() if form != "tma" or gpu.has_tma)
+    """The start of every form that the product has, on the route `triton`.
+
+    GPUs before Hopper have no TMA, and in the other forms their products spill.
+    """
+    found = (start(product) for form, start in STARTS.items() if form == "im2col" or gpu.has_tma)
     on_triton = (replace(config, route="triton") for config in found if config is not None)
     return list(dict.fromkeys(on_triton))
 

@@ -18,11 +18,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastres.kernels.conv_shape import ConvShape
 from fastres.kernels.gpu import launch as launch_module
 from fastres.kernels.gpu import launch_config
+from fastres.kernels.gpu.conv_dgrad import conv_dgrad
 from fastres.kernels.gpu.cross_entropy import smooth_cross_entropy_fwd
 from fastres.kernels.gpu.launch import Traffic, launch, recording
-from fastres.kernels.gpu.launch_config import ConvConfig, force_pdl, load_pdl, uses_pdl
+from fastres.kernels.gpu.launch_config import (
+    ConvConfig,
+    force_pdl,
+    load_pdl,
+    strip_config,
+    uses_pdl,
+)
 from fastres.kernels.tools.codegen_report import plan_entries
 from fastres.kernels.tools.machine_code import Build, disassemble, to_build
 from fastres.kernels.tools.tuner import merge_table
@@ -69,6 +77,15 @@ def one_build_a_kernel():
             torch.empty(512, dtype=torch.int64, device="meta"),
             0.1,
         )
+        # Of 16 channels both gradients share a launch, unless one is wanted alone.
+        g, w = (
+            torch.empty(size, dtype=torch.bfloat16, device="meta").to(
+                memory_format=torch.channels_last
+            )
+            for size in ((512, 16, 32, 32), (16, 16, 3, 3))
+        )
+        config = strip_config("dgrad", ConvShape(512, 32, 32, 16, 16), torch.bfloat16)
+        conv_dgrad(g, w, (32, 32), padding=1, config=config)
     return builds | {launch.kernel.fn.__name__: to_build(launch, 90) for launch in launches}
 
 

@@ -27,6 +27,7 @@ from fastres.kernels.tools.candidates import (
     Product,
     distance,
     heuristic_start,
+    im2col_start,
     neighbourhood,
     start_configs,
 )
@@ -492,9 +493,11 @@ def test_every_layer_of_a_network_is_listed_in_all_its_variants(network):
     assert stage1 == workloads[0]
     blocks = sum(stage1.variants.values()) // 2
     assert stage1.variants == {FIRST: blocks, INNER: blocks}
-    # Forward reads x and writes y in both variants; the gradients read five to seven such tensors.
+    # Forward reads x and writes y in both variants; the gradients read five to seven such tensors,
+    # and of 16 channels, where they share a launch, three or four.
     one_pass = 2 * stage1.shape.num_x
-    assert 2 * blocks * 8 * one_pass < stage1.bytes < 2 * blocks * 11 * one_pass
+    fewest = 6 if network == "resnet20" else 8
+    assert 2 * blocks * fewest * one_pass < stage1.bytes < 2 * blocks * 11 * one_pass
 
 
 @pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])
@@ -506,7 +509,7 @@ def test_tiles_are_distinct_fit_and_are_sorted_by_distance(op, precision):
         for product in products(op, PRECISIONS[precision], network):
             (start,) = start_configs(product, gpu)
             found = neighbourhood(product, start, gpu)
-            assert start == replace(heuristic_start(product), route="triton")
+            assert start == im2col_start(product)
             assert start not in found
             assert len(found) == len(set(found)) >= 12, product
             distances = [distance(config, start) for config in found]
