@@ -39,10 +39,11 @@ from fastres.kernels.gpu.last_program import finish_batch_norm, finish_stats
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
 from fastres.kernels.gpu.primitives import (
-    dot_fp32,
+    dot_pixels,
     im2col_offsets,
     load_im2col,
     wait_for_previous_kernel,
+    zero_sums,
 )
 from fastres.kernels.gpu.prologue import activate_channels, uses_assembly
 from fastres.kernels.layout import empty_channels_last
@@ -84,12 +85,14 @@ def _conv_fprop_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr,  # no tile hangs over the pixels or the channels
     ASM: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
     SCALE_SHIFT_INPUT: tl.constexpr = in_scale_shift_ptr is not None
+    FILTERS_FIRST: tl.constexpr = BLOCK_N >= 64 and not SCALE_SHIFT_INPUT
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
 
     # Neighbouring programs share their pixels, the larger operand, and differ in filters.
@@ -101,7 +104,7 @@ def _conv_fprop_kernel(
     mask_k = offs_k < K
     offs_x, h0, w0 = im2col_offsets(offs_npq, P, Q, STRIDE, PADDING, X_STRIDES)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = zero_sums(BLOCK_M, BLOCK_N, FILTERS_FIRST)
     for rsc in range(0, R * S * C, BLOCK_K):
         offs_rsc = rsc + tl.arange(0, BLOCK_K)
         x, mask_x = load_im2col(
@@ -116,11 +119,11 @@ def _conv_fprop_kernel(
         if SCALE_SHIFT_INPUT:
             mask_rsc = offs_rsc < R * S * C
             x = activate_channels(x, in_scale_shift_ptr, offs_rsc % C, mask_rsc, mask_x, C, ASM)
-        acc = dot_fp32(x, w, acc, PRECISION)
+        acc = dot_pixels(x, w, acc, PRECISION, FILTERS_FIRST)
 
     # Epilogue.
     store_output_tile(
-        acc,
+        acc.T if FILTERS_FIRST else acc,
         tile_m,
         num_npq,
         offs_k,
@@ -135,6 +138,8 @@ def _conv_fprop_kernel(
         RESIDUAL_STRIDES,
         RELU,
         INDEX,
+        WHOLE,
+        ASM,
     )
     num_tiles_m = tl.cdiv(num_npq, BLOCK_M)
     if batch_norm_ptr is not None:
@@ -295,6 +300,7 @@ def _launch_fprop(
             RESIDUAL_STRIDES=nhwc_strides(residual),
             PRECISION="tf32" if allow_tf32 else "ieee",
             **config.constexprs(),
+            WHOLE=config.divides(gemm.m, gemm.n),
             ASM=uses_assembly(),
         )
     finish, stats = finish_stats(

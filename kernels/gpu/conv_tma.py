@@ -40,7 +40,12 @@ from fastres.kernels.gpu.epilogue import store_gradient_tile, store_output_tile
 from fastres.kernels.gpu.last_program import finish_batch_norm, finish_batch_norm_backward
 from fastres.kernels.gpu.launch import KernelVariant
 from fastres.kernels.gpu.launch_config import ConvConfig, TmaTile
-from fastres.kernels.gpu.primitives import dot_fp32, wait_for_previous_kernel
+from fastres.kernels.gpu.primitives import (
+    dot_fp32,
+    dot_pixels,
+    wait_for_previous_kernel,
+    zero_sums,
+)
 from fastres.kernels.gpu.prologue import activate_channels, backward_bn_channels
 
 __all__ = ["dgrad_tma_variant", "fprop_tma_variant"]
@@ -92,12 +97,14 @@ def _conv_fprop_tma_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr,  # no tile hangs over the pixels or the channels
     ASM: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
     SCALE_SHIFT_INPUT: tl.constexpr = in_scale_shift_ptr is not None
+    FILTERS_FIRST: tl.constexpr = BLOCK_N >= 64 and not SCALE_SHIFT_INPUT
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     BLOCKS_C: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
 
@@ -109,7 +116,7 @@ def _conv_fprop_tma_kernel(
         h0 = (first // Q % P).to(tl.int32) - PADDING
         w0 = (first % Q).to(tl.int32) - PADDING
 
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = zero_sums(BLOCK_M, BLOCK_N, FILTERS_FIRST)
         for step in range(0, R * S * BLOCKS_C):
             tap = step // BLOCKS_C
             c = step % BLOCKS_C * BLOCK_K
@@ -121,11 +128,11 @@ def _conv_fprop_tma_kernel(
                 pixels = first + tl.arange(0, BLOCK_M)
                 inside = _are_inside(pixels, tap // S - PADDING, tap % S - PADDING, P, Q, H, W)
                 x = activate_channels(x, in_scale_shift_ptr, offs_c, offs_c < C, inside, C, ASM)
-            acc = dot_fp32(x, w.T, acc, PRECISION)
+            acc = dot_pixels(x, w.T, acc, PRECISION, FILTERS_FIRST)
 
         # Epilogue.
         store_output_tile(
-            acc,
+            acc.T if FILTERS_FIRST else acc,
             tile_m,
             num_npq,
             first_k + tl.arange(0, BLOCK_N),
@@ -140,6 +147,8 @@ def _conv_fprop_tma_kernel(
             RESIDUAL_STRIDES,
             RELU,
             INDEX,
+            WHOLE,
+            ASM,
         )
     # The tiles of a program have the same filters: it is one of those that share their channels.
     column = tl.program_id(0) % TILES_N

@@ -23,7 +23,6 @@ from fastres.kernels.gpu.primitives import (
     relu_grad,
     round_to,
     row_offsets,
-    tile_stats,
     tile_sum,
 )
 from fastres.kernels.gpu.prologue import round_pair
@@ -59,26 +58,27 @@ def store_output_tile(
     RESIDUAL_STRIDES: tl.constexpr,
     RELU: tl.constexpr,
     INDEX: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Forward: y, or relu(a * y + b + residual); and the batch-norm statistics of it as stored."""
     BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
     offs_npq = tile_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_npq = offs_npq < num_npq
     mask_k = offs_k < K
-    mask = mask_npq[:, None] & mask_k[None, :]
+    mask = (offs_npq < num_npq)[:, None] & mask_k[None, :]
     if out_scale_shift_ptr is not None:
         acc = affine(acc, out_scale_shift_ptr, offs_k, K, mask_k)
     if residual_ptr is not None:
         offs = row_offsets(offs_npq, P, Q, RESIDUAL_STRIDES)[:, None] + offs_k[None, :]
-        acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        acc += load_outputs(residual_ptr, offs, mask, WHOLE).to(tl.float32)
     if RELU:
         acc = relu(acc)
-    y = round_to(acc, y_ptr.dtype.element_ty)
     offs_y = row_offsets(offs_npq, P, Q, Y_STRIDES)[:, None] + offs_k[None, :]
-    tl.store(y_ptr + offs_y, y, mask=mask)
+    y = _store_rounded(y_ptr, offs_y, mask, acc, WHOLE, ASM)
     if stats_ptr is not None:
-        count = tl.minimum(num_npq - tile_m.to(INDEX) * BLOCK_M, BLOCK_M)
-        mean, m2 = tile_stats(y.to(tl.float32), mask_npq, count)
+        count = tl.minimum(num_npq - tile_m.to(INDEX) * BLOCK_M, BLOCK_M).to(tl.float32)
+        mean, m2 = channel_stats((y,), (mask,), count, BLOCK_N, WHOLE)
         store_stats(stats_ptr, tile_m, count, mean, m2, offs_k, mask_k, K)
 
 

@@ -167,6 +167,10 @@ class ConvConfig:
         """The tile as the kernels' compile-time arguments."""
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
+    def divides(self, rows: int, columns: int) -> bool:
+        """Whether tiles cover a matrix of this size exactly: their epilogue needs no masks."""
+        return rows % self.block_m == 0 and columns % self.block_n == 0
+
     def tma_tile(self, op: ConvOp, shape: ConvShape) -> TmaTile | None:
         """The rectangle that a tile's pixels are: a section of a row, whole rows or whole images.
 

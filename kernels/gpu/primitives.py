@@ -17,6 +17,7 @@ __all__ = [
     "affine",
     "compute_dy",
     "dot_fp32",
+    "dot_pixels",
     "im2col_offsets",
     "load_im2col",
     "pixel_offsets",
@@ -28,6 +29,7 @@ __all__ = [
     "tile_stats",
     "tile_sum",
     "wait_for_previous_kernel",
+    "zero_sums",
 ]
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -106,6 +108,28 @@ def dot_fp32(lhs, rhs, acc, PRECISION: tl.constexpr):
         lhs = lhs.to(tl.float32)
         rhs = rhs.to(tl.float32)
     return tl.dot(lhs, rhs, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def zero_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FILTERS_FIRST: tl.constexpr):
+    """Where `dot_pixels` begins."""
+    if FILTERS_FIRST:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    return acc
+
+
+@triton.jit
+def dot_pixels(x, w, acc, PRECISION: tl.constexpr, FILTERS_FIRST: tl.constexpr):
+    """`acc + x @ w`, pixels by filters, or with FILTERS_FIRST the same transposed.
+
+    Filters as rows save an epilogue instructions: a thread then holds many pixels of few filters,
+    not few of many, and adds them up for the statistics without asking its neighbours. But only the
+    left operand is multiplied from registers, where a prologue leaves pixels; and a product of a
+    warpgroup has 64 rows.
+    """
+    return dot_fp32(w.T, x.T, acc, PRECISION) if FILTERS_FIRST else dot_fp32(x, w, acc, PRECISION)
 
 
 @triton.jit
