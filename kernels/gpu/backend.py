@@ -166,11 +166,19 @@ def conv_backward(
     gradient: Tensor | DeferredGrad = dy
     if _stores_operand(wgrad) or (need_dx and _stores_operand(dgrad)):
         gradient = bn_backward_apply(dy)
-    dw = _filter_gradient(gradient, x, layer, producer, wgrad)
     if not need_dx:
-        return ConvGrads(None, dw)
-    dx, grads = _input_gradient(gradient, x, layer, producer, producer_weight, shortcut, dgrad)
-    return ConvGrads(dx, dw, grads)
+        return ConvGrads(None, _filter_gradient(gradient, x, layer, producer, wgrad))
+    # The kernel of dx reads the producer's y for its mask: there the activation costs a store.
+    activation = None
+    can_store = dgrad.route == "triton" and dgrad.form in ("im2col", "tma")
+    if producer is not None and _stores_operand(wgrad) and can_store:
+        activation = torch.empty_like(x, memory_format=torch.channels_last)
+    dx, grads = _input_gradient(
+        gradient, x, layer, producer, producer_weight, shortcut, activation, dgrad
+    )
+    if activation is not None:
+        x, producer = activation, None
+    return ConvGrads(dx, _filter_gradient(gradient, x, layer, producer, wgrad), grads)
 
 
 def _filter_gradient(
@@ -208,6 +216,7 @@ def _input_gradient(
     producer: LayerState | None,
     producer_weight: Tensor | None,
     shortcut: Tensor | None,
+    activation: Tensor | None,
     config: ConvConfig,
 ) -> tuple[Tensor, BatchNormGrads | None]:
     input_size = (x.shape[2], x.shape[3])
@@ -233,6 +242,7 @@ def _input_gradient(
         shortcut=shortcut,
         producer=producer,
         producer_weight=producer_weight,
+        activation=activation,
         allow_tf32=_allow_tf32(x),
         config=config,
     )

@@ -41,6 +41,7 @@ from fastres.kernels.gpu.epilogue import store_gradient_tile
 from fastres.kernels.gpu.last_program import finish_batch_norm_backward, finish_grads
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
 from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
+from fastres.kernels.gpu.patches import are_dense
 from fastres.kernels.gpu.primitives import dot_fp32, pixel_offsets, wait_for_previous_kernel
 from fastres.kernels.gpu.prologue import backward_bn_channels, uses_assembly
 from fastres.kernels.layout import empty_channels_last
@@ -57,6 +58,7 @@ def _conv_dgrad_kernel(
     dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
     producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: dx alone
+    activation_ptr,  # (N, H, W, C) out: relu(a * producer_y + b), dense; None: not wanted
     sums_ptr,  # (num_tiles + num_groups, 2 * C) fp32: partials, see last_program.py
     counters_ptr,  # (TILES_N, 1 + num_groups) int32: zeros
     producer_batch_norm_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of producer_y
@@ -157,6 +159,7 @@ def _conv_dgrad_kernel(
         shortcut_ptr,
         producer_y_ptr,
         producer_batch_norm_ptr,
+        activation_ptr,
         sums_ptr,
         H,
         W,
@@ -201,6 +204,7 @@ def conv_dgrad(
     shortcut: torch.Tensor | None = None,
     producer: LayerState | None = None,
     producer_weight: torch.Tensor | None = None,
+    activation: torch.Tensor | None = None,
     allow_tf32: bool = False,
     config: ConvConfig | None = None,
 ) -> tuple[torch.Tensor, BatchNormGrads | None]:
@@ -217,6 +221,8 @@ def conv_dgrad(
         producer: the layer whose relu(a * y + b) is x, its y (N, C, H, W); given, the result is
             the gradient of its batch norm's output.
         producer_weight: (C,) fp32, of that batch norm.
+        activation: (N, C, H, W) dense channels_last, dtype of dy, is given relu(a * y + b) of the
+            producer: for a filter gradient that cannot form it while loading.
         allow_tf32: let fp32 products be rounded to TF32.
         config: tiles; by default those of the launch table.
 
@@ -234,11 +240,17 @@ def conv_dgrad(
     if shortcut is not None:
         check_activation("shortcut", shortcut, size, g.dtype)
     check_state("producer", producer, producer_weight, size, g.dtype)
+    if activation is not None:
+        check_activation("activation", activation, size, g.dtype)
+        if producer is None or not are_dense(activation):
+            raise ValueError("activation must be dense channels_last, and beside a producer")
     y_p = None if producer is None else producer.y
 
     config = config or conv_config("dgrad", shape, g.dtype, g.device, tf32=allow_tf32)
     dx = empty_channels_last(g, *size)
-    variant = _patch_variant(config, shape, g, y, w, shortcut, y_p)
+    variant = None
+    if activation is None:
+        variant = _patch_variant(config, shape, g, y, w, shortcut, y_p)
     if variant is None:
         variant = dgrad_tma_variant(config, shape, g, y, w)
         variant = variant or _pointer_variant(config, shape, g, y, w)
@@ -251,6 +263,7 @@ def conv_dgrad(
             PRECISION="tf32" if allow_tf32 else "ieee",
             **config.constexprs(),
             ASM=uses_assembly(),
+            activation_ptr=activation,
         )
     finish, (grads,) = finish_grads(
         dx,
@@ -277,7 +290,7 @@ def conv_dgrad(
         num_stages=config.num_stages,
         traffic=Traffic(
             reads=num_bytes(g, y, coefficients, w, shortcut, y_p) + finish.reads,
-            writes=num_bytes(dx) + finish.writes,
+            writes=num_bytes(dx, activation) + finish.writes,
             flops=shape.flops,
         ),
         trips=variant.trips,

@@ -183,6 +183,7 @@ def _conv_dgrad_tma_kernel(
     dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
     producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: dx alone
+    activation_ptr,  # (N, H, W, C) out: relu(a * producer_y + b), dense; None: not wanted
     sums_ptr,  # (num_tiles + num_groups, 2 * C) fp32: partials, see last_program.py
     counters_ptr,  # (TILES_N, 1 + num_groups) int32: zeros
     producer_batch_norm_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of producer_y
@@ -258,6 +259,7 @@ def _conv_dgrad_tma_kernel(
             shortcut_ptr,
             producer_y_ptr,
             producer_batch_norm_ptr,
+            activation_ptr,
             sums_ptr,
             H,
             W,

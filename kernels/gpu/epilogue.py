@@ -93,6 +93,7 @@ def store_gradient_tile(
     shortcut_ptr,
     producer_y_ptr,
     producer_stats_ptr,
+    activation_ptr,
     sums_ptr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -101,7 +102,10 @@ def store_gradient_tile(
     SHORTCUT_STRIDES: tl.constexpr,
     PRODUCER_Y_STRIDES: tl.constexpr,
 ):
-    """Input gradient: dx (+ shortcut); or g, masked by the producer's ReLU, and its two sums."""
+    """Input gradient: dx (+ shortcut); or g, masked by the producer's ReLU, and its two sums.
+
+    With a producer its activation too, if it is wanted: whose filter gradient reads it next.
+    """
     mask_c = offs_c < C
     mask = mask_nhw[:, None] & mask_c[None, :]
     if shortcut_ptr is not None:
@@ -115,6 +119,9 @@ def store_gradient_tile(
     dx = round_to(acc, dx_ptr.dtype.element_ty)
     offs_dx = row_offsets(offs_nhw, H, W, DX_STRIDES)[:, None] + offs_c[None, :]
     tl.store(dx_ptr + offs_dx, dx, mask=mask)
+    if activation_ptr is not None:
+        activation = round_to(relu(out), dx_ptr.dtype.element_ty)
+        tl.store(activation_ptr + offs_dx, activation, mask=mask)
     if producer_y_ptr is not None:
         g = dx.to(tl.float32)
         mean = tl.load(producer_stats_ptr + offs_c, mask=mask_c, other=0.0)

@@ -215,8 +215,8 @@ def test_every_kernel_has_an_entry(compiled):
     assert kernels == KERNELS
     sources = "\n".join(path.read_text() for path in (REPO / "kernels" / "gpu").glob("*.py"))
     all_kernels = set(re.findall(r"^def _(\w+)_kernel\(", sources, re.MULTILINE))
-    # Ten classes fill no second tile of logits; test_head_code.py compiles that sum. Gradients of 16
-    # channels share a launch; test_conv_strip_code.py compiles the one of dx alone.
+    # Ten classes fill no second tile of logits; test_head_code.py compiles that sum. Gradients of
+    # 16 channels share a launch; test_conv_strip_code.py compiles the one of dx alone.
     assert all_kernels - {"add_shares", "conv_strip_dgrad"} == KERNELS
 
 

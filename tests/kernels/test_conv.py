@@ -9,6 +9,7 @@ from fastres.kernels.conv_types import LayerState
 from fastres.kernels.gpu import conv_dgrad as dgrad_module
 from fastres.kernels.gpu import conv_fprop as fprop_module
 from fastres.kernels.gpu import conv_wgrad as wgrad_module
+from fastres.kernels.gpu.batchnorm_fwd import bn_apply
 from fastres.kernels.gpu.conv_dgrad import conv_dgrad
 from fastres.kernels.gpu.conv_fprop import conv_fprop, conv_fprop_folded
 from fastres.kernels.gpu.conv_wgrad import conv_wgrad
@@ -151,6 +152,25 @@ def test_dgrad(name, dtype, deferred, shortcut, has_producer):
     eager = ref.relu_grad_ref(z.float(), eager)
     assert_like_eager("g", got, eager, truth, keep=away_from_ties(z, FP32))
     check_producer_grads(grads, got, t)
+
+
+@pytest.mark.parametrize("name", ["3x3", "3x3, stride 2"])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_dgrad_stores_the_activation_too(name, dtype):
+    """The bits of the kernel that stores nothing else; dx and its sums stay as they are."""
+    shape = SHAPES[name]
+    t = make_tensors(shape, dtype)
+    options = {**geometry(shape), "config": TILES}
+    options |= {"producer": t.producer, "producer_weight": t.producer_weight}
+    size = (shape.H, shape.W)
+    activation = torch.full_like(t.x, torch.nan)
+    dx, grads = conv_dgrad(t.dy, t.w, size, activation=activation, **options)
+    assert torch.equal(activation, bn_apply(t.producer.y, t.producer.scale_shift))
+    alone, grads_alone = conv_dgrad(t.dy, t.w, size, **options)
+    assert torch.equal(dx, alone)
+    assert torch.equal(grads.dgamma, grads_alone.dgamma)
+    with pytest.raises(ValueError, match="activation must be dense channels_last, and beside"):
+        conv_dgrad(t.dy, t.w, size, activation=activation, **geometry(shape))
 
 
 # name, dtype, a prologue, dy is deferred, split-K partials
