@@ -55,7 +55,9 @@ def _empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def _layer(shape: ConvShape, dtype: torch.dtype) -> ConvBN:
     w = _empty(shape.K, shape.C, shape.R, shape.S, dtype=dtype)
-    return ConvBN(w, _empty(shape.K), _empty(shape.K), shape.stride, shape.padding)
+    # The optimizer's filters are fp32, and so are their gradients.
+    layer = ConvBN(w, _empty(shape.K), _empty(shape.K), shape.stride, shape.padding)
+    return layer._replace(dw_dtype=torch.float32)
 
 
 def record_training(named: NamedBlock, precision: Precision) -> list[AnyLaunch]:

@@ -84,18 +84,17 @@ class _TorchRecorder(TorchDispatchMode):
         if func.namespace == "aten":
             self.launches += _launches_of(func, args, kwargs, result)
         if func.__name__.startswith("convolution_backward"):
-            result = _as_cudnn_returns(result, args[2])
+            result = [_as_cudnn_returns(grad, args[2]) for grad in result]
+        elif func.__name__.startswith("convolution"):
+            result = _as_cudnn_returns(result, args[1])
         return result
 
 
-def _as_cudnn_returns(grads: Any, w: Tensor) -> Any:
-    """The gradients in the layout of the filters, which cuDNN gives them; meta knows NCHW alone."""
-    if not w.is_contiguous(memory_format=torch.channels_last):
-        return grads
-    return [
-        grad.contiguous(memory_format=torch.channels_last) if grad is not None else None
-        for grad in grads
-    ]
+def _as_cudnn_returns(t: Tensor | None, w: Tensor) -> Tensor | None:
+    """A result in the layout of the filters, which cuDNN gives it; meta knows NCHW alone."""
+    if t is None or not w.is_contiguous(memory_format=torch.channels_last):
+        return t
+    return t.contiguous(memory_format=torch.channels_last)
 
 
 def _tensors(value: Any) -> list[Tensor]:
