@@ -359,7 +359,10 @@ def heuristic_config(
     by_form = strip_config(op, shape, dtype) or pixel_config(op, shape, dtype)
     if by_form is None and shape.stride > 1:
         # Four taps of a strided window are soon read: stages cost more instructions than they hide.
-        return replace(im2col, num_stages=1)
+        config = replace(im2col, num_stages=1)
+        # Eight warps share a small tile at the price of more instructions and, on sm_100, spills.
+        is_small = op == "fprop" and config.block_m < 128
+        return replace(config, num_warps=4) if is_small else config
     return by_form or im2col
 
 
@@ -402,6 +405,9 @@ def im2col_config(
     # Sums and the operand that a prologue computes live in registers: 8 warps share large tiles.
     is_large = block_m == 128 and block_n >= 64
     num_warps = 8 if is_large or deep else 4
+    # So few channels are an image, which has no prologue: four warps hold the sums and issue less.
+    if op == "fprop" and shape.C <= 4:
+        num_warps = 4
     # A dgrad that computes dy stages two tiles of pixels; small GPUs have 99 KiB of shared memory.
     if op == "dgrad" and is_large:
         num_stages = 2
