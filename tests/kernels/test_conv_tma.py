@@ -91,6 +91,18 @@ def test_fprop(name, dtype, prologue, config, loads_by_tma):
     check_stats(stats, y, t.batch_norm)
 
 
+@pytest.mark.parametrize("form", ["tma", "im2col"])
+@pytest.mark.parametrize("num_filters", [64, 72])
+def test_fprop_with_filters_as_rows(num_filters, form):
+    """Tiles of 64 filters keep their sums so; 64 filters fill theirs and need no mask, 72 do."""
+    shape = ConvShape(2, 8, 8, 8, num_filters)
+    config = ConvConfig(64, 64, 32, num_warps=4, num_stages=2, form=form)
+    t = make_tensors(shape, BF16)
+    y, stats = conv_fprop(t.x, t.w, **geometry(shape), batch_norm=t.batch_norm, config=config)
+    assert_like_eager("y", y, fprop(t, shape, False), fprop(t.double(), shape, False))
+    check_stats(stats, y, t.batch_norm)
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "has_residual", "relu", "config"),
     [("whole rows", BF16, True, True, PERSISTENT), ("1x1", FP32, False, False, TMA)],
