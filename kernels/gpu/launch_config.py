@@ -369,16 +369,18 @@ def heuristic_config(
 def _wide_config(
     op: ConvOp, shape: ConvShape, dtype: torch.dtype, tf32: bool, capability: tuple[int, int]
 ) -> ConvConfig:
-    """Wide layers are bound by products: cuDNN, or plain products by TMA with the epilogues.
+    """Wide layers are bound by products: cuDNN, or plain products with the epilogues.
 
     Their operands are stored first, by a pass that costs less than forming them for every tap and
-    block of filters.
+    block of filters. Statistics, sums and a folded batch norm are worth a pass, a filter gradient
+    has none of them.
     """
+    im2col = im2col_config(op, shape, dtype, tf32=tf32)
     if op != "wgrad" and capability >= HOPPER and dtype != torch.float32:
         by_tma = tma_config(op, shape, dtype)
-        if by_tma is not None:
-            return replace(by_tma, stored=True)
-    return replace(im2col_config(op, shape, dtype, tf32=tf32), route="cudnn")
+        if by_tma is not None or op == "fprop":
+            return replace(by_tma or im2col, stored=True)
+    return replace(im2col, route="cudnn")
 
 
 def im2col_config(
