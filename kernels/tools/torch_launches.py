@@ -83,7 +83,7 @@ class _TorchRecorder(TorchDispatchMode):
         result = None if func.__name__.startswith("_fused_") else func(*args, **kwargs)
         if func.namespace == "aten":
             self.launches += _launches_of(func, args, kwargs, result)
-        if func.__name__.startswith("convolution_backward"):
+        if result is not None and func.__name__.startswith("convolution_backward"):
             result = [_as_cudnn_returns(grad, args[2]) for grad in result]
         elif func.__name__.startswith("convolution"):
             result = _as_cudnn_returns(result, args[1])
