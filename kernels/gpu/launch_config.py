@@ -431,6 +431,9 @@ def tma_config(
     if op == "dgrad" and config.block_n == 128:
         # The epilogue's operands beside the sums of a larger tile do not fit the registers.
         config = replace(config, block_m=64, num_warps=4, num_stages=2)
+    elif op == "dgrad" and config.block_m * config.block_n == 64 * 64:
+        # Eight warps, and the barriers of a third stage, leave sm_100 too few registers a thread.
+        config = replace(config, num_warps=4, num_stages=2)
     elif config.block_m * config.block_n >= 128 * 128:
         # The barriers of a third stage would keep a second program off the multiprocessor.
         config = replace(config, num_stages=2)

@@ -137,8 +137,8 @@ def _loads_of_source(path: str) -> list[tuple[int, int, str]]:
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load":
             pointer = node.args[0]
-            while isinstance(pointer, ast.BinOp):
-                pointer = pointer.left
+            while isinstance(pointer, ast.BinOp | ast.Subscript):
+                pointer = pointer.left if isinstance(pointer, ast.BinOp) else pointer.value
             found.append((node.lineno, node.end_lineno or node.lineno, ast.unparse(pointer)))
     return found
 

@@ -193,7 +193,8 @@ def check_entry(entry):
     # The stem reads images of 3 channels, and what has no pixels reads little.
     if is_conv and entry["layer"] != "stem":
         bits = dict(words.split(" ") for words in entry["load_bits"].split(", ") if words)
-        pixels = bits.keys() & {"x_ptr", "g_ptr", "y_ptr", "producer_y_ptr", "shortcut_ptr"}
+        # Helpers of the forms in patches call them ptr.
+        pixels = bits.keys() & {"x_ptr", "g_ptr", "y_ptr", "producer_y_ptr", "shortcut_ptr", "ptr"}
         is_tma = "_tma_" in entry["kernel"]
         assert pixels or is_tma, entry
         assert {bits[name] for name in pixels} <= {"128"}, entry

@@ -16,7 +16,7 @@ from fastres.kernels.gpu.launch_config import (
     ConvConfig,
     assume_entries,
     fused_config,
-    heuristic_config,
+    im2col_config,
     table_key,
 )
 from fastres.kernels.gpu.prologue import plain_arithmetic
@@ -210,7 +210,7 @@ def test_the_launch_table_chooses_it(has_producer):
         "need_dx": True,
     }
     results, names = [], []
-    for config in (TALL, heuristic_config("dgrad", shape, BF16)):
+    for config in (TALL, im2col_config("dgrad", shape, BF16)):
         with assume_entries({table_key("dgrad", shape, BF16): config}), recording() as launches:
             results.append(backend.conv_backward(t.dy, t.x, layer, **options))
         names.append([launch.name for launch in launches])
