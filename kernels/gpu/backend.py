@@ -161,8 +161,10 @@ def conv_backward(
         )
         if both is not None:
             return both
-        shape = _shape(x, layer)
-        dgrad = strip_config("dgrad", shape, x.dtype) or im2col_config("dgrad", shape, x.dtype)
+        shape, tf32 = _shape(x, layer), _allow_tf32(x)
+        dgrad = strip_config("dgrad", shape, x.dtype) or im2col_config(
+            "dgrad", shape, x.dtype, tf32=tf32
+        )
     gradient: Tensor | DeferredGrad = dy
     if _stores_operand(wgrad) or (need_dx and _stores_operand(dgrad)):
         gradient = bn_backward_apply(dy)

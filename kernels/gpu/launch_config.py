@@ -72,7 +72,7 @@ NUM_SMS = 132
 # Channels from which a convolution is bound by its products.
 WIDE = 128
 
-# Compute capability from which GPUs have TMA and products of warpgroups.
+# Compute capability of the GPUs that devices which are none are taken for.
 HOPPER = (9, 0)
 
 Route = Literal["triton", "cudnn"]
@@ -336,6 +336,16 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return _assumed_capability.value or HOPPER
 
 
+def _has_warpgroup_products(capability: tuple[int, int]) -> bool:
+    """Whether four warps multiply together: Hopper, and Blackwell but for its small GPUs (12.x).
+
+    Those run the code of Ampere, in which the forms in patches spill.
+    """
+    return 9 <= capability[0] < 12
+
+
+# An eager step asks for every product in every call.
+@functools.lru_cache(maxsize=4096)
 def heuristic_config(
     op: ConvOp,
     shape: ConvShape,
@@ -347,12 +357,12 @@ def heuristic_config(
     """Form, tiles and route by rule, for GPUs and layers nobody has measured.
 
     Narrow layers wait for the instructions of their own kernels, so the form that issues fewest
-    computes them: on Hopper and later, for what it runs spills on earlier GPUs.
+    computes them where warpgroups multiply; elsewhere it would spill.
     """
     if max(shape.C, shape.K) >= WIDE and shape.R * shape.S > 1:
         return _wide_config(op, shape, dtype, tf32, capability)
     im2col = im2col_config(op, shape, dtype, tf32=tf32)
-    if capability < HOPPER or dtype == torch.float32:
+    if not _has_warpgroup_products(capability) or dtype == torch.float32:
         return im2col
     if op == "dgrad" and (fused := fused_config(shape, dtype, has_producer=True)) is not None:
         return fused
@@ -376,7 +386,7 @@ def _wide_config(
     has none of them.
     """
     im2col = im2col_config(op, shape, dtype, tf32=tf32)
-    if op != "wgrad" and capability >= HOPPER and dtype != torch.float32:
+    if op != "wgrad" and _has_warpgroup_products(capability) and dtype != torch.float32:
         by_tma = tma_config(op, shape, dtype)
         if by_tma is not None or op == "fprop":
             return replace(by_tma or im2col, stored=True)
@@ -422,7 +432,7 @@ def tma_config(
     """The heuristic tiles with TMA loads, for GPUs of the Hopper generation and later.
 
     None where the shape has no TMA tile or its pixels and filters are no multiples of 16 bytes.
-    Nobody has timed TMA loads on a GPU, so the heuristics load by pointers; the tuner tries both.
+    Nobody has timed TMA loads on a GPU; the rules choose them for wide layers by what they issue.
     """
     config = im2col_config(op, shape, dtype, tf32=tf32)
     # A TMA tile holds channels of one tap; a pointer load takes several taps of few channels.

@@ -89,12 +89,14 @@ def test_rules_choose_a_form_for_every_layer(layer):
     is_wide = max(shape.C, shape.K) >= 128
     is_plain = is_wide and shape.R == 3
     assert [c.stored for c in configs] == [is_plain and c.route == "triton" for c in configs]
-    # Earlier GPUs spill in other forms, and fp32 has none; wide layers are cuDNN's there.
-    for dtype, capability in ((BF16, (8, 0)), (torch.float32, (9, 0))):
+    # Ampere, and the small GPUs of Blackwell that run its code, spill in other forms, and fp32 has
+    # none; wide layers are cuDNN's there.
+    for dtype, capability in ((BF16, (8, 0)), (BF16, (12, 0)), (torch.float32, (9, 0))):
         for op in ops:
             config = heuristic_config(op, shape, dtype, capability=capability)
             assert config.form == "im2col"
             assert (config.route == "cudnn") == is_plain
+    assert [heuristic_config(op, shape, BF16, capability=(10, 0)) for op in ops] == configs
 
 
 @pytest.fixture
