@@ -91,7 +91,7 @@ def _forced(provider: str) -> AbstractContextManager[None]:
     """
     if provider not in ("triton", "cudnn"):
         return nullcontext()
-    from fastres.kernels.gpu.launch_config import force_route
+    from fastres.kernels.gpu.launch_table import force_route
 
     return force_route("triton" if provider == "triton" else "cudnn")
 

@@ -8,6 +8,6 @@ their common beginnings and ends, batchnorm_fwd.py and batchnorm_bwd.py what has
 sgd.py and totals.py are the rest of a training step.
 pool_linear.py, cross_entropy.py and augment.py stand alone. primitives.py holds the jit helpers,
 last_program.py those by which the last program of a kernel merges what all left in parts
-(counters.py finds it), checks.py those of the launchers; launch.py starts and records every kernel;
-launch_config.py chooses its tiles, from the launch table where it was measured, else by rules.
+(counters.py finds it), checks.py those of the launchers. launch.py starts and records every kernel;
+its tiles are a launch_config.py, from launch_table.py where measured, else from launch_rules.py.
 """

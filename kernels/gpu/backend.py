@@ -28,12 +28,9 @@ from fastres.kernels.gpu.conv_backward import conv_gradients
 from fastres.kernels.gpu.conv_dgrad import conv_dgrad
 from fastres.kernels.gpu.conv_fprop import conv_fprop, conv_fprop_folded
 from fastres.kernels.gpu.conv_wgrad import conv_wgrad
-from fastres.kernels.gpu.launch_config import (
-    ConvConfig,
-    conv_config,
-    im2col_config,
-    strip_config,
-)
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_rules import im2col_config, strip_config
+from fastres.kernels.gpu.launch_table import conv_config
 from fastres.kernels.gpu.primitives import INTERPRETED
 from fastres.kernels.layout import to_dense_channels_last
 from fastres.kernels.reference import block as ref

@@ -36,7 +36,8 @@ from fastres.kernels.gpu.last_program import (
     store_sums,
 )
 from fastres.kernels.gpu.launch import Traffic, launch, num_bytes
-from fastres.kernels.gpu.launch_config import RowConfig, row_config
+from fastres.kernels.gpu.launch_config import RowConfig
+from fastres.kernels.gpu.launch_rules import row_config
 from fastres.kernels.gpu.primitives import (
     affine,
     compute_dy,
@@ -173,7 +174,7 @@ def bn_backward_reduce(
         scale_shift: (2, C) fp32: the mask is a * y + b > 0. Without out and this, no ReLU.
         projected: as state: the layer of a projected shortcut.
         projected_weight: (C,) fp32, of its batch norm.
-        config: tile; by default the rule of launch_config.py.
+        config: tile; by default the rule of launch_rules.py.
 
     Returns: the gradients of the batch norm, in which dy.g is (N, C, H, W) dense channels_last,
         dtype of dout, and without a ReLU dout itself; those of the projection's, or None.
@@ -290,7 +291,7 @@ def bn_backward_apply(dy: DeferredGrad, *, config: RowConfig | None = None) -> t
 
     Args:
         dy: the deferred gradient.
-        config: tile; by default the rule of launch_config.py.
+        config: tile; by default the rule of launch_rules.py.
 
     Returns: dy: (N, C, H, W) dense channels_last, dtype of dy.g.
 

@@ -27,7 +27,8 @@ from fastres.kernels.gpu.checks import (
 )
 from fastres.kernels.gpu.last_program import finish_batch_norm, finish_stats, store_stats
 from fastres.kernels.gpu.launch import Traffic, launch, num_bytes
-from fastres.kernels.gpu.launch_config import RowConfig, row_config
+from fastres.kernels.gpu.launch_config import RowConfig
+from fastres.kernels.gpu.launch_rules import row_config
 from fastres.kernels.gpu.primitives import (
     affine,
     relu,
@@ -102,7 +103,7 @@ def bn_stats(
     Args:
         y: (N, C, H, W) channels_last, gaps allowed; bf16, fp16, fp32.
         batch_norm: weight and bias (C,) fp32; eps is added to the biased variance.
-        config: tile; by default the rule of launch_config.py.
+        config: tile; by default the rule of launch_rules.py.
 
     Returns: (5, C) fp32, `LayerState.stats`: mean, unbiased variance, rstd, a, b.
 
@@ -202,7 +203,7 @@ def bn_apply(
             residual_scale_shift the raw output of its projection.
         residual_scale_shift: (2, C) fp32, a_s above b_s: the projection's batch norm.
         relu: whether the ReLU is applied.
-        config: tile; by default the rule of launch_config.py.
+        config: tile; by default the rule of launch_rules.py.
 
     Returns: out: (N, C, H, W) dense channels_last, dtype of y.
 

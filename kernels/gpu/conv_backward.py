@@ -40,7 +40,8 @@ from fastres.kernels.gpu.epilogue import (
 )
 from fastres.kernels.gpu.last_program import allocate_partials, finish_grads
 from fastres.kernels.gpu.launch import Traffic, launch, num_bytes
-from fastres.kernels.gpu.launch_config import ConvConfig, fits_fused
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_rules import fits_fused
 from fastres.kernels.gpu.patches import are_dense, locate_patches, output_masks
 from fastres.kernels.gpu.primitives import wait_for_previous_kernel
 from fastres.kernels.gpu.prologue import activate, backward_bn

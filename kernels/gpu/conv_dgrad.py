@@ -40,7 +40,8 @@ from fastres.kernels.gpu.conv_tma import dgrad_tma_variant
 from fastres.kernels.gpu.epilogue import store_gradient_tile
 from fastres.kernels.gpu.last_program import finish_batch_norm_backward, finish_grads
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
-from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_table import conv_config
 from fastres.kernels.gpu.patches import are_dense
 from fastres.kernels.gpu.primitives import dot_fp32, pixel_offsets, wait_for_previous_kernel
 from fastres.kernels.gpu.prologue import backward_bn_channels, uses_assembly

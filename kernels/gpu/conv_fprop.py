@@ -37,7 +37,8 @@ from fastres.kernels.gpu.conv_tma import fprop_tma_variant
 from fastres.kernels.gpu.epilogue import store_output_tile
 from fastres.kernels.gpu.last_program import finish_batch_norm, finish_stats
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
-from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_table import conv_config
 from fastres.kernels.gpu.primitives import (
     dot_pixels,
     im2col_offsets,

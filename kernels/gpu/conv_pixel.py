@@ -52,7 +52,8 @@ from fastres.kernels.gpu.epilogue import (
 )
 from fastres.kernels.gpu.last_program import add_partials, store_partial
 from fastres.kernels.gpu.launch import KernelVariant
-from fastres.kernels.gpu.launch_config import ConvConfig, fits_pixels
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_rules import fits_pixels
 from fastres.kernels.gpu.patches import (
     PatchGrid,
     are_dense,

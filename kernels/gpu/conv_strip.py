@@ -41,7 +41,8 @@ from fastres.kernels.gpu.epilogue import (
 )
 from fastres.kernels.gpu.last_program import merge_stats
 from fastres.kernels.gpu.launch import KernelVariant
-from fastres.kernels.gpu.launch_config import ConvConfig, fits_strips
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_rules import fits_strips
 from fastres.kernels.gpu.patches import (
     are_dense,
     count_outputs,

@@ -25,7 +25,8 @@ from fastres.kernels.conv_shape import ConvShape
 from fastres.kernels.gpu.conv_strip import strip_arguments
 from fastres.kernels.gpu.epilogue import load_channels, load_outputs
 from fastres.kernels.gpu.launch import KernelVariant
-from fastres.kernels.gpu.launch_config import ConvConfig, fits_strips
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_rules import fits_strips
 from fastres.kernels.gpu.patches import are_dense, locate_patches, output_masks
 from fastres.kernels.gpu.primitives import wait_for_previous_kernel
 from fastres.kernels.gpu.prologue import activate, backward_bn

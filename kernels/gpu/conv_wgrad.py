@@ -37,7 +37,8 @@ from fastres.kernels.gpu.conv_pixel import wgrad_pixel_variant
 from fastres.kernels.gpu.conv_strip_wgrad import wgrad_strip_variant
 from fastres.kernels.gpu.last_program import add_partials, allocate_partials, store_partial
 from fastres.kernels.gpu.launch import KernelVariant, Traffic, launch, num_bytes
-from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_table import conv_config
 from fastres.kernels.gpu.primitives import (
     dot_fp32,
     im2col_offsets,

@@ -20,7 +20,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastres.kernels.gpu.launch_config import uses_pdl
+from fastres.kernels.gpu.launch_table import uses_pdl
 from fastres.kernels.override import Override
 
 __all__ = [

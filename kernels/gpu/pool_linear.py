@@ -26,7 +26,7 @@ import triton.language as tl
 
 from fastres.kernels.gpu.checks import check_activation, index_dtype, nhwc_strides
 from fastres.kernels.gpu.launch import Traffic, launch, num_bytes
-from fastres.kernels.gpu.launch_config import NUM_SMS
+from fastres.kernels.gpu.launch_rules import NUM_SMS
 from fastres.kernels.gpu.primitives import round_to, row_offsets, wait_for_previous_kernel
 from fastres.kernels.layout import empty_channels_last
 

@@ -12,18 +12,17 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from fastres.kernels.conv_shape import ConvOp, ConvShape
-from fastres.kernels.gpu.launch_config import (
+from fastres.kernels.gpu.launch_config import ConvConfig, Form
+from fastres.kernels.gpu.launch_rules import (
     NUM_SMS,
-    ConvConfig,
-    Form,
     fused_config,
     heuristic_config,
     im2col_config,
     pixel_config,
     strip_config,
-    table_key,
     tma_config,
 )
+from fastres.kernels.gpu.launch_table import table_key
 from fastres.kernels.gpu.patches import PATCH_W, patch_grid
 from fastres.kernels.tools.networks import Precision
 

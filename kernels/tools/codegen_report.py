@@ -20,14 +20,13 @@ from dataclasses import dataclass, replace
 
 from fastres.kernels.conv_shape import ConvOp
 from fastres.kernels.gpu.launch import Launch, Traffic
-from fastres.kernels.gpu.launch_config import (
-    ConvConfig,
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_rules import im2col_config, tma_config
+from fastres.kernels.gpu.launch_table import (
     assume_capability,
     assume_entries,
-    im2col_config,
     load_table,
     table_key,
-    tma_config,
 )
 from fastres.kernels.tools.describe import expected_bits, tile_label, variant_label
 from fastres.kernels.tools.machine_code import Build, MachineCode, compile_build, to_build

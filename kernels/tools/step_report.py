@@ -15,12 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastres.kernels.gpu.launch import Launch
-from fastres.kernels.gpu.launch_config import (
-    ConvConfig,
-    assume_capability,
-    assume_entries,
-    load_table,
-)
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_table import assume_capability, assume_entries, load_table
 from fastres.kernels.tools.codegen_report import (
     EFFICIENCY,
     CodegenEntry,

@@ -176,7 +176,7 @@ def _measure(options: argparse.Namespace) -> int:
     """Tune, writing after each layer; 1 where the GPU stops answering."""
     import torch
 
-    from fastres.kernels.gpu.launch_config import TABLE_PATH, gpu_name
+    from fastres.kernels.gpu.launch_table import TABLE_PATH, gpu_name
     from fastres.kernels.tools.tuner import GpuLostError, merge_table
 
     # As training sets it: cuDNN times its algorithms too.

@@ -28,13 +28,8 @@ import torch
 from fastres.kernels.conv_shape import ConvOp
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu.launch import Launch, recording
-from fastres.kernels.gpu.launch_config import (
-    TABLE_SCHEMA,
-    ConvConfig,
-    Form,
-    assume_entries,
-    load_table,
-)
+from fastres.kernels.gpu.launch_config import ConvConfig, Form
+from fastres.kernels.gpu.launch_table import TABLE_SCHEMA, assume_entries, load_table
 from fastres.kernels.tools.candidates import (
     GpuLimits,
     Product,

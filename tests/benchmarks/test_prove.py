@@ -212,7 +212,7 @@ def test_the_tuned_table_is_used_by_the_parts_behind_it(tmp_path):
     (tmp_path / "launch_table.json").write_text('{"schema": 1, "gpus": {}}')
     table = proof._environment()["FASTRES_LAUNCH_TABLE"]
     assert proof._environment()["FASTRES_DATA"] == str(tmp_path)
-    code = "from fastres.kernels.gpu import launch_config; print(launch_config.TABLE_PATH)"
+    code = "from fastres.kernels.gpu import launch_table; print(launch_table.TABLE_PATH)"
     env = os.environ | {"FASTRES_LAUNCH_TABLE": table}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)

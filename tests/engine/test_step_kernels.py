@@ -16,7 +16,8 @@ from fastres.engine.step_kernels import FilterCopies, OneLaunchSGD
 from fastres.kernels import filter_copies
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu.launch import recording
-from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_table import conv_config
 from fastres.model.fuse import fuse
 from fastres.model.resnet import BasicBlock, ResNet
 from tests.helpers.interpreter import DEVICE, HAS_GPU

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fastres.kernels import ops
 from fastres.kernels.conv_shape import ConvOp, ConvShape
 from fastres.kernels.conv_types import ConvBN, stat_dtype
-from fastres.kernels.gpu.launch_config import (
-    ConvConfig,
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_rules import (
     fused_config,
     heuristic_config,
     pixel_config,

@@ -8,7 +8,7 @@ from fastres.kernels.block import Block
 from fastres.kernels.conv_types import ConvBN, ConvBNGrads
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu.launch import recording
-from fastres.kernels.gpu.launch_config import force_pdl, uses_pdl
+from fastres.kernels.gpu.launch_table import force_pdl, uses_pdl
 from fastres.kernels.reference import backend as reference_backend
 from fastres.kernels.tools.networks import NamedConv, resnet18_convs, resnet20_convs
 from tests.helpers.interpreter import DEVICE, needs_gpu, strict_memory  # noqa: F401

@@ -40,7 +40,7 @@ def record(op, layer, prologue, has_shortcut, has_producer, dtype):
     from fastres.kernels.gpu.conv_fprop import conv_fprop
     from fastres.kernels.gpu.conv_wgrad import conv_wgrad
     from fastres.kernels.gpu.launch import recording
-    from fastres.kernels.gpu.launch_config import pixel_config
+    from fastres.kernels.gpu.launch_rules import pixel_config
 
     size, c, k, r, stride = layer
     shape = ConvShape(512, size, size, c, k, r, r, stride, r // 2)

@@ -14,7 +14,8 @@ from fastres.kernels.gpu.conv_dgrad import conv_dgrad
 from fastres.kernels.gpu.conv_fprop import conv_fprop, conv_fprop_folded
 from fastres.kernels.gpu.conv_wgrad import conv_wgrad
 from fastres.kernels.gpu.launch import recording
-from fastres.kernels.gpu.launch_config import ConvConfig, strip_config
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_rules import strip_config
 from fastres.kernels.gpu.prologue import plain_arithmetic
 from fastres.kernels.reference import block as ref
 from fastres.kernels.tools.networks import resnet20_convs

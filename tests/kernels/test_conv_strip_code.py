@@ -43,7 +43,7 @@ def record(name):
     from fastres.kernels.gpu.conv_fprop import conv_fprop, conv_fprop_folded
     from fastres.kernels.gpu.conv_wgrad import conv_wgrad
     from fastres.kernels.gpu.launch import recording
-    from fastres.kernels.gpu.launch_config import fused_config, strip_config
+    from fastres.kernels.gpu.launch_rules import fused_config, strip_config
 
     def tensor(*size):
         return torch.empty(size, dtype=BF16, device="meta", memory_format=torch.channels_last)

@@ -17,7 +17,8 @@ from fastres.kernels.gpu import conv_fprop as fprop_module
 from fastres.kernels.gpu.conv_dgrad import conv_dgrad
 from fastres.kernels.gpu.conv_fprop import conv_fprop, conv_fprop_folded
 from fastres.kernels.gpu.launch import recording
-from fastres.kernels.gpu.launch_config import ConvConfig, TmaTile, tma_config
+from fastres.kernels.gpu.launch_config import ConvConfig, TmaTile
+from fastres.kernels.gpu.launch_rules import tma_config
 from fastres.kernels.reference import block as ref
 from fastres.kernels.tools.networks import resnet18_convs, resnet20_convs
 from tests.helpers.interpreter import DEVICE, needs_gpu, strict_memory  # noqa: F401

@@ -31,7 +31,7 @@ def code_of(op, capability, dtype, grid_size):
     from fastres.kernels.gpu.conv_dgrad import conv_dgrad
     from fastres.kernels.gpu.conv_fprop import conv_fprop
     from fastres.kernels.gpu.launch import recording
-    from fastres.kernels.gpu.launch_config import tma_config
+    from fastres.kernels.gpu.launch_rules import tma_config
     from fastres.kernels.tools.machine_code import compile_launch
 
     dtype = getattr(torch, dtype)

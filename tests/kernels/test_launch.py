@@ -7,18 +7,13 @@ import torch
 
 from fastres.kernels.conv_shape import ConvShape
 from fastres.kernels.conv_types import BatchNorm
-from fastres.kernels.gpu import launch_config
+from fastres.kernels.gpu import launch_table
 from fastres.kernels.gpu.conv_fprop import conv_fprop
 from fastres.kernels.gpu.conv_wgrad import conv_wgrad
 from fastres.kernels.gpu.launch import Traffic, recording
-from fastres.kernels.gpu.launch_config import (
-    TABLE_SCHEMA,
-    ConvConfig,
-    conv_config,
-    heuristic_config,
-    im2col_config,
-    load_table,
-)
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_rules import heuristic_config, im2col_config
+from fastres.kernels.gpu.launch_table import TABLE_SCHEMA, conv_config, load_table
 from fastres.kernels.tools.networks import resnet18_convs, resnet20_convs
 from tests.helpers.interpreter import DEVICE, HAS_GPU
 from tests.helpers.kernel_cases import channels_last
@@ -106,8 +101,8 @@ def table(tmp_path, monkeypatch):
     def write(entries, schema=TABLE_SCHEMA):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
         path.write_text(json.dumps({"schema": schema, "gpus": {"test": entries}}))
-        monkeypatch.setattr(launch_config, "load_table", lambda: load_table(path))
-        monkeypatch.setattr(launch_config, "gpu_name", lambda device: "test")
+        monkeypatch.setattr(launch_table, "load_table", lambda: load_table(path))
+        monkeypatch.setattr(launch_table, "gpu_name", lambda device: "test")
 
     return write
 

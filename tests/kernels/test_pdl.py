@@ -20,17 +20,13 @@ import torch
 
 from fastres.kernels.conv_shape import ConvShape
 from fastres.kernels.gpu import launch as launch_module
-from fastres.kernels.gpu import launch_config
+from fastres.kernels.gpu import launch_table
 from fastres.kernels.gpu.conv_dgrad import conv_dgrad
 from fastres.kernels.gpu.cross_entropy import smooth_cross_entropy_fwd
 from fastres.kernels.gpu.launch import Traffic, launch, recording
-from fastres.kernels.gpu.launch_config import (
-    ConvConfig,
-    force_pdl,
-    load_pdl,
-    strip_config,
-    uses_pdl,
-)
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_rules import strip_config
+from fastres.kernels.gpu.launch_table import force_pdl, load_pdl, uses_pdl
 from fastres.kernels.tools.codegen_report import plan_entries
 from fastres.kernels.tools.machine_code import Build, disassemble, to_build
 from fastres.kernels.tools.tuner import merge_table
@@ -138,11 +134,11 @@ def gpu(tmp_path, monkeypatch):
     def pretend(capability, table):
         path = tmp_path / "table.json"
         path.write_text(json.dumps({"schema": 3, "gpus": {}} | table))
-        monkeypatch.setattr(launch_config, "load_pdl", lambda: load_pdl(path))
-        monkeypatch.setattr(launch_config, "gpu_name", lambda device: "test")
+        monkeypatch.setattr(launch_table, "load_pdl", lambda: load_pdl(path))
+        monkeypatch.setattr(launch_table, "gpu_name", lambda device: "test")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
-    caches = (launch_config._has_pdl, launch_config._wants_pdl, load_pdl)
+    caches = (launch_table._has_pdl, launch_table._wants_pdl, load_pdl)
     for cached in caches:
         cached.cache_clear()
     yield pretend
@@ -182,7 +178,7 @@ def test_only_gpus_use_it(device):
 def test_a_bad_entry_is_refused_by_all_that_read_the_table(tmp_path, pdl):
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"schema": 3, "gpus": {}, "pdl": pdl}))
-    for read in (load_pdl, launch_config.load_table):
+    for read in (load_pdl, launch_table.load_table):
         with pytest.raises(ValueError, match=r"^table\.json: pdl must say true or false of names"):
             read(path)
 

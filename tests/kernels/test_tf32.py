@@ -18,7 +18,8 @@ from fastres.kernels.gpu import primitives
 from fastres.kernels.gpu.conv_dgrad import conv_dgrad
 from fastres.kernels.gpu.conv_fprop import conv_fprop
 from fastres.kernels.gpu.conv_wgrad import conv_wgrad
-from fastres.kernels.gpu.launch_config import ConvConfig, heuristic_config, tma_config
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_rules import heuristic_config, tma_config
 from fastres.kernels.gpu.primitives import round_to_tf32
 from fastres.kernels.reference import block as ref
 from fastres.kernels.tools.networks import PRECISIONS

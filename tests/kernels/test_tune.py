@@ -16,9 +16,11 @@ import torch
 
 from fastres.kernels.conv_shape import ConvShape
 from fastres.kernels.gpu import backend as gpu_backend
-from fastres.kernels.gpu import launch_config
+from fastres.kernels.gpu import launch_table
 from fastres.kernels.gpu.launch import recording
-from fastres.kernels.gpu.launch_config import ConvConfig, gpu_name, load_table, tma_config
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_rules import tma_config
+from fastres.kernels.gpu.launch_table import gpu_name, load_table
 from fastres.kernels.reference import backend as reference_backend
 from fastres.kernels.tools import graph_timer, tune
 from fastres.kernels.tools.candidates import (
@@ -361,7 +363,7 @@ def test_a_lost_gpu_ends_the_command_with_1_and_keeps_what_was_written(
     monkeypatch.setattr(tune, "_workloads", lambda options: [STEM, OTHER])
     monkeypatch.setattr(tune, "_provenance", lambda options, device: {"l2": options.l2})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launch_config, "gpu_name", lambda device: "A GPU")
+    monkeypatch.setattr(launch_table, "gpu_name", lambda device: "A GPU")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     path = tmp_path / "table.json"
     assert tune.main(["--out", str(path)]) == 1
@@ -610,8 +612,8 @@ def test_a_winner_by_tma_is_chosen_kept_and_served(instant, tmp_path, monkeypatc
     assert wgrad.form == "im2col"
     path = tmp_path / "table.json"
     merge_table(path, "test", {choice.key: choice.config for choice in last.choices}, {})
-    monkeypatch.setattr(launch_config, "load_table", lambda: load_table(path))
-    monkeypatch.setattr(launch_config, "gpu_name", lambda device: "test")
+    monkeypatch.setattr(launch_table, "load_table", lambda: load_table(path))
+    monkeypatch.setattr(launch_table, "gpu_name", lambda device: "test")
     case = make_case(shape, INNER, torch.bfloat16, DEVICE)
     with recording() as launches:
         case.forward(gpu_backend)
@@ -686,7 +688,7 @@ def test_tuning_this_gpu_writes_a_table_that_training_reads(tmp_path, monkeypatc
     table = load_table(path)[gpu_name(torch.device("cuda", 0))]
     assert {key.partition("/")[0] for key in table} == {"fprop", "dgrad", "wgrad"}
     assert "heuristics" in capsys.readouterr().out
-    assert json.loads(path.read_text())["schema"] == launch_config.TABLE_SCHEMA
+    assert json.loads(path.read_text())["schema"] == launch_table.TABLE_SCHEMA
 
 
 @needs_gpu

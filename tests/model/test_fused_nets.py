@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastres.kernels.gpu import backend as gpu_backend
-from fastres.kernels.gpu.launch_config import ConvConfig, conv_config
+from fastres.kernels.gpu.launch_config import ConvConfig
+from fastres.kernels.gpu.launch_table import conv_config
 from fastres.model.fuse import fuse
 from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, create_model
 from tests.helpers.interpreter import DEVICE, HAS_GPU
