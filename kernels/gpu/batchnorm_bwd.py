@@ -190,7 +190,7 @@ def bn_backward_reduce(
     check_state("projected", projected, projected_weight, size, dout.dtype)
     _check_mask(out, scale_shift, size, dout.dtype)
     num_rows = n * h * w
-    config = config or row_config(num_rows, c)
+    config = config or row_config(num_rows, c, dout.dtype)
     num_tiles = triton.cdiv(num_rows, config.block_rows)
     num_programs, num_columns = min(num_tiles, MOST_PROGRAMS), triton.cdiv(c, config.block_c)
     has_relu = out is not None or scale_shift is not None
@@ -302,7 +302,7 @@ def bn_backward_apply(dy: DeferredGrad, *, config: RowConfig | None = None) -> t
     check_deferred_grad(dy)
     n, c, h, w = dy.g.shape
     num_rows = n * h * w
-    config = config or row_config(num_rows, c)
+    config = config or row_config(num_rows, c, dy.g.dtype)
     stored = empty_channels_last(dy.g, n, c, h, w)
     launch(
         _bn_backward_apply_kernel,

@@ -115,7 +115,7 @@ def bn_stats(
     n, c, h, w = y.shape
     num_rows = n * h * w
     check_batch_norm(batch_norm, c, num_rows)
-    config = config or row_config(num_rows, c)
+    config = config or row_config(num_rows, c, y.dtype)
     num_tiles = triton.cdiv(num_rows, config.block_rows)
     num_columns = triton.cdiv(c, config.block_c)
     finish, stats = finish_stats(y, batch_norm, num_tiles, num_columns=num_columns)
@@ -221,7 +221,7 @@ def bn_apply(
     if residual_scale_shift is not None:
         check_vector("residual_scale_shift", residual_scale_shift, (2, c))
     num_rows = n * h * w
-    config = config or row_config(num_rows, c)
+    config = config or row_config(num_rows, c, y.dtype)
     out = empty_channels_last(y, n, c, h, w)
     flops = 3 + (residual is not None) + 2 * (residual_scale_shift is not None)
     launch(

@@ -251,21 +251,23 @@ def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:
         if block_n == 128:
             num_stages = 2
     else:
-        block_m, block_n, block_k = 32, _tile(gemm.m, 32), 16
-        num_warps, num_stages = 4, 2
+        block_m, block_n, block_k = 32, _tile(gemm.m, 32), 32
+        num_warps, num_stages = 4 if block_n == 16 else 8, 2
     tiles = _ceil_div(gemm.n, block_m) * _ceil_div(gemm.m, block_n)
     split_k = min(_ceil_div(NUM_SMS, tiles), _ceil_div(gemm.k, 256))
     return ConvConfig(block_m, block_n, block_k, num_warps, num_stages, split_k)
 
 
-def row_config(num_rows: int, channels: int) -> RowConfig:
-    """About 4096 elements a program: 32 a thread, in four 16-byte loads of 16-bit numbers.
+def row_config(num_rows: int, channels: int, dtype: torch.dtype) -> RowConfig:
+    """8 KiB of a tensor a program: four 16-byte loads a thread.
 
-    16 a thread in tiles of 16 channels: with 32, bn_apply with a shortcut spills on sm_90 in fp16.
+    Two in tiles of 16 channels of 16-bit numbers: with four, bn_apply with a shortcut spills on
+    sm_90 in fp16.
     """
     block_c = _tile(channels, 128)
-    block_rows = min(4096 // block_c, max(16, _next_power_of_2(num_rows)))
-    return RowConfig(block_rows, block_c, num_warps=8 if block_c == 16 else 4)
+    block_rows = min(8192 // dtype.itemsize // block_c, max(16, _next_power_of_2(num_rows)))
+    is_narrow = block_c == 16 and dtype.itemsize == 2
+    return RowConfig(block_rows, block_c, num_warps=8 if is_narrow else 4)
 
 
 def _ceil_div(a: int, b: int) -> int:
