@@ -36,6 +36,7 @@ from fastres.kernels.gpu.epilogue import (
     finish_sums_of_all,
     load_channels,
     load_outputs,
+    load_scale_shift,
     store_gradient,
 )
 from fastres.kernels.gpu.last_program import allocate_partials, finish_grads
@@ -69,15 +70,7 @@ def _conv_backward_kernel(
     w_ptr,  # (K, 3, 3, C) in: dtype of x
     dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
-    sums_ptr,  # (num_programs + num_groups, 2 * C) fp32: partials, see last_program.py
-    sums_counters_ptr,  # (1 + num_groups,) int32: zeros
-    producer_batch_norm_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of x;
-    #                       None: no producer
-    producer_gamma_ptr,  # (C,) fp32 in
-    producer_coefficients_ptr,  # (3, C) fp32 out: c0, c1, c2
-    producer_dgamma_ptr,  # (C,) fp32 out
-    producer_dbeta_ptr,  # (C,) fp32 out
-    num_nhw,
+    producer,  # `BatchNormBackward` of x; None: no producer
     dw_ptr,  # (K, 3, 3, C) out
     partials_ptr,  # (num_programs + num_groups, K, 3, 3, C) fp32: None where there is one program
     counters_ptr,  # (1 + num_groups,) int32: zeros
@@ -93,12 +86,11 @@ def _conv_backward_kernel(
     AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PATCH_H: tl.constexpr,
-    SUMS_GROUP: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
-    MASK: tl.constexpr = producer_batch_norm_ptr is not None
+    MASK: tl.constexpr = producer is not None
 
     filters = load_spread_filters(w_ptr, K, C, True)
     _, k = row_lanes(K)
@@ -119,15 +111,15 @@ def _conv_backward_kernel(
         inside_x = output_masks(exists, h0, w0, (column // C)[None, :], PATCH_H, H, W, WHOLE)
 
         # Prologues: padding and what hangs over an image stay 0, although b and c2 are not.
-        scale = load_channels(producer_batch_norm_ptr, 3 * C + column % C)
-        shift = load_channels(producer_batch_norm_ptr, 4 * C + column % C)
+        if MASK:
+            a, b = load_scale_shift(producer.stats_ptr + 3 * C, column % C, C)
         raw: tl.tuple = ()
         xs: tl.tuple = ()
         for o in tl.static_range(PATCH_H):
             offs = offs_x + o * (W * C)
             x = load_outputs(x_ptr, offs, inside_x[o], WHOLE)
             raw += (x,)
-            xs += (activate(x, scale, shift, inside_x[o], ASM) if MASK else x,)
+            xs += (activate(x, a, b, inside_x[o], ASM) if MASK else x,)
         gs = load_rows(g_ptr, pixels, inside_dy, 0, AHEAD, K, W, False)
         ys = load_rows(y_ptr, pixels, inside_dy, 0, AHEAD, K, W, False)
         sums = zero_tiles(PATCH_H, BLOCK_M, 2 * C)
@@ -139,7 +131,9 @@ def _conv_backward_kernel(
             filter_sums = add_filter_products(filter_sums, dy, xs, r)
 
         # Epilogue.
-        mean = load_channels(producer_batch_norm_ptr, column % C)
+        norm = None
+        if MASK:
+            norm = (load_channels(producer.stats_ptr, column % C), a, b)
         dx_rows, dxy_rows = sums[0], sums[0]
         for o in tl.static_range(PATCH_H):
             offs = offs_x + o * (W * C)
@@ -150,9 +144,7 @@ def _conv_backward_kernel(
                 dx_ptr,
                 shortcut_ptr,
                 raw[o] if MASK else None,
-                scale,
-                shift,
-                mean,
+                norm,
                 WHOLE,
                 ASM,
             )
@@ -164,20 +156,7 @@ def _conv_backward_kernel(
             sum_gy += channel_sum(dxy_rows, C)
 
     if MASK:
-        finish_sums_of_all(
-            sum_g,
-            sum_gy,
-            sums_ptr,
-            sums_counters_ptr,
-            producer_batch_norm_ptr,
-            producer_gamma_ptr,
-            producer_coefficients_ptr,
-            producer_dgamma_ptr,
-            producer_dbeta_ptr,
-            num_nhw,
-            C,
-            SUMS_GROUP,
-        )
+        finish_sums_of_all(sum_g, sum_gy, producer, C)
     finish_filter_sums(dw_ptr, partials_ptr, counters_ptr, filter_sums, K, C, True, GROUP)
 
 
@@ -237,9 +216,7 @@ def conv_gradients(
     num_programs, args = strip_arguments(config, shape)
     dx = empty_channels_last(x, n, c, h, width)
     dw = x.new_empty((shape.K, 3, 3, c), dtype=dw_dtype or x.dtype)
-    finish, (grads,) = finish_grads(dx, {"producer_": (producer, producer_weight)}, num_programs)
-    finish.args["sums_counters_ptr"] = finish.args.pop("counters_ptr")
-    finish.args["SUMS_GROUP"] = finish.args.pop("GROUP")
+    finish, (grads,) = finish_grads(dx, {"producer": (producer, producer_weight)}, num_programs)
     partials = counters = None
     group, last_programs = 1, 0
     if num_programs > 1:
@@ -257,7 +234,6 @@ def conv_gradients(
             "dx_ptr": dx,
             "shortcut_ptr": shortcut,
             **finish.args,
-            "num_nhw": n * h * width,
             "dw_ptr": dw,
             "partials_ptr": partials,
             "counters_ptr": counters,

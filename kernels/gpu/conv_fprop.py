@@ -58,14 +58,9 @@ def _conv_fprop_kernel(
     in_scale_shift_ptr,  # (2, C) fp32 in: prologue relu(a * x + b); None: x as it is
     w_ptr,  # (K, R, S, C) in: dense, dtype of x
     y_ptr,  # (N, P, Q, K) out: dtype of x
-    stats_ptr,  # (num_tiles + num_groups, 2 * K + 4) fp32: partials, see last_program.py
-    counters_ptr,  # (TILES_N, 1 + num_groups) int32: zeros
-    gamma_ptr,  # (K,) fp32 in
-    beta_ptr,  # (K,) fp32 in
-    batch_norm_ptr,  # (5, K) fp32 out: mean, unbiased variance, rstd, a, b; None: not wanted
+    batch_norm,  # `BatchNormForward` of y; None: not wanted
     out_scale_shift_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
     residual_ptr,  # (N, P, Q, K) in: added after the scale and shift; None: nothing added
-    eps,
     num_npq,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -88,7 +83,6 @@ def _conv_fprop_kernel(
     BLOCK_K: tl.constexpr,
     WHOLE: tl.constexpr,  # no tile hangs over the pixels or the channels
     ASM: tl.constexpr,
-    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
@@ -129,7 +123,7 @@ def _conv_fprop_kernel(
         num_npq,
         offs_k,
         y_ptr,
-        stats_ptr,
+        batch_norm,
         out_scale_shift_ptr,
         residual_ptr,
         K,
@@ -143,24 +137,8 @@ def _conv_fprop_kernel(
         ASM,
     )
     num_tiles_m = tl.cdiv(num_npq, BLOCK_M)
-    if batch_norm_ptr is not None:
-        finish_batch_norm(
-            stats_ptr,
-            counters_ptr,
-            gamma_ptr,
-            beta_ptr,
-            batch_norm_ptr,
-            num_npq,
-            eps,
-            offs_k,
-            mask_k,
-            pid % TILES_N,
-            tile_m,
-            num_tiles_m,
-            num_tiles_m,
-            K,
-            GROUP,
-        )
+    if batch_norm is not None:
+        finish_batch_norm(batch_norm, offs_k, pid % TILES_N, tile_m, num_tiles_m, num_tiles_m, K)
 
 
 def conv_fprop(
@@ -296,6 +274,7 @@ def _launch_fprop(
     if variant is None:
         variant = fprop_tma_variant(config, shape, x, w) or _pointer_variant(config, shape, x, w)
         variant.args.update(
+            num_npq=gemm.m,
             **shape.constexprs(),
             Y_STRIDES=nhwc_strides(y),
             RESIDUAL_STRIDES=nhwc_strides(residual),
@@ -305,7 +284,7 @@ def _launch_fprop(
             ASM=uses_assembly(),
         )
     finish, stats = finish_stats(
-        x,
+        y,
         batch_norm,
         variant.num_programs,
         num_tiles=variant.num_tiles,
@@ -318,7 +297,6 @@ def _launch_fprop(
         "out_scale_shift_ptr": out_scale_shift,
         "residual_ptr": residual,
         **finish.args,
-        "num_npq": gemm.m,
         "RELU": relu,
         "INDEX": index_dtype(x, y, residual),
     }

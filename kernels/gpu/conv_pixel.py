@@ -46,7 +46,9 @@ from fastres.kernels.gpu.epilogue import (
     finish_stats_of_all,
     finish_sums_of_all,
     load_channels,
+    load_norm,
     load_outputs,
+    load_scale_shift,
     store_gradient,
     store_output,
 )
@@ -224,13 +226,7 @@ def _conv_fprop_pixel_kernel(
     y_ptr,  # (N, H, W, K) out: dtype of x
     out_scale_shift_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
     residual_ptr,  # (N, H, W, K) in: added after the scale and shift; None: nothing added
-    stats_ptr,  # (num_tiles + num_groups, 2 * K + 4) fp32: partials; None: not wanted
-    counters_ptr,  # (1 + num_groups,) int32: zeros
-    gamma_ptr,  # (K,) fp32 in
-    beta_ptr,  # (K,) fp32 in
-    batch_norm_ptr,  # (5, K) fp32 out: mean, unbiased variance, rstd, a, b
-    eps,
-    num_npq,
+    batch_norm,  # `BatchNormForward` of y; None: not wanted
     num_patches,
     num_tiles,
     H: tl.constexpr,
@@ -244,7 +240,6 @@ def _conv_fprop_pixel_kernel(
     AHEAD: tl.constexpr,
     WHOLE: tl.constexpr,
     ASM: tl.constexpr,
-    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
@@ -283,8 +278,9 @@ def _conv_fprop_pixel_kernel(
     )
 
     # Epilogue.
-    scale = load_channels(out_scale_shift_ptr, offs_k)
-    shift = load_channels(out_scale_shift_ptr, K + offs_k)
+    scale_shift = None
+    if out_scale_shift_ptr is not None:
+        scale_shift = load_scale_shift(out_scale_shift_ptr, offs_k, K)
     stored: tl.tuple = ()
     masks: tl.tuple = ()
     for o in tl.static_range(4):
@@ -297,31 +293,16 @@ def _conv_fprop_pixel_kernel(
                 mask,
                 y_ptr,
                 residual_ptr,
-                scale,
-                shift,
-                out_scale_shift_ptr is not None,
+                scale_shift,
                 RELU,
                 WHOLE,
                 ASM,
             ),
         )
-    if stats_ptr is not None:
+    if batch_norm is not None:
         count = count_outputs(exists, h0, w0, WHOLE, BLOCK_M, 2, H, W)
         mean, m2 = channel_stats(stored, masks, count, K, WHOLE)
-        finish_stats_of_all(
-            count,
-            mean,
-            m2,
-            stats_ptr,
-            counters_ptr,
-            gamma_ptr,
-            beta_ptr,
-            batch_norm_ptr,
-            num_npq,
-            eps,
-            K,
-            GROUP,
-        )
+        finish_stats_of_all(count, mean, m2, batch_norm, K)
 
 
 @triton.jit
@@ -332,15 +313,8 @@ def _conv_dgrad_pixel_kernel(
     w_ptr,  # (K, R, R, C) in: dense, dtype of dy
     dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
-    producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: dx alone
-    sums_ptr,  # (num_tiles + num_groups, 2 * C) fp32: partials, see last_program.py
-    counters_ptr,  # (1 + num_groups,) int32: zeros
-    producer_batch_norm_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of producer_y
-    producer_gamma_ptr,  # (C,) fp32 in
-    producer_coefficients_ptr,  # (3, C) fp32 out: c0, c1, c2
-    producer_dgamma_ptr,  # (C,) fp32 out
-    producer_dbeta_ptr,  # (C,) fp32 out
-    num_nhw,
+    producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: no producer
+    producer,  # `BatchNormBackward` of producer_y; None: dx alone
     num_patches,
     num_tiles,
     H: tl.constexpr,
@@ -357,7 +331,6 @@ def _conv_dgrad_pixel_kernel(
     AHEAD: tl.constexpr,
     WHOLE: tl.constexpr,
     ASM: tl.constexpr,
-    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
@@ -410,10 +383,11 @@ def _conv_dgrad_pixel_kernel(
     for o in tl.static_range(4):
         offs = _offsets(pixels, offs_c, o // 2, o % 2, W, C)
         mask = output_mask(exists, h0, w0, o // 2, o % 2, 2, H, W)
-        producer_y = None
-        if producer_y_ptr is not None:
+        producer_y, norm = None, None
+        if producer is not None:
             producer_y = load_outputs(producer_y_ptr, offs, mask, WHOLE)
-        # Loaded for each output: beside all sums these vectors would not fit the registers.
+            # Loaded for each output: beside all sums these vectors would not fit the registers.
+            norm = load_norm(producer, offs_c, C)
         g, gy = store_gradient(
             accs[o],
             offs,
@@ -421,29 +395,14 @@ def _conv_dgrad_pixel_kernel(
             dx_ptr,
             None,
             producer_y,
-            load_channels(producer_batch_norm_ptr, 3 * C + offs_c),
-            load_channels(producer_batch_norm_ptr, 4 * C + offs_c),
-            load_channels(producer_batch_norm_ptr, offs_c),
+            norm,
             WHOLE,
             ASM,
         )
         sum_g += g
         sum_gy += gy
-    if producer_y_ptr is not None:
-        finish_sums_of_all(
-            channel_sum(sum_g, C),
-            channel_sum(sum_gy, C),
-            sums_ptr,
-            counters_ptr,
-            producer_batch_norm_ptr,
-            producer_gamma_ptr,
-            producer_coefficients_ptr,
-            producer_dgamma_ptr,
-            producer_dbeta_ptr,
-            num_nhw,
-            C,
-            GROUP,
-        )
+    if producer is not None:
+        finish_sums_of_all(channel_sum(sum_g, C), channel_sum(sum_gy, C), producer, C)
 
 
 @triton.jit

@@ -35,7 +35,9 @@ from fastres.kernels.gpu.epilogue import (
     finish_stats_of_all,
     finish_sums_of_all,
     load_channels,
+    load_norm,
     load_outputs,
+    load_scale_shift,
     store_gradient,
     store_output,
 )
@@ -72,13 +74,7 @@ def _conv_strip_fprop_kernel(
     y_ptr,  # (N, H, W, K) out: dtype of x
     out_scale_shift_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
     residual_ptr,  # (N, H, W, K) in: added after the scale and shift; None: nothing added
-    stats_ptr,  # (num_programs + num_groups, 2 * K + 4) fp32: partials; None: not wanted
-    counters_ptr,  # (1 + num_groups,) int32: zeros
-    gamma_ptr,  # (K,) fp32 in
-    beta_ptr,  # (K,) fp32 in
-    batch_norm_ptr,  # (5, K) fp32 out: mean, unbiased variance, rstd, a, b
-    eps,
-    num_npq,
+    batch_norm,  # `BatchNormForward` of y; None: not wanted
     num_patches,
     num_tiles,
     H: tl.constexpr,
@@ -92,12 +88,10 @@ def _conv_strip_fprop_kernel(
     AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PATCH_H: tl.constexpr,
-    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
     ACTIVATE: tl.constexpr = in_scale_shift_ptr is not None
-    SCALE_SHIFT: tl.constexpr = out_scale_shift_ptr is not None
     # The packed prologue needs both numbers of a register in one pixel.
     PACKED: tl.constexpr = ASM and C >= 16
 
@@ -106,8 +100,9 @@ def _conv_strip_fprop_kernel(
     a = load_channels(in_scale_shift_ptr, c % C)
     b = load_channels(in_scale_shift_ptr, C + c % C)
     column = tl.arange(0, 2 * K)
-    scale = load_channels(out_scale_shift_ptr, column % K)
-    shift = load_channels(out_scale_shift_ptr, K + column % K)
+    scale_shift = None
+    if out_scale_shift_ptr is not None:
+        scale_shift = load_scale_shift(out_scale_shift_ptr, column % K, K)
     count = 0.0
     mean = tl.zeros((K,), tl.float32)
     m2 = tl.zeros((K,), tl.float32)
@@ -138,34 +133,19 @@ def _conv_strip_fprop_kernel(
                     inside_y[o],
                     y_ptr,
                     residual_ptr,
-                    scale,
-                    shift,
-                    SCALE_SHIFT,
+                    scale_shift,
                     RELU,
                     WHOLE,
                     ASM,
                 ),
             )
-        if stats_ptr is not None:
+        if batch_norm is not None:
             tile_count = count_outputs(exists, h0, w0, WHOLE, BLOCK_M, PATCH_H, H, W)
             tile_mean, tile_m2 = channel_stats(ys, inside_y, tile_count, K, WHOLE)
             count, mean, m2 = merge_stats(count, mean, m2, tile_count, tile_mean, tile_m2)
 
-    if stats_ptr is not None:
-        finish_stats_of_all(
-            count,
-            mean,
-            m2,
-            stats_ptr,
-            counters_ptr,
-            gamma_ptr,
-            beta_ptr,
-            batch_norm_ptr,
-            num_npq,
-            eps,
-            K,
-            GROUP,
-        )
+    if batch_norm is not None:
+        finish_stats_of_all(count, mean, m2, batch_norm, K)
 
 
 @triton.jit
@@ -176,15 +156,8 @@ def _conv_strip_dgrad_kernel(
     w_ptr,  # (K, 3, 3, C) in: dtype of dy
     dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
-    producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: dx alone
-    sums_ptr,  # (num_programs + num_groups, 2 * C) fp32: partials, see last_program.py
-    counters_ptr,  # (1 + num_groups,) int32: zeros
-    producer_batch_norm_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of producer_y
-    producer_gamma_ptr,  # (C,) fp32 in
-    producer_coefficients_ptr,  # (3, C) fp32 out: c0, c1, c2
-    producer_dgamma_ptr,  # (C,) fp32 out
-    producer_dbeta_ptr,  # (C,) fp32 out
-    num_nhw,
+    producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: no producer
+    producer,  # `BatchNormBackward` of producer_y; None: dx alone
     num_patches,
     num_tiles,
     H: tl.constexpr,
@@ -197,12 +170,11 @@ def _conv_strip_dgrad_kernel(
     AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PATCH_H: tl.constexpr,
-    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
     COMPUTE_DY: tl.constexpr = coefficients_ptr is not None
-    MASK: tl.constexpr = producer_y_ptr is not None
+    MASK: tl.constexpr = producer is not None
 
     filters = load_spread_filters(w_ptr, K, C, True)
     _, k = row_lanes(K)
@@ -210,9 +182,7 @@ def _conv_strip_dgrad_kernel(
     c1 = load_channels(coefficients_ptr, K + k)
     c2 = load_channels(coefficients_ptr, 2 * K + k)
     column = tl.arange(0, 2 * C)
-    mean = load_channels(producer_batch_norm_ptr, column % C)
-    scale = load_channels(producer_batch_norm_ptr, 3 * C + column % C)
-    shift = load_channels(producer_batch_norm_ptr, 4 * C + column % C)
+    norm = load_norm(producer, column % C, C) if MASK else None
     sum_g = tl.zeros((C,), tl.float32)
     sum_gy = tl.zeros((C,), tl.float32)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
@@ -249,9 +219,7 @@ def _conv_strip_dgrad_kernel(
                 dx_ptr,
                 shortcut_ptr,
                 load_outputs(producer_y_ptr, offs, inside_dx[o], WHOLE) if MASK else None,
-                scale,
-                shift,
-                mean,
+                norm,
                 WHOLE,
                 ASM,
             )
@@ -263,20 +231,7 @@ def _conv_strip_dgrad_kernel(
             sum_gy += channel_sum(dxy_rows, C)
 
     if MASK:
-        finish_sums_of_all(
-            sum_g,
-            sum_gy,
-            sums_ptr,
-            counters_ptr,
-            producer_batch_norm_ptr,
-            producer_gamma_ptr,
-            producer_coefficients_ptr,
-            producer_dgamma_ptr,
-            producer_dbeta_ptr,
-            num_nhw,
-            C,
-            GROUP,
-        )
+        finish_sums_of_all(sum_g, sum_gy, producer, C)
 
 
 def fprop_strip_variant(

@@ -12,7 +12,7 @@ __all__ = ["expected_bits", "tile_label", "variant_label"]
 _VARIANTS = {
     "conv_fprop_kernel": {
         "in_scale_shift_ptr": "bn+relu in",
-        "stats_ptr": "statistics out",
+        "batch_norm": "statistics out",
         "out_scale_shift_ptr": "bn out",
         "residual_ptr": "residual",
         "RELU": "relu out",
@@ -26,7 +26,7 @@ _VARIANTS = {
     "conv_backward_kernel": {
         "coefficients_ptr": "deferred dy",
         "shortcut_ptr": "shortcut added",
-        "producer_batch_norm_ptr": "bn+relu in, relu mask and sums",
+        "producer": "bn+relu in, relu mask and sums",
     },
     "bn_apply_kernel": {
         "shortcut_ptr": "shortcut",

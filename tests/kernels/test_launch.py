@@ -179,7 +179,7 @@ def test_recording_counts_each_operand_once_and_runs_nothing_on_meta():
     fprop, wgrad = (launch.traffic for launch in launches)
     num_y = 4 * 32 * 8 * 8
     # The last program reads the partials of all, those of groups among them.
-    partials = launches[0].args["stats_ptr"].numel()
+    partials = launches[0].args["batch_norm"].partials_ptr.numel()
     assert fprop == Traffic(
         reads=2 * (x.numel() + w.numel()) + 4 * (partials + 2 * 32),
         writes=2 * num_y + 4 * (partials + 5 * 32),
