@@ -76,20 +76,19 @@ def _conv_backward_kernel(
     counters_ptr,  # (1 + num_groups,) int32: zeros
     num_patches,
     num_tiles,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    SHAPE: tl.constexpr,  # `PatchShape` of dx
     C: tl.constexpr,
     K: tl.constexpr,
     INDEX: tl.constexpr,
-    WHOLE: tl.constexpr,
     ASM: tl.constexpr,
     AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PATCH_H: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
+    PATCH_H: tl.constexpr = SHAPE.PATCH_H
+    WHOLE: tl.constexpr = SHAPE.WHOLE
     MASK: tl.constexpr = producer is not None
 
     filters = load_spread_filters(w_ptr, K, C, True)
@@ -101,14 +100,12 @@ def _conv_backward_kernel(
     sum_g = tl.zeros((C,), tl.float32)
     sum_gy = tl.zeros((C,), tl.float32)
     filter_sums = zero_tiles(3, 4 * K, 2 * C)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        n, h0, w0 = locate_patches(tile, BLOCK_M, PATCH_H, H, W)
-        exists = tile * BLOCK_M + tl.arange(0, BLOCK_M) < num_patches
-        pixels = (n.to(INDEX) * H + h0) * W + w0
+    for number in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        tile = locate_patches(number, num_patches, SHAPE, BLOCK_M, INDEX)
         # One tile of offsets for all rows: there are no registers for more.
-        offs_x = (pixels * C)[:, None] + column[None, :]
-        inside_dy = row_masks(exists, h0, w0, K, PATCH_H, H, W, WHOLE)
-        inside_x = output_masks(exists, h0, w0, (column // C)[None, :], PATCH_H, H, W, WHOLE)
+        offs_x = (tile.pixels * C)[:, None] + column[None, :]
+        inside_dy = row_masks(tile, SHAPE, K)
+        inside_x = output_masks(tile, SHAPE, (column // C)[None, :])
 
         # Prologues: padding and what hangs over an image stay 0, although b and c2 are not.
         if MASK:
@@ -116,37 +113,28 @@ def _conv_backward_kernel(
         raw: tl.tuple = ()
         xs: tl.tuple = ()
         for o in tl.static_range(PATCH_H):
-            offs = offs_x + o * (W * C)
+            offs = offs_x + o * (SHAPE.W * C)
             x = load_outputs(x_ptr, offs, inside_x[o], WHOLE)
             raw += (x,)
             xs += (activate(x, a, b, inside_x[o], ASM) if MASK else x,)
-        gs = load_rows(g_ptr, pixels, inside_dy, 0, AHEAD, K, W, False)
-        ys = load_rows(y_ptr, pixels, inside_dy, 0, AHEAD, K, W, False)
+        gs = load_rows(g_ptr, tile, SHAPE, inside_dy, 0, AHEAD, K, False)
+        ys = load_rows(y_ptr, tile, SHAPE, inside_dy, 0, AHEAD, K, False)
         sums = zero_tiles(PATCH_H, BLOCK_M, 2 * C)
         for r in tl.static_range(PATCH_H + 2):
-            gs += load_rows(g_ptr, pixels, inside_dy, r + AHEAD, r + AHEAD + 1, K, W, False)
-            ys += load_rows(y_ptr, pixels, inside_dy, r + AHEAD, r + AHEAD + 1, K, W, False)
+            gs += load_rows(g_ptr, tile, SHAPE, inside_dy, r + AHEAD, 1, K, False)
+            ys += load_rows(y_ptr, tile, SHAPE, inside_dy, r + AHEAD, 1, K, False)
             dy = backward_bn(gs[r], ys[r], c0, c1, c2, inside_dy[r], ASM)
             sums = add_products(sums, dy, filters, r)
             filter_sums = add_filter_products(filter_sums, dy, xs, r)
 
         # Epilogue.
-        norm = None
-        if MASK:
-            norm = (load_channels(producer.stats_ptr, column % C), a, b)
+        norm = (load_channels(producer.stats_ptr, column % C), a, b) if MASK else None
         dx_rows, dxy_rows = sums[0], sums[0]
         for o in tl.static_range(PATCH_H):
-            offs = offs_x + o * (W * C)
+            offs = offs_x + o * (SHAPE.W * C)
+            producer_y = raw[o] if MASK else None
             dx, dxy = store_gradient(
-                sums[o],
-                offs,
-                inside_x[o],
-                dx_ptr,
-                shortcut_ptr,
-                raw[o] if MASK else None,
-                norm,
-                WHOLE,
-                ASM,
+                sums[o], offs, inside_x[o], dx_ptr, shortcut_ptr, producer_y, norm, WHOLE, ASM
             )
             # Added up row by row, not all rows at the end: they would stay in registers.
             dx_rows = dx if o == 0 else dx_rows + dx

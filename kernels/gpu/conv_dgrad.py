@@ -56,7 +56,7 @@ def _conv_dgrad_kernel(
     y_ptr,  # (N, P, Q, K) in: with g and coefficients; None: dy is read
     coefficients_ptr,  # (3, K) fp32 in: c0, c1, c2; None: dy is read
     w_ptr,  # (K, R, S, C) in: dense, dtype of dy
-    dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
+    dx_ptr,  # (N, H, W, C) out, dense: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
     producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: no producer
     activation_ptr,  # (N, H, W, C) out: relu(a * producer_y + b), dense; None: not wanted
@@ -74,7 +74,6 @@ def _conv_dgrad_kernel(
     PADDING: tl.constexpr,
     G_STRIDES: tl.constexpr,
     Y_STRIDES: tl.constexpr,
-    DX_STRIDES: tl.constexpr,
     SHORTCUT_STRIDES: tl.constexpr,
     PRODUCER_Y_STRIDES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -156,7 +155,6 @@ def _conv_dgrad_kernel(
         H,
         W,
         C,
-        DX_STRIDES,
         SHORTCUT_STRIDES,
         PRODUCER_Y_STRIDES,
     )
@@ -228,7 +226,6 @@ def conv_dgrad(
         variant.args.update(
             num_rows=shape.N * triton.cdiv(shape.H, stride) * triton.cdiv(shape.W, stride),
             **shape.constexprs(),
-            DX_STRIDES=nhwc_strides(dx),
             SHORTCUT_STRIDES=nhwc_strides(shortcut),
             PRODUCER_Y_STRIDES=nhwc_strides(y_p),
             PRECISION="tf32" if allow_tf32 else "ieee",

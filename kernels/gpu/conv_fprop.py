@@ -57,7 +57,7 @@ def _conv_fprop_kernel(
     x_ptr,  # (N, H, W, C) in: activation, or raw output of its producer
     in_scale_shift_ptr,  # (2, C) fp32 in: prologue relu(a * x + b); None: x as it is
     w_ptr,  # (K, R, S, C) in: dense, dtype of x
-    y_ptr,  # (N, P, Q, K) out: dtype of x
+    y_ptr,  # (N, P, Q, K) out: dense, dtype of x
     batch_norm,  # `BatchNormForward` of y; None: not wanted
     out_scale_shift_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
     residual_ptr,  # (N, P, Q, K) in: added after the scale and shift; None: nothing added
@@ -73,7 +73,6 @@ def _conv_fprop_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     X_STRIDES: tl.constexpr,
-    Y_STRIDES: tl.constexpr,
     RESIDUAL_STRIDES: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -129,7 +128,6 @@ def _conv_fprop_kernel(
         K,
         P,
         Q,
-        Y_STRIDES,
         RESIDUAL_STRIDES,
         RELU,
         INDEX,
@@ -276,7 +274,6 @@ def _launch_fprop(
         variant.args.update(
             num_npq=gemm.m,
             **shape.constexprs(),
-            Y_STRIDES=nhwc_strides(y),
             RESIDUAL_STRIDES=nhwc_strides(residual),
             PRECISION="tf32" if allow_tf32 else "ieee",
             **config.constexprs(),

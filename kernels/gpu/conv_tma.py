@@ -67,7 +67,7 @@ def _conv_fprop_tma_kernel(
     x_desc,  # (N, H, W, C) in: tiles of BLOCK_M pixels x BLOCK_K channels
     in_scale_shift_ptr,  # (2, C) fp32 in: prologue relu(a * x + b); None: x as it is
     w_desc,  # (K, R * S, C) in: tiles of BLOCK_N x 1 x BLOCK_K
-    y_ptr,  # (N, P, Q, K) out: dtype of x
+    y_ptr,  # (N, P, Q, K) out: dense, dtype of x
     batch_norm,  # `BatchNormForward` of y; None: not wanted
     out_scale_shift_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
     residual_ptr,  # (N, P, Q, K) in: added after the scale and shift; None: nothing added
@@ -83,7 +83,6 @@ def _conv_fprop_tma_kernel(
     Q: tl.constexpr,
     STRIDE: tl.constexpr,  # 1
     PADDING: tl.constexpr,
-    Y_STRIDES: tl.constexpr,
     RESIDUAL_STRIDES: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -137,7 +136,6 @@ def _conv_fprop_tma_kernel(
             K,
             P,
             Q,
-            Y_STRIDES,
             RESIDUAL_STRIDES,
             RELU,
             INDEX,
@@ -158,7 +156,7 @@ def _conv_dgrad_tma_kernel(
     y_desc,  # (N, P, Q, K) in: the same of y; None: dy is read
     coefficients_ptr,  # (3, K) fp32 in: c0, c1, c2; None: dy is read
     w_desc,  # (K, R * S, C) in: tiles of BLOCK_K x 1 x BLOCK_N
-    dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
+    dx_ptr,  # (N, H, W, C) out, dense: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
     producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: no producer
     activation_ptr,  # (N, H, W, C) out: relu(a * producer_y + b), dense; None: not wanted
@@ -175,7 +173,6 @@ def _conv_dgrad_tma_kernel(
     Q: tl.constexpr,
     STRIDE: tl.constexpr,  # 1
     PADDING: tl.constexpr,
-    DX_STRIDES: tl.constexpr,
     SHORTCUT_STRIDES: tl.constexpr,
     PRODUCER_Y_STRIDES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -233,7 +230,6 @@ def _conv_dgrad_tma_kernel(
             H,
             W,
             C,
-            DX_STRIDES,
             SHORTCUT_STRIDES,
             PRODUCER_Y_STRIDES,
         )

@@ -56,7 +56,6 @@ def store_output_tile(
     K: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
-    Y_STRIDES: tl.constexpr,
     RESIDUAL_STRIDES: tl.constexpr,
     RELU: tl.constexpr,
     INDEX: tl.constexpr,
@@ -76,7 +75,7 @@ def store_output_tile(
         acc += load_outputs(residual_ptr, offs, mask, WHOLE).to(tl.float32)
     if RELU:
         acc = relu(acc)
-    offs_y = row_offsets(offs_npq, P, Q, Y_STRIDES)[:, None] + offs_k[None, :]
+    offs_y = (offs_npq * K)[:, None] + offs_k[None, :]
     y = _store_rounded(y_ptr, offs_y, mask, acc, WHOLE, ASM)
     if batch_norm is not None:
         count = tl.minimum(num_npq - tile_m.to(INDEX) * BLOCK_M, BLOCK_M).to(tl.float32)
@@ -99,7 +98,6 @@ def store_gradient_tile(
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
-    DX_STRIDES: tl.constexpr,
     SHORTCUT_STRIDES: tl.constexpr,
     PRODUCER_Y_STRIDES: tl.constexpr,
 ):
@@ -118,7 +116,7 @@ def store_gradient_tile(
         out = affine(producer_y, producer.stats_ptr + 3 * C, offs_c, C, mask_c)
         acc = relu_grad(out, acc)
     dx = round_to(acc, dx_ptr.dtype.element_ty)
-    offs_dx = row_offsets(offs_nhw, H, W, DX_STRIDES)[:, None] + offs_c[None, :]
+    offs_dx = (offs_nhw * C)[:, None] + offs_c[None, :]
     tl.store(dx_ptr + offs_dx, dx, mask=mask)
     if activation_ptr is not None:
         activation = round_to(relu(out), dx_ptr.dtype.element_ty)

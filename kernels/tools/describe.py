@@ -60,7 +60,7 @@ def tile_label(launch: Launch) -> str:
     sizes = [str(value) for name, value in args.items() if name.startswith("BLOCK_")]
     text = f"{'x'.join(sizes)} w{launch.num_warps} s{launch.num_stages}"
     if "AHEAD" in args:
-        text += f" h{args.get('PATCH_H', 2)} a{args['AHEAD']}"
+        text += f" h{args['SHAPE'].PATCH_H} a{args['AHEAD']}"
     if "wgrad" in launch.name:
         return f"{text} k{grid[-1]}"
     is_persistent = args.get("PERSISTENT") or grid[0] < args.get("num_tiles", 0)
