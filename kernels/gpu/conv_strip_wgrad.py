@@ -54,20 +54,18 @@ def _conv_strip_wgrad_kernel(
     counters_ptr,  # (1 + num_groups,) int32: zeros
     num_patches,
     num_tiles,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    SHAPE: tl.constexpr,  # `PatchShape` of dy
     C: tl.constexpr,
     K: tl.constexpr,
     INDEX: tl.constexpr,
-    WHOLE: tl.constexpr,
     ASM: tl.constexpr,
     AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PATCH_H: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
+    PATCH_H: tl.constexpr = SHAPE.PATCH_H
     ACTIVATE: tl.constexpr = in_scale_shift_ptr is not None
     COMPUTE_DY: tl.constexpr = coefficients_ptr is not None
     # The packed prologue needs both numbers of a register in one pixel.
@@ -81,25 +79,23 @@ def _conv_strip_wgrad_kernel(
     c1 = load_channels(coefficients_ptr, K + column % K)
     c2 = load_channels(coefficients_ptr, 2 * K + column % K)
     sums = zero_tiles(3, 4 * max(C, 4), 2 * K)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        n, h0, w0 = locate_patches(tile, BLOCK_M, PATCH_H, H, W)
-        exists = tile * BLOCK_M + tl.arange(0, BLOCK_M) < num_patches
-        pixels = (n.to(INDEX) * H + h0) * W + w0
-        inside_x = row_masks(exists, h0, w0, C, PATCH_H, H, W, WHOLE)
-        inside_dy = output_masks(exists, h0, w0, (column // K)[None, :], PATCH_H, H, W, WHOLE)
+    for number in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        tile = locate_patches(number, num_patches, SHAPE, BLOCK_M, INDEX)
+        inside_x = row_masks(tile, SHAPE, C)
+        inside_dy = output_masks(tile, SHAPE, (column // K)[None, :])
 
         # Prologues: padding and what hangs over an image stay 0, although b and c2 are not.
-        xs = load_rows(x_ptr, pixels, inside_x, 0, AHEAD, C, W, not ACTIVATE)
+        xs = load_rows(x_ptr, tile, SHAPE, inside_x, 0, AHEAD, C, not ACTIVATE)
         dys: tl.tuple = ()
         for o in tl.static_range(PATCH_H):
-            offs = ((pixels + o * W) * K)[:, None] + column[None, :]
-            dy = load_outputs(g_ptr, offs, inside_dy[o], WHOLE)
+            offs = ((tile.pixels + o * SHAPE.W) * K)[:, None] + column[None, :]
+            dy = load_outputs(g_ptr, offs, inside_dy[o], SHAPE.WHOLE)
             if COMPUTE_DY:
-                y = load_outputs(y_ptr, offs, inside_dy[o], WHOLE)
+                y = load_outputs(y_ptr, offs, inside_dy[o], SHAPE.WHOLE)
                 dy = backward_bn(dy, y, c0, c1, c2, inside_dy[o], ASM)
             dys += (dy,)
         for r in tl.static_range(PATCH_H + 2):
-            xs += load_rows(x_ptr, pixels, inside_x, r + AHEAD, r + AHEAD + 1, C, W, not ACTIVATE)
+            xs += load_rows(x_ptr, tile, SHAPE, inside_x, r + AHEAD, 1, C, not ACTIVATE)
             x = xs[r]
             if ACTIVATE:
                 x = activate(x, a, b, inside_x[r], PACKED)

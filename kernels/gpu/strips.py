@@ -45,25 +45,16 @@ def row_lanes(C: tl.constexpr):
 
 
 @triton.jit
-def row_masks(
-    exists,
-    h0,
-    w0,
-    C: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+def row_masks(tile, SHAPE: tl.constexpr, C: tl.constexpr):
     """For every window row, which of its lanes are pixels of the image: [BLOCK_M, lanes] each."""
     s, c = row_lanes(C)
     masks: tl.tuple = ()
-    for r in tl.static_range(PATCH_H + 2):
-        inside = window_mask(h0, w0, r, s[None, :], PATCH_H, H, W)
+    for r in tl.static_range(SHAPE.PATCH_H + 2):
+        inside = window_mask(tile, SHAPE, r, s[None, :])
         if C < 4:
             inside = inside & (c < C)[None, :]
-        if not WHOLE:
-            inside = inside & exists[:, None]
+        if not SHAPE.WHOLE:
+            inside = inside & tile.exists[:, None]
         masks += (inside,)
     return masks
 
@@ -71,20 +62,21 @@ def row_masks(
 @triton.jit
 def load_rows(
     ptr,  # dense NHWC
-    pixels,  # [BLOCK_M] numbers of the patches' upper left pixels
-    masks,  # of row_masks
+    tile,  # `PatchTile`
+    SHAPE: tl.constexpr,  # `PatchShape`
+    masks,  # of `row_masks`
     FIRST: tl.constexpr,
-    LAST: tl.constexpr,
+    COUNT: tl.constexpr,
     C: tl.constexpr,
-    W: tl.constexpr,
     ZERO: tl.constexpr,  # whether lanes outside are 0; anything where a prologue masks them
 ):
-    """Window rows from FIRST to before LAST, as many as there are: [BLOCK_M, lanes] each."""
+    """COUNT window rows from FIRST on, or as many as there are: [BLOCK_M, lanes] each."""
     s, c = row_lanes(C)
     rows: tl.tuple = ()
-    for r in tl.static_range(FIRST, min(LAST, len(masks))):
+    for r in tl.static_range(FIRST, min(FIRST + COUNT, len(masks))):
         # The window starts one pixel above the patch and one to its left.
-        offs = (pixels * C)[:, None] + ((r - 1) * (W * C) + (s - 1) * C + c)[None, :]
+        step = (r - 1) * (SHAPE.W * C) + (s - 1) * C + c
+        offs = (tile.pixels * C)[:, None] + step[None, :]
         if ZERO:
             rows += (tl.load(ptr + offs, mask=masks[r], other=0.0),)
         else:

@@ -199,9 +199,9 @@ class NamedLaunch:
 
 def computes(launch: Launch, shape: ConvShape) -> bool:
     """Whether a launch is of this convolution; what a form leaves fixed is no argument of its."""
-    numbers = shape.constexprs().items()
+    args = {name.removeprefix("SHAPE."): value for name, value in launch.leaves.items()}
     return launch.name.startswith("conv") and all(
-        launch.args.get(name, number) == number for name, number in numbers
+        args.get(name, number) == number for name, number in shape.constexprs().items()
     )
 
 
