@@ -124,16 +124,14 @@ def window_mask(
 
 
 @triton.jit
-def output_mask(
-    exists, h0, w0, o: tl.constexpr, q, PATCH_H: tl.constexpr, H: tl.constexpr, W: tl.constexpr
-):
+def output_mask(exists, h0, w0, o, q, PATCH_H: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
     """Whether outputs (o, q) of patches are pixels, [BLOCK_M, 1] or [BLOCK_M, columns].
 
-    exists: [BLOCK_M] which patches there are. q: as s of `window_mask`.
+    exists: [BLOCK_M] which patches there are. o, q: as s of `window_mask`.
     """
     inside = exists[:, None]
     if H % PATCH_H != 0:
-        inside = inside & (h0 < H - o)[:, None]
+        inside = inside & (h0[:, None] < H - o)
     if W % 2 != 0:
         inside = inside & (w0[:, None] + q < W)
     return inside
@@ -149,14 +147,19 @@ def output_masks(
     H: tl.constexpr,
     W: tl.constexpr,
     WHOLE: tl.constexpr,
+    JOIN: tl.constexpr = 1,
+    o=0,
 ):
-    """`output_mask` of every output row of the patches; where WHOLE, the constant True."""
+    """`output_mask` of every output row of the patches; where WHOLE, the constant True.
+
+    Of JOIN rows at a time, if so many stand side by side: o is a row [1, columns] of their numbers.
+    """
     masks: tl.tuple = ()
-    for o in tl.static_range(PATCH_H):
+    for first in tl.static_range(0, PATCH_H, JOIN):
         if WHOLE:
             masks += (tl.full((exists.shape[0], 1), True, tl.int1),)
         else:
-            masks += (output_mask(exists, h0, w0, o, q, PATCH_H, H, W),)
+            masks += (output_mask(exists, h0, w0, first + o, q, PATCH_H, H, W),)
     return masks
 
 
