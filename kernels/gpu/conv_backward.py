@@ -49,6 +49,7 @@ from fastres.kernels.gpu.strips import (
     add_filter_products,
     add_products,
     finish_filter_sums,
+    fold_outputs,
     load_rows,
     load_spread_filters,
     row_lanes,
@@ -102,14 +103,12 @@ def _conv_backward_kernel(
 
     filters = load_spread_filters(w_ptr, K, C, True)
     _, k = row_lanes(K)
-    c0 = load_channels(coefficients_ptr, k)
-    c1 = load_channels(coefficients_ptr, K + k)
-    c2 = load_channels(coefficients_ptr, 2 * K + k)
     column = tl.arange(0, 2 * C)
-    sum_g = tl.zeros((C,), tl.float32)
-    sum_gy = tl.zeros((C,), tl.float32)
+    sum_g = tl.zeros((BLOCK_M // 16, 8, C), tl.float32)
+    sum_gy = sum_g
     filter_sums = zero_tiles(3, 4 * K, 2 * C)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    # Hoisted out of the loop, offsets and masks of the lanes would take registers that sums need.
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=True):
         n, h0, w0 = locate_patches(tile, BLOCK_M, PATCH_H, H, W)
         exists = tile * BLOCK_M + tl.arange(0, BLOCK_M) < num_patches
         pixels = (n.to(INDEX) * H + h0) * W + w0
@@ -119,6 +118,9 @@ def _conv_backward_kernel(
         inside_x = output_masks(exists, h0, w0, (column // C)[None, :], PATCH_H, H, W, WHOLE)
 
         # Prologues: padding and what hangs over an image stay 0, although b and c2 are not.
+        c0 = load_channels(coefficients_ptr, k)
+        c1 = load_channels(coefficients_ptr, K + k)
+        c2 = load_channels(coefficients_ptr, 2 * K + k)
         scale = load_channels(producer_batch_norm_ptr, 3 * C + column % C)
         shift = load_channels(producer_batch_norm_ptr, 4 * C + column % C)
         raw: tl.tuple = ()
@@ -140,7 +142,6 @@ def _conv_backward_kernel(
 
         # Epilogue.
         mean = load_channels(producer_batch_norm_ptr, column % C)
-        dx_rows, dxy_rows = sums[0], sums[0]
         for o in tl.static_range(PATCH_H):
             offs = offs_x + o * (W * C)
             dx, dxy = store_gradient(
@@ -156,17 +157,14 @@ def _conv_backward_kernel(
                 WHOLE,
                 ASM,
             )
-            # Added up row by row, not all rows at the end: they would stay in registers.
-            dx_rows = dx if o == 0 else dx_rows + dx
-            dxy_rows = dxy if o == 0 else dxy_rows + dxy
-        if MASK:
-            sum_g += channel_sum(dx_rows, C)
-            sum_gy += channel_sum(dxy_rows, C)
+            if MASK:
+                sum_g += fold_outputs(dx, C)
+                sum_gy += fold_outputs(dxy, C)
 
     if MASK:
         finish_sums_of_all(
-            sum_g,
-            sum_gy,
+            channel_sum(sum_g.reshape(BLOCK_M // 2, C), C),
+            channel_sum(sum_gy.reshape(BLOCK_M // 2, C), C),
             sums_ptr,
             sums_counters_ptr,
             producer_batch_norm_ptr,

@@ -36,6 +36,7 @@ __all__ = [
     "add_filter_products",
     "add_products",
     "finish_filter_sums",
+    "fold_outputs",
     "load_rows",
     "load_spread_filters",
     "row_lanes",
@@ -147,6 +148,17 @@ def add_products(sums, row, filters, r: tl.constexpr):
         else:
             added += (sums[o],)
     return added
+
+
+@triton.jit
+def fold_outputs(tile, CHANNELS: tl.constexpr):
+    """Add up [rows, (q, c)] outputs as far as one thread holds them: [rows // 16, 8, CHANNELS].
+
+    A thread has both pixels and rows i and i + 8 of a product; the rest of a sum over pixels takes
+    shuffles and barriers, which a loop over tiles can leave to its end.
+    """
+    halves = tile.reshape(tile.shape[0] // 16, 2, 8, 2, CHANNELS)
+    return tl.sum(tl.sum(halves, axis=3), axis=1)
 
 
 @triton.jit
