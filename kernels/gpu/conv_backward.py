@@ -50,6 +50,7 @@ from fastres.kernels.gpu.strips import (
     add_filter_products,
     add_products,
     finish_filter_sums,
+    fold_outputs,
     load_rows,
     load_spread_filters,
     row_lanes,
@@ -93,14 +94,12 @@ def _conv_backward_kernel(
 
     filters = load_spread_filters(w_ptr, K, C, True)
     _, k = row_lanes(K)
-    c0 = load_channels(coefficients_ptr, k)
-    c1 = load_channels(coefficients_ptr, K + k)
-    c2 = load_channels(coefficients_ptr, 2 * K + k)
     column = tl.arange(0, 2 * C)
-    sum_g = tl.zeros((C,), tl.float32)
-    sum_gy = tl.zeros((C,), tl.float32)
+    sum_g = tl.zeros((BLOCK_M // 16, 8, C), tl.float32)
+    sum_gy = sum_g
     filter_sums = zero_tiles(3, 4 * K, 2 * C)
-    for number in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    # Hoisted out of the loop, offsets and masks of the lanes would take registers that sums need.
+    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=True):
         tile = locate_patches(number, num_patches, SHAPE, BLOCK_M, INDEX)
         # One tile of offsets for all rows: there are no registers for more.
         offs_x = (tile.pixels * C)[:, None] + column[None, :]
@@ -108,6 +107,9 @@ def _conv_backward_kernel(
         inside_x = output_masks(tile, SHAPE, (column // C)[None, :])
 
         # Prologues: padding and what hangs over an image stay 0, although b and c2 are not.
+        c0 = load_channels(coefficients_ptr, k)
+        c1 = load_channels(coefficients_ptr, K + k)
+        c2 = load_channels(coefficients_ptr, 2 * K + k)
         if MASK:
             a, b = load_scale_shift(producer.stats_ptr + 3 * C, column % C, C)
         raw: tl.tuple = ()
@@ -129,22 +131,23 @@ def _conv_backward_kernel(
 
         # Epilogue.
         norm = (load_channels(producer.stats_ptr, column % C), a, b) if MASK else None
-        dx_rows, dxy_rows = sums[0], sums[0]
         for o in tl.static_range(PATCH_H):
             offs = offs_x + o * (SHAPE.W * C)
             producer_y = raw[o] if MASK else None
             dx, dxy = store_gradient(
                 sums[o], offs, inside_x[o], dx_ptr, shortcut_ptr, producer_y, norm, WHOLE, ASM
             )
-            # Added up row by row, not all rows at the end: they would stay in registers.
-            dx_rows = dx if o == 0 else dx_rows + dx
-            dxy_rows = dxy if o == 0 else dxy_rows + dxy
-        if MASK:
-            sum_g += channel_sum(dx_rows, C)
-            sum_gy += channel_sum(dxy_rows, C)
+            if MASK:
+                sum_g += fold_outputs(dx, C)
+                sum_gy += fold_outputs(dxy, C)
 
     if MASK:
-        finish_sums_of_all(sum_g, sum_gy, producer, C)
+        finish_sums_of_all(
+            channel_sum(sum_g.reshape(BLOCK_M // 2, C), C),
+            channel_sum(sum_gy.reshape(BLOCK_M // 2, C), C),
+            producer,
+            C,
+        )
     finish_filter_sums(dw_ptr, partials_ptr, counters_ptr, filter_sums, K, C, True, GROUP)
 
 

@@ -19,7 +19,8 @@ gradient, or zeros.
 wgrad multiplies a window pixel, transposed, with the outputs that a tap joins with it; dw of all
 pixels that a program owns stays in its registers, the tiles of patches are divided among split_k
 programs. Nine taps of 64x64 channels are too many for one program: it owns BLOCK_N filters, and
-with patches of PATCH_H = 1 row one filter row only, whose window is one row too.
+with patches of PATCH_H = 1 row one filter row only, whose window is one row too. Channels are the
+rows of a product, or filters where those are fewer: a warpgroup's has 64.
 
 AHEAD window pixels are loaded before the first product, and the next whenever one is used: products
 outside of a pipelined loop wait for their operands, so loads must be under way.
@@ -64,7 +65,13 @@ from fastres.kernels.gpu.patches import (
     output_mask,
     patch_grid,
 )
-from fastres.kernels.gpu.primitives import dot_fp32, round_to, wait_for_previous_kernel
+from fastres.kernels.gpu.primitives import (
+    add_outer,
+    dot_fp32,
+    round_to,
+    wait_for_previous_kernel,
+    zero_outer,
+)
 from fastres.kernels.gpu.prologue import activate, backward_bn, uses_assembly
 
 __all__ = ["dgrad_pixel_variant", "fprop_pixel_variant", "wgrad_pixel_variant"]
@@ -386,8 +393,8 @@ def _load_window(
 
 @triton.jit
 def _add_outputs(
-    acc,  # [C, BLOCK_N] fp32 of one tap
-    x,  # [C, BLOCK_M] window pixel i
+    acc,  # [C, BLOCK_N] fp32 of one tap, or transposed: see `add_outer`
+    x,  # [BLOCK_M, C] window pixel i
     dys,  # tuple of the outputs' [BLOCK_M, BLOCK_N]
     i: tl.constexpr,
     tap: tl.constexpr,
@@ -398,7 +405,7 @@ def _add_outputs(
     o: tl.constexpr = i // (PATCH_W + 2) - tap // 3
     q: tl.constexpr = i % (PATCH_W + 2) - tap % 3
     if o >= 0 and o < PATCH_H and q >= 0 and q < PATCH_W:
-        acc = dot_fp32(x, dys[o * PATCH_W + q], acc, "ieee")
+        acc = add_outer(acc, x, dys[o * PATCH_W + q])
     return acc
 
 
@@ -444,8 +451,7 @@ def _conv_wgrad_pixel_kernel(
     c1 = load_channels(coefficients_ptr, K + offs_k)
     c2 = load_channels(coefficients_ptr, 2 * K + offs_k)
 
-    acc = tl.zeros((C, BLOCK_N), dtype=tl.float32)
-    accs = (acc,) * (3 * ROWS)
+    accs = (zero_outer(C, BLOCK_N),) * (3 * ROWS)
     for number in range(split, num_tiles, tl.num_programs(1)):
         tile = locate_patches(number, num_patches, SHAPE, BLOCK_M, INDEX)
         loaded: tl.tuple = ()
@@ -478,7 +484,6 @@ def _conv_wgrad_pixel_kernel(
             if SCALE_SHIFT_INPUT:
                 inside = _are_inside(tile, SHAPE, offs_c, first_r, i, ROWS)
                 x = activate(x, a, b, inside, ASM)
-            x = tl.trans(x)
             new: tl.tuple = ()
             for tap in tl.static_range(3 * ROWS):
                 new += (_add_outputs(accs[tap], x, dys, i, tap, PATCH_H, PATCH_W),)
@@ -486,6 +491,9 @@ def _conv_wgrad_pixel_kernel(
 
     # Epilogue.
     offs = offs_k[None, :] * (9 * C) + offs_c[:, None]
+    # Where filters are the rows of the sums.
+    if accs[0].shape[0] != C:
+        offs = tl.trans(offs)
     for tap in tl.static_range(3 * ROWS):
         offs_tap = offs + (first_r * 3 + tap) * C
         if partials_ptr is None:

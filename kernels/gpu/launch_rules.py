@@ -180,9 +180,10 @@ def strip_config(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig
         # Few programs leave few partials, and as many tiles each where the batch is a power of two.
         return replace(config, grid_size=512, ahead=3 if op == "fprop" else 0)
     # Two programs a multiprocessor; the sums of 32 channels leave room for one of eight warps.
-    if is_wide:
+    if is_wide and shape.C >= 16:
         return replace(config, patch_h=2, num_warps=8, ahead=4, split_k=NUM_SMS)
-    return replace(config, ahead=6 if shape.C == 16 else 0, split_k=2 * NUM_SMS)
+    patch_h = 64 // shape.K
+    return replace(config, patch_h=patch_h, ahead=patch_h + 2, split_k=2 * NUM_SMS)
 
 
 def fused_config(shape: ConvShape, dtype: torch.dtype, *, has_producer: bool) -> ConvConfig | None:
@@ -211,24 +212,31 @@ def fits_pixels(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> bool:
 def pixel_config(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig | None:
     """The heuristic configuration of the pixel form; None where it does not fit.
 
-    Four warps, for eight would form operands twice; nothing loaded ahead, for at 64 channels the
+    Four warps, for eight form operands twice; nothing loaded ahead, for at 64 channels the
     four sums leave no registers. The tuner tries the rest.
     """
     if not fits_pixels(op, shape, dtype):
         return None
     config = ConvConfig(64, 16, 16, 4, 1, form="pixel")
     if op == "wgrad":
-        block_n = min(shape.K, 32)
+        # A product of a warpgroup has 64 rows: channels of x, or all filters where those are fewer.
+        # Twice the filters are twice the dy of a tile: fewer patches, or fewer loads ahead, fit.
+        filters_first = shape.C < 64
+        block_n = shape.K if filters_first else min(shape.K, 32)
         # A program with one filter row writes a third of the sums, and in images no wider than a
         # patch forms each x once; with all rows it forms each dy once. Nine sums of 32x32, too few
         # channels for products of a warpgroup, do not fit the registers.
         if shape.W <= 8 or shape.C == shape.K == 32:
             blocks = 3 * shape.K // block_n
-            config = replace(config, patch_h=1, patch_w=8, ahead=2)
+            block_m = 32 if block_n == 64 else 64
+            config = replace(config, block_m=block_m, patch_h=1, patch_w=8, ahead=2)
         else:
             blocks = shape.K // block_n
-            config = replace(config, block_m=32, ahead=1)
+            config = replace(config, block_m=32, ahead=0 if filters_first else 1)
         config = replace(config, block_n=block_n, split_k=NUM_SMS // blocks)
+    elif op == "fprop" and shape.C == shape.K == 64 and (shape.H % 2 or shape.W % 2):
+        # The masks of patches that hang over an image do not fit beside the four sums.
+        config = replace(config, num_warps=8)
     elif shape.stride == 2 and shape.C == 16:
         # Four sums of 16 channels are small: twice the patches share the filters.
         config = replace(config, block_m=128)

@@ -153,29 +153,32 @@ def window_mask(tile, SHAPE: tl.constexpr, r: tl.constexpr, s):
 
 
 @triton.jit
-def output_mask(tile, SHAPE: tl.constexpr, o: tl.constexpr, q):
+def output_mask(tile, SHAPE: tl.constexpr, o, q):
     """Whether outputs (o, q) of patches are pixels, [BLOCK_M, 1] or [BLOCK_M, columns].
 
-    q: as s of `window_mask`.
+    o, q: as s of `window_mask`.
     """
     inside = tile.exists[:, None]
     if SHAPE.H % SHAPE.PATCH_H != 0:
-        inside = inside & (tile.h0 < SHAPE.H - o)[:, None]
+        inside = inside & (tile.h0[:, None] < SHAPE.H - o)
     if SHAPE.W % SHAPE.PATCH_W != 0:
         inside = inside & (tile.w0[:, None] + q < SHAPE.W)
     return inside
 
 
 @triton.jit
-def output_masks(tile, SHAPE: tl.constexpr, q):
-    """`output_mask` of every output row of the patches; where WHOLE, the constant True."""
+def output_masks(tile, SHAPE: tl.constexpr, q, JOIN: tl.constexpr = 1, o=0):
+    """`output_mask` of every output row of the patches; where WHOLE, the constant True.
+
+    Of JOIN rows at a time, if so many stand side by side: o is a row [1, columns] of their numbers.
+    """
     PATCH_H: tl.constexpr = SHAPE.PATCH_H
     masks: tl.tuple = ()
-    for o in tl.static_range(PATCH_H):
+    for first in tl.static_range(0, PATCH_H, JOIN):
         if SHAPE.WHOLE:
             masks += (tl.full((tile.exists.shape[0], 1), True, tl.int1),)
         else:
-            masks += (output_mask(tile, SHAPE, o, q),)
+            masks += (output_mask(tile, SHAPE, first + o, q),)
     return masks
 
 
