@@ -91,16 +91,20 @@ class Launch:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor among the arguments, those behind descriptors too, by parameter."""
+        """Every tensor among the arguments, those behind descriptors and in tuples too."""
         return _tensors(self.args)
 
 
 def _tensors(args: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    bases = {
-        name: value.base if isinstance(value, TensorDescriptor) else value
-        for name, value in args.items()
-    }
-    return {name: base for name, base in bases.items() if isinstance(base, torch.Tensor)}
+    """The tensors among arguments, also behind descriptors and in tuples, as "name[0]" there."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in args.items():
+        if isinstance(value, tuple):
+            found |= _tensors({f"{name}[{i}]": item for i, item in enumerate(value)})
+        base = value.base if isinstance(value, TensorDescriptor) else value
+        if isinstance(base, torch.Tensor):
+            found[name] = base
+    return found
 
 
 class KernelVariant(NamedTuple):

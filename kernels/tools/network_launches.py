@@ -19,6 +19,7 @@ from fastres.kernels.gpu.augment import augment_normalize
 from fastres.kernels.gpu.cross_entropy import smooth_cross_entropy_bwd, smooth_cross_entropy_fwd
 from fastres.kernels.gpu.launch import Launch
 from fastres.kernels.gpu.pool_linear import pool_linear_bwd, pool_linear_fwd
+from fastres.kernels.gpu.running_stats import move_running_stats
 from fastres.kernels.gpu.sgd import SGDTensors, SGDUpdate
 from fastres.kernels.gpu.totals import add_to_totals
 from fastres.kernels.tools.networks import (
@@ -167,8 +168,7 @@ def _start_step(batch: int, dtype: torch.dtype) -> None:
 def _update_running_statistics(averages: list[torch.Tensor]) -> None:
     """Those of all layers, two vectors each, and the counts of their batches."""
     counts = [_empty(dtype=torch.int64) for _ in averages[::2]]
-    torch._foreach_add_(counts, 1)
-    torch._foreach_lerp_(averages, [torch.empty_like(t) for t in averages], 0.1)
+    move_running_stats(averages, [torch.empty_like(t) for t in averages], counts, 0.1)
 
 
 def _update_parameters(

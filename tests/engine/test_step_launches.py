@@ -77,7 +77,7 @@ def test_every_launch_of_the_real_step_is_listed(as_on_a_gpu, network):
     (table,) = (listed - real).elements()
     assert table[0] == "copy_"
     assert real - listed == Counter()
-    assert real.total() == 7
+    assert real.total() == 6
 
 
 def described(launch):
