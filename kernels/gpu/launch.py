@@ -92,7 +92,7 @@ class Launch:
 
     @property
     def leaves(self) -> dict[str, Any]:
-        """Every argument by parameter; the fields of named tuples as "parameter.field"."""
+        """Every argument by parameter; in tuples as "parameter.field", or "parameter[0]"."""
         return dict(_leaves(self.args))
 
     @property
@@ -104,8 +104,9 @@ class Launch:
 def _leaves(args: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in args.items():
         if hasattr(value, "_asdict"):
-            for field, leaf in _leaves(value._asdict()):
-                yield f"{name}.{field}", leaf
+            yield from _leaves({f"{name}.{field}": v for field, v in value._asdict().items()})
+        elif isinstance(value, tuple):
+            yield from _leaves({f"{name}[{i}]": item for i, item in enumerate(value)})
         else:
             yield name, value.value if isinstance(value, tl.constexpr) else value
 

@@ -45,12 +45,13 @@ class GpuLimits(NamedTuple):
     """What of a GPU bounds its candidates.
 
     shared_bytes: shared memory that one program may have. multiprocessors: persistent schedules
-    start one, two or four programs on each. has_tma: as Hopper and later do.
+    start one, two or four programs on each. has_tma, has_pdl: as Hopper and later do.
     """
 
     shared_bytes: int = 227 * 1024
     multiprocessors: int = NUM_SMS
     has_tma: bool = True
+    has_pdl: bool = True
 
 
 class Product(NamedTuple):

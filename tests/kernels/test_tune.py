@@ -684,7 +684,8 @@ def test_tuning_this_gpu_writes_a_table_that_training_reads(tmp_path, monkeypatc
     workloads = [ConvWorkload(ConvShape(8, 8, 8, 16, 16), BF16, {FIRST: 1, INNER: 1}, bytes=1)]
     monkeypatch.setattr(tune, "_workloads", lambda options: workloads)
     path = tmp_path / "table.json"
-    assert tune.main(["--out", str(path), "--candidates", "3"]) == 0
+    argv = ["--out", str(path), "--candidates", "3", "--models", "resnet20", "--batches", "8"]
+    assert tune.main(argv) == 0
     table = load_table(path)[gpu_name(torch.device("cuda", 0))]
     assert {key.partition("/")[0] for key in table} == {"fprop", "dgrad", "wgrad"}
     assert "heuristics" in capsys.readouterr().out
