@@ -1,15 +1,19 @@
 """The tuner: everything but the time that a GPU takes, with a timer that is told the times."""
 
 import fnmatch
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
+import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastres.kernels.conv_shape import ConvShape
 from fastres.kernels.gpu import backend as gpu_backend
-from fastres.kernels.gpu import launch_table
+from fastres.kernels.gpu import counters, launch_table
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.gpu.launch_rules import pixel_config, tma_config
@@ -924,6 +928,46 @@ def test_the_graph_timer_takes_medians_of_turns(l2, states, times, monkeypatch):
     one_round = [(call, cold) for call in (1.0, 2.0) for cold in states]
     assert turns == one_round * (len(turns) // len(one_round))
     assert len(turns) >= 10 * len(one_round)
+
+
+def stand_in_for_cuda(events):
+    """A torch.cuda that does nothing, in which a capture notes whose counters it has."""
+
+    @contextmanager
+    def graph(*_, **__):
+        events.append("own counters" if counters._own.value else "counters of a stream")
+        yield
+
+    cuda = MagicMock(graph=graph)
+    cuda.get_device_properties.return_value.L2_cache_size = 64
+    cuda.Event.return_value.elapsed_time.return_value = 24.0
+    return cuda
+
+
+@pytest.mark.parametrize(("cold", "num_calls"), [(True, 1), (False, 8)])
+def test_captured_launches_draw_tickets_from_a_buffer_that_lives_with_the_graph(
+    cold, num_calls, monkeypatch
+):
+    """So that no memset is timed that a training step has not; without a GPU, by a stand-in."""
+    events, buffers = [], []
+    monkeypatch.setattr(torch, "cuda", stand_in_for_cuda(events))
+    sampler = graph_timer.GraphSampler(torch.device("cpu"), cold=cold)
+
+    def call():
+        drawn = counters.zero_counters(torch.empty(0), 3)
+        if counters._own.value:
+            events.append(drawn.storage_offset())
+            buffers.append(weakref.ref(drawn._base))
+
+    seconds = sampler.sample(call)
+    assert events == ["own counters", *(3 * i for i in range(num_calls))]
+    assert counters._own.value is None
+    gc.collect()
+    assert all(buffer() is not None for buffer in buffers)
+    assert seconds() == pytest.approx(24e-3 / num_calls)
+    del seconds
+    gc.collect()
+    assert not any(buffer() for buffer in buffers)
 
 
 def test_the_default_of_the_l2_is_both():
