@@ -102,8 +102,8 @@ def _print_candidates(workloads: "Sequence[ConvWorkload]", limit: int) -> None:
     """List what would be timed, most valuable layer first."""
     from fastres.kernels.tools.candidates import (
         GpuLimits,
-        Product,
         neighbourhood,
+        product_of,
         start_configs,
     )
 
@@ -114,7 +114,7 @@ def _print_candidates(workloads: "Sequence[ConvWorkload]", limit: int) -> None:
         if not any(variant.need_dx for variant in workload.variants):
             ops.remove("dgrad")
         for op in ops:
-            product = Product(op, workload.shape, workload.precision)
+            product = product_of(op, workload)
             starts = start_configs(product, gpu)
             num_starts += len(starts)
             share = workload.bytes / whole

@@ -44,6 +44,7 @@ from fastres.kernels.tools.candidates import (
     heuristic_start,
     im2col_start,
     neighbourhood,
+    product_of,
     start_configs,
 )
 from fastres.kernels.tools.compile_ahead import compile_ahead
@@ -276,7 +277,7 @@ class Tuner:
             _Contest(
                 name,
                 workload,
-                tuple(Product(op, workload.shape, workload.precision) for op in ops),
+                tuple(product_of(op, workload) for op in ops),
                 check,
             )
             for name, ops in passes.items()
