@@ -25,8 +25,8 @@ STRIP = ConvConfig(16, 16, 16, 4, 1, form="strip", patch_h=4, ahead=2, split_k=2
 PIXEL = ConvConfig(16, 16, 16, 4, 1, form="pixel", ahead=2, split_k=2)
 FUSED = replace(STRIP, form="fused", split_k=1)
 
-# Two images of 8 x 8 pixels, 16 channels each way: of every form whole tiles, and more than one.
-SHAPE = ConvShape(2, 8, 8, 16, 16)
+# Four images of 8 x 8 pixels, 16 channels each way: of every form whole tiles, and more than one.
+SHAPE = ConvShape(4, 8, 8, 16, 16)
 
 
 def _fprop(t: ConvTensors, shape: ConvShape, config: ConvConfig) -> Any:

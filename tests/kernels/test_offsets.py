@@ -6,12 +6,9 @@ have their parameters' names.
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +17,12 @@ import triton.language as tl
 from fastres.kernels.gpu.checks import index_dtype
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.tools.machine_code import to_build
+from tests.helpers.compiling import run_compiling
 from tests.helpers.interpreter import DEVICE, needs_gpu
 from tests.helpers.kernel_cases import make_tensors, wgrad
 from tests.helpers.kernel_forms import FORMS, all_tensors, map_tensors
 from tests.helpers.numerics import assert_like_eager, assert_statistics
 
-REPO = Path(__file__).resolve().parents[2]
 BF16 = torch.bfloat16
 
 # Elements that 32-bit offsets do not reach, and what tails of tiles may reach beyond the last one.
@@ -150,14 +147,8 @@ def main() -> int:
 
 @pytest.fixture(scope="module")
 def descriptions(tmp_path_factory):
-    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, cwd=REPO, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    # From an empty cache, for what is found in one never comes by TTIR.
+    return run_compiling(__file__, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
 
 
 @pytest.mark.parametrize("name", FORMS)
