@@ -2,5 +2,6 @@
 
 Read numerics.py first: every tolerance comes from its error bounds. interpreter.py says where the
 kernels run; kernel_cases.py, head_cases.py, cpu_cases.py and property_cases.py draw their inputs;
+kernel_forms.py launches every kernel; ptx.py executes their inline assembly; compiling.py compiles.
 data_fixtures.py writes small datasets; stop_one_process.py is a script that a test starts.
 """

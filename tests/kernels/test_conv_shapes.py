@@ -15,7 +15,6 @@ from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.tools.networks import resnet18_convs, resnet20_convs
 from tests.helpers.interpreter import needs_gpu, strict_memory  # noqa: F401
 from tests.helpers.kernel_cases import (
-    channels_last,
     check_stats,
     dgrad,
     fprop,
@@ -114,18 +113,3 @@ def test_real_layers(name, dtype):
     assert_like_eager("dw", dw, wgrad(t, shape, True, True), wgrad(wide, shape, True, True))
     again = conv_wgrad(t.x, t.dy, (shape.R, shape.S), **geometry(shape), scale_shift=t.scale_shift)
     assert torch.equal(dw, again)
-
-
-@needs_gpu
-def test_more_than_2_to_the_31_elements():
-    """The last image of a batch that 32-bit offsets cannot reach equals the same image alone."""
-    batch = 2**31 // (64 * 64 * 64) + 8
-    x = channels_last(torch.randn(1, 64, 64, 64), BF16).expand(batch, -1, -1, -1)
-    x = x.contiguous(memory_format=torch.channels_last)
-    w = channels_last(torch.randn(16, 64, 1, 1), BF16)
-    y, _ = conv_fprop(x, w)
-    alone, _ = conv_fprop(x[:1], w)
-    torch.testing.assert_close(y[-1:], alone, rtol=0, atol=0)
-    dx, _ = conv_dgrad(y, w, (64, 64))
-    one, _ = conv_dgrad(alone, w, (64, 64))
-    torch.testing.assert_close(dx[-1:], one, rtol=0, atol=0)

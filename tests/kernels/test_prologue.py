@@ -4,62 +4,15 @@ The interpreter cannot run inline assembly, so the PTX itself is executed here, 
 instruction on arrays of numbers: what a GPU would compute, without one.
 """
 
-import re
-
 import numpy as np
 import pytest
 import torch
 
 from fastres.kernels.gpu import prologue
+from tests.helpers.ptx import fma, run_ptx
 
 # Pairs of numbers; every bit pattern of bf16 is among the operands.
 SIZE = 1 << 15
-
-
-def bits(value):
-    return value.view(np.uint32)
-
-
-def to_bf16(value, *, relu):
-    """fp32 to the bits of bf16, to nearest even; a NaN becomes the canonical one."""
-    if relu:
-        value = np.where(value < 0, np.float32(0), value)
-    wide = bits(value.astype(np.float32))
-    rounded = (wide + np.uint32(0x7FFF) + ((wide >> 16) & 1)) >> 16
-    return np.where(np.isnan(value), np.uint32(0x7FFF), rounded).astype(np.uint32)
-
-
-def fma(x, y, z):
-    # A product of two fp32 numbers is exact in fp64; its sum is rounded twice, which differs from
-    # a fused one only where the first rounding makes a tie: with 8-bit operands, never seen.
-    return (x.astype(np.float64) * y + z).astype(np.float32)
-
-
-def run_ptx(text, operands):
-    """Execute `text` on 32-bit registers; operands {"$1": array, ...}, and all registers after."""
-    registers = dict(operands)
-
-    def read(name):
-        return np.uint32(int(name, 16)) if name.startswith("0x") else bits(registers[name])
-
-    for operation, rest in re.findall(r"^ *(\w[\w.]*) ([^;]*);", text, re.MULTILINE):
-        target, *sources = [name.strip() for name in rest.split(",")]
-        if operation == "shl.b32":
-            result = read(sources[0]) << np.uint32(int(sources[1]))
-        elif operation == "and.b32":
-            result = read(sources[0]) & read(sources[1])
-        elif operation == "mov.b32":
-            result = read(sources[0]).copy()
-        elif operation == "fma.rn.f32":
-            result = bits(fma(*(read(name).view(np.float32) for name in sources)))
-        else:
-            assert operation in ("cvt.rn.bf16x2.f32", "cvt.rn.relu.bf16x2.f32")
-            high, low = (
-                to_bf16(read(name).view(np.float32), relu="relu" in operation) for name in sources
-            )
-            result = (high << 16) | low
-        registers[target] = result.astype(np.uint32)
-    return registers
 
 
 def bf16_operands(seed):
