@@ -64,7 +64,7 @@ def heuristic_config(
     im2col = im2col_config(op, shape, dtype, tf32=tf32)
     if not _has_warpgroup_products(capability) or dtype == torch.float32:
         return im2col
-    if op == "dgrad" and (fused := fused_config(shape, dtype, has_producer=True)) is not None:
+    if op == "dgrad" and (fused := fused_config(shape, dtype)) is not None:
         return fused
     by_form = strip_config(op, shape, dtype) or pixel_config(op, shape, dtype)
     if by_form is None and shape.stride > 1:
@@ -186,16 +186,16 @@ def strip_config(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig
     return replace(config, patch_h=patch_h, ahead=patch_h + 2, split_k=2 * NUM_SMS)
 
 
-def fused_config(shape: ConvShape, dtype: torch.dtype, *, has_producer: bool) -> ConvConfig | None:
+def fused_config(shape: ConvShape, dtype: torch.dtype) -> ConvConfig | None:
     """The heuristic configuration of both gradients in one launch; None where it does not fit.
 
-    The operands of a producer's mask take the registers of two rows of a patch, and in fp16, which
-    has no packed prologue, more than there are.
+    Patches of 2 rows, because the operands of a producer's mask take the registers of two more. In
+    fp16, which has no packed prologue, eight warps have the registers that four lack.
     """
-    if not fits_fused(shape, dtype) or (has_producer and dtype != torch.bfloat16):
+    if not fits_fused(shape, dtype):
         return None
-    patch_h = 2 if has_producer else 4
-    return ConvConfig(64, 16, 16, 4, 1, form="fused", grid_size=2 * NUM_SMS, patch_h=patch_h)
+    config = ConvConfig(64, 16, 16, 4, 1, form="fused", grid_size=2 * NUM_SMS)
+    return config if dtype == torch.bfloat16 else replace(config, num_warps=8, grid_size=NUM_SMS)
 
 
 def fits_pixels(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> bool:

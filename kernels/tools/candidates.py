@@ -103,7 +103,7 @@ def _tma_start(product: Product) -> ConvConfig | None:
 def _fused_start(product: Product) -> ConvConfig | None:
     if product.op != "dgrad":
         return None
-    return fused_config(product.shape, product.precision.dtype, has_producer=True)
+    return fused_config(product.shape, product.precision.dtype)
 
 
 # What each form begins with, None for products that it cannot compute. A new form is added here.

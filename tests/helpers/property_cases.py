@@ -108,7 +108,7 @@ class Case:
     def _in_patches(self, op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig | None:
         """The form in patches that computes a product here, with few patches a tile."""
         starts = {
-            "fused": fused_config(shape, dtype, has_producer=True) if op == "dgrad" else None,
+            "fused": fused_config(shape, dtype) if op == "dgrad" else None,
             "strip": strip_config(op, shape, dtype),
             "pixel": pixel_config(op, shape, dtype),
         }

@@ -173,7 +173,7 @@ def test_what_one_launch_cannot_compute_takes_two():
         t = make_tensors(shape, dtype)
         options = {"stride": shape.stride, "padding": 1, "config": TALL}
         assert conv_gradients(t.dy, t.x, t.w, **options) is None
-        assert fused_config(shape, dtype, has_producer=True) is None
+        assert fused_config(shape, dtype) is None
 
 
 def test_operands_that_do_not_fit_are_refused():
@@ -224,7 +224,7 @@ def test_the_launch_table_chooses_it(has_producer):
 def test_packed_and_plain_arithmetic_agree_bit_for_bit(case):
     shape = ConvShape(16, 32, 32, 16, 16)
     t = tensors(shape, BF16, case)
-    config = fused_config(shape, BF16, has_producer=case == "producer")
+    config = fused_config(shape, BF16)
     packed = run(t, case, config)
     with plain_arithmetic():
         plain = run(t, case, config)

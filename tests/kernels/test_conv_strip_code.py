@@ -66,7 +66,7 @@ def record(name):
     }
     with recording() as launches:
         if op.startswith("backward"):
-            config = fused_config(shape, BF16, has_producer=mask)
+            config = fused_config(shape, BF16)
             conv_gradients(dy, x, w, padding=1, config=config, **grads)
             return launches[0]
         op = op.removesuffix(",")
