@@ -565,7 +565,8 @@ def _conv_wgrad_pixel_kernel(
     c2 = load_channels(coefficients_ptr, 2 * K + offs_k)
 
     accs = (zero_outer(C, BLOCK_N),) * (3 * ROWS)
-    for tile in range(split, num_tiles, tl.num_programs(1)):
+    # Masks of partial tiles, hoisted out of the loop, would take registers that operands need.
+    for tile in tl.range(split, num_tiles, tl.num_programs(1), disable_licm=not WHOLE):
         n, h0, w0 = locate_patches(tile, BLOCK_M, PATCH_H, H, W, PATCH_W)
         exists = tile * BLOCK_M + tl.arange(0, BLOCK_M) < num_patches
         pixels = (n.to(INDEX) * H + h0) * W + w0
