@@ -107,8 +107,8 @@ def _conv_backward_kernel(
     sum_g = tl.zeros((BLOCK_M // 16, 8, C), tl.float32)
     sum_gy = sum_g
     filter_sums = zero_tiles(3, 4 * K, 2 * C)
-    # Hoisted out of the loop, offsets and masks of the lanes would take registers that sums need.
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=True):
+    # Hoisted out of the loop, offsets of the lanes would take registers that a mask needs.
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=MASK):
         n, h0, w0 = locate_patches(tile, BLOCK_M, PATCH_H, H, W)
         exists = tile * BLOCK_M + tl.arange(0, BLOCK_M) < num_patches
         pixels = (n.to(INDEX) * H + h0) * W + w0
