@@ -98,8 +98,8 @@ def _conv_backward_kernel(
     sum_g = tl.zeros((BLOCK_M // 16, 8, C), tl.float32)
     sum_gy = sum_g
     filter_sums = zero_tiles(3, 4 * K, 2 * C)
-    # Hoisted out of the loop, offsets and masks of the lanes would take registers that sums need.
-    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=True):
+    # Hoisted out of the loop, offsets of the lanes would take registers that a mask needs.
+    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=MASK):
         tile = locate_patches(number, num_patches, SHAPE, BLOCK_M, INDEX)
         # One tile of offsets for all rows: there are no registers for more.
         offs_x = (tile.pixels * C)[:, None] + column[None, :]

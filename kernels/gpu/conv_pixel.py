@@ -452,7 +452,9 @@ def _conv_wgrad_pixel_kernel(
     c2 = load_channels(coefficients_ptr, 2 * K + offs_k)
 
     accs = (zero_outer(C, BLOCK_N),) * (3 * ROWS)
-    for number in range(split, num_tiles, tl.num_programs(1)):
+    # Masks of partial tiles, hoisted out of the loop, would take registers that operands need.
+    PARTIAL: tl.constexpr = not SHAPE.WHOLE
+    for number in tl.range(split, num_tiles, tl.num_programs(1), disable_licm=PARTIAL):
         tile = locate_patches(number, num_patches, SHAPE, BLOCK_M, INDEX)
         loaded: tl.tuple = ()
         for i in tl.static_range(min(AHEAD, WINDOW)):

@@ -85,8 +85,8 @@ def _conv_strip_wgrad_kernel(
     c1 = load_channels(coefficients_ptr, K + column % K)
     c2 = load_channels(coefficients_ptr, 2 * K + column % K)
     # Masks of partial tiles, hoisted out of the loop, would take registers that operands need.
-    LICM_OFF: tl.constexpr = not SHAPE.WHOLE
-    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=LICM_OFF):
+    PARTIAL: tl.constexpr = not SHAPE.WHOLE
+    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=PARTIAL):
         tile = locate_patches(number, num_patches, SHAPE, BLOCK_M, INDEX)
         inside_x = row_masks(tile, SHAPE, C)
         inside_dy = output_masks(tile, SHAPE, q, JOIN, o)

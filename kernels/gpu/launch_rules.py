@@ -220,9 +220,8 @@ def pixel_config(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig
     config = ConvConfig(64, 16, 16, 4, 1, form="pixel")
     if op == "wgrad":
         # A product of a warpgroup has 64 rows: channels of x, or all filters where those are fewer.
-        # Twice the filters are twice the dy of a tile: fewer patches, or fewer loads ahead, fit.
-        filters_first = shape.C < 64
-        block_n = shape.K if filters_first else min(shape.K, 32)
+        # Twice the filters are twice the dy of a tile: half the patches fit.
+        block_n = shape.K if shape.C < 64 else min(shape.K, 32)
         # A program with one filter row writes a third of the sums, and in images no wider than a
         # patch forms each x once; with all rows it forms each dy once. Nine sums of 32x32, too few
         # channels for products of a warpgroup, do not fit the registers.
@@ -232,7 +231,8 @@ def pixel_config(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig
             config = replace(config, block_m=block_m, patch_h=1, patch_w=8, ahead=2)
         else:
             blocks = shape.K // block_n
-            config = replace(config, block_m=32, ahead=0 if filters_first else 1)
+            block_m = 16 if (shape.C, block_n) == (32, 64) else 32
+            config = replace(config, block_m=block_m, ahead=1)
         config = replace(config, block_n=block_n, split_k=NUM_SMS // blocks)
     elif op == "fprop" and shape.C == shape.K == 64 and (shape.H % 2 or shape.W % 2):
         # The masks of patches that hang over an image do not fit beside the four sums.

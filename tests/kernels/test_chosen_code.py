@@ -58,7 +58,7 @@ def all_layers():
 SAMPLE = [
     Layer(15, 4, 16, 3, 1, "first of a block"),
     Layer(15, 16, 16, 3, 1, "second of a block"),
-    Layer(8, 32, 64, 3, 1, "second of a block"),
+    Layer(15, 32, 64, 3, 1, "second of a block"),
     Layer(15, 64, 64, 3, 1, "second of a block"),
 ]
 
