@@ -829,6 +829,7 @@ def test_dry_run_lists_candidates(capsys):
         (["--models", "vgg"], "choose from"),
         (["--dtypes", "int8"], "choose from"),
         (["--batches", "0", "--dry-run"], "--batches must be at least 1, got 0"),
+        (["--batches", "8", f"{10**17}", "--dry-run"], "--batches must be at most 67108864, got 1"),
         (["--budget", "0"], "--budget must be above 0 seconds, got 0"),
         (["--budget", "nan"], "--budget must be above 0 seconds, got nan"),
         (["--l2", "warm"], "choose from"),
