@@ -704,6 +704,8 @@ def described(value):
     """An argument as far as it decides which code runs on which tiles."""
     if isinstance(value, TensorDescriptor):
         return tuple(value.block_shape)
+    if isinstance(value, tuple):
+        return tuple(map(described, value))
     return None if isinstance(value, torch.Tensor) else value
 
 
