@@ -97,6 +97,10 @@ def _obstacle(options: argparse.Namespace) -> str | None:
         value = getattr(options, name)
         if value is not None and value < 1:
             return f"--{name} must be at least 1, got {value}"
+    from fastres.kernels.tools.networks import MAX_BATCH
+
+    if options.batch > MAX_BATCH:
+        return f"--batch must be at most {MAX_BATCH}, got {options.batch}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton (Linux only)"
     import triton

@@ -343,14 +343,14 @@ def compile_entries(
 
     Args:
         plans: from `plan_entries`.
-        jobs: processes; 1 compiles in this one.
+        jobs: processes, of which more than compilations are not started; 1 compiles in this one.
         advance: called after each compilation.
 
     Returns: an entry a plan, in order.
     """
     builds = _builds(plans)
     codes: dict[Build, MachineCode] = {}
-    if jobs == 1:
+    if jobs == 1 or len(builds) <= 1:
         for build in builds:
             codes[build] = compile_build(build)
             advance()
@@ -359,7 +359,7 @@ def compile_entries(
         # of this process is copied.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        with ProcessPoolExecutor(min(jobs, len(builds)), mp_context=context) as pool:
             running = {pool.submit(compile_build, build): build for build in builds}
             for done in as_completed(running):
                 codes[running[done]] = done.result()

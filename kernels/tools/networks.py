@@ -15,6 +15,7 @@ from fastres.kernels.block import Shortcut
 from fastres.kernels.conv_shape import ConvShape
 
 __all__ = [
+    "MAX_BATCH",
     "NETWORKS",
     "PRECISIONS",
     "NamedBlock",
@@ -29,6 +30,9 @@ __all__ = [
 
 # Widths of the stages, and basic blocks in each.
 NETWORKS = {"resnet20": ((16, 32, 64), 3), "resnet18": ((64, 128, 256, 512), 2)}
+
+# Images. The first layers launch up to 16 programs an image, and a grid has fewer than 2**31.
+MAX_BATCH = 2**26
 
 
 @dataclass(frozen=True)

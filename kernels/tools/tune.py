@@ -72,9 +72,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _obstacle(options: argparse.Namespace) -> str | None:
     """Why nothing can be measured here, or None."""
+    from fastres.kernels.tools.networks import MAX_BATCH
+
     for batch in options.batches:
         if batch < 1:
             return f"--batches must be at least 1, got {batch}"
+        if batch > MAX_BATCH:
+            return f"--batches must be at most {MAX_BATCH}, got {batch}"
     if options.candidates < 1:
         return f"--candidates must be at least 1, got {options.candidates}"
     if not options.budget > 0:  # Nor is NaN.

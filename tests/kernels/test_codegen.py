@@ -12,7 +12,9 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from fastres.host import usable_cores
 from fastres.kernels.gpu.conv_fprop import conv_fprop
 from fastres.kernels.gpu.launch import Launch, Traffic, recording
 from fastres.kernels.gpu.launch_config import ConvConfig
-from fastres.kernels.tools import codegen
+from fastres.kernels.tools import codegen, codegen_report
 from fastres.kernels.tools.codegen_report import (
     CodegenEntry,
     Plan,
@@ -32,7 +34,14 @@ from fastres.kernels.tools.codegen_report import (
 )
 from fastres.kernels.tools.control_flow import ProgramCount
 from fastres.kernels.tools.machine_code import MachineCode, compile_launch
-from fastres.kernels.tools.networks import NETWORKS, PRECISIONS, network_blocks, network_convs
+from fastres.kernels.tools.network_launches import network_launches
+from fastres.kernels.tools.networks import (
+    MAX_BATCH,
+    NETWORKS,
+    PRECISIONS,
+    network_blocks,
+    network_convs,
+)
 from fastres.kernels.tools.peak_rates import PEAK_RATES
 from tests.helpers.interpreter import HAS_GPU
 
@@ -351,7 +360,10 @@ def test_convolutions_are_those_of_the_blocks(network, blocks):
         (["--model", "vgg"], "choose from"),
         (["--dtype", "int8"], "choose from"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--batch", f"{10**17}"], f"--batch must be at most {MAX_BATCH}, got 1{17 * '0'}"),
+        (["--batch", f"{MAX_BATCH + 1}"], f"--batch must be at most {MAX_BATCH}, got"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--jobs", "-1"], "--jobs must be at least 1, got -1"),
         (["--json"], "--json needs a FILE, but with --step"),
         (["--step", "vgg"], "choose from"),
         (["--step", "resnet20", "--json", "x"], "--step writes no file"),
@@ -372,6 +384,33 @@ def test_wrong_use_is_one_sentence(argv, message, capsys):
     if message == "choose from":
         names = {"--arch": PEAK_RATES, "--dtype": PRECISIONS}.get(argv[0], NETWORKS)
         assert all(name in error for name in names)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_largest_batch_can_be_launched(network):
+    for phase in ("training", "inference"):
+        for named in network_launches(network, MAX_BATCH, PRECISIONS["bf16"], phase):
+            if isinstance(named.launch, Launch):
+                # The limits of CUDA: the first dimension of a grid, then the others.
+                first, *others = named.launch.grid
+                assert first < 2**31
+                assert all(size < 2**16 for size in others)
+
+
+def test_no_more_processes_than_compilations(monkeypatch):
+    """Of any number that is asked for, such as one that no pool could hold."""
+    asked = []
+
+    def pool(jobs, *, mp_context):
+        asked.append(jobs)
+        return ThreadPoolExecutor(jobs)
+
+    monkeypatch.setattr(codegen_report, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(codegen_report, "compile_build", lambda build: f"code of {build}")
+    plans = [SimpleNamespace(build=name) for name in ("a", "b", "a", "c")]
+    entries = codegen_report.compile_entries(plans, 10**12)
+    assert asked == [3]
+    assert [entry.code for entry in entries] == [f"code of {name}" for name in "abac"]
 
 
 @pytest.mark.skipif(HAS_GPU, reason="kernels are not interpreted where there is a GPU")

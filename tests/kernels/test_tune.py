@@ -704,6 +704,8 @@ def described(value):
     """An argument as far as it decides which code runs on which tiles."""
     if isinstance(value, TensorDescriptor):
         return tuple(value.block_shape)
+    if isinstance(value, tuple):
+        return tuple(map(described, value))
     return None if isinstance(value, torch.Tensor) else value
 
 
@@ -829,6 +831,7 @@ def test_dry_run_lists_candidates(capsys):
         (["--models", "vgg"], "choose from"),
         (["--dtypes", "int8"], "choose from"),
         (["--batches", "0", "--dry-run"], "--batches must be at least 1, got 0"),
+        (["--batches", "8", f"{10**17}", "--dry-run"], "--batches must be at most 67108864, got 1"),
         (["--budget", "0"], "--budget must be above 0 seconds, got 0"),
         (["--budget", "nan"], "--budget must be above 0 seconds, got nan"),
         (["--l2", "warm"], "choose from"),
