@@ -7,6 +7,7 @@ import triton.language as tl
 
 from fastres.kernels.gpu import counters, last_program
 from fastres.kernels.gpu.counters import own_counters, zero_counters
+from fastres.kernels.gpu.epilogue import channel_stats
 from fastres.kernels.gpu.last_program import (
     add_partials,
     allocate_partials,
@@ -19,7 +20,7 @@ from fastres.kernels.gpu.last_program import (
     store_sums,
 )
 from tests.helpers.interpreter import DEVICE, strict_memory  # noqa: F401
-from tests.helpers.numerics import assert_statistics
+from tests.helpers.numerics import assert_keeps_small_spread, assert_statistics
 
 pytestmark = pytest.mark.usefixtures("strict_memory")
 
@@ -107,6 +108,43 @@ def _partials_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _merge_kernel(
+    rows_ptr, stats_ptr, counters_ptr, gamma_ptr, beta_ptr, out_ptr, num_pixels, eps,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    row_ptr = rows_ptr + program * (2 * K + 1)
+    mean = tl.load(row_ptr + offs_k, mask=mask_k)
+    m2 = tl.load(row_ptr + K + offs_k, mask=mask_k)
+    store_stats(stats_ptr, program, tl.load(row_ptr + 2 * K), mean, m2, offs_k, mask_k, K)
+    finish_batch_norm(
+        stats_ptr, counters_ptr, gamma_ptr, beta_ptr, out_ptr, num_pixels, eps, offs_k, mask_k,
+        0, program, num_programs, num_programs, K, GROUP,
+    )  # fmt: skip
+
+
+@triton.jit
+def _tile_kernel(
+    y_ptr, out_ptr, num_rows, K: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, 2 * K)
+    tiles: tl.tuple = ()
+    masks: tl.tuple = ()
+    for i in tl.static_range(TILES):
+        rows = i * ROWS + tl.arange(0, ROWS)
+        mask = (rows < num_rows)[:, None] & (column >= 0)[None, :]
+        masks += (mask,)
+        offs = rows[:, None] * (2 * K) + column[None, :]
+        tiles += (tl.load(y_ptr + offs, mask=mask, other=0.0),)
+    mean, m2 = channel_stats(tiles, masks, num_rows * 2.0, K, WHOLE)
+    tl.store(out_ptr + tl.arange(0, K), mean)
+    tl.store(out_ptr + K + tl.arange(0, K), m2)
+
+
 def normal(*size, seed=0):
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
@@ -152,6 +190,37 @@ def test_statistics(num_programs, num_tiles, few_numbers, monkeypatch):
     torch.testing.assert_close(out[3], gamma * out[2], rtol=1e-6, atol=0)
     torch.testing.assert_close(out[4], beta - out[0] * out[3], rtol=1e-5, atol=1e-5)
     assert not left.any()
+
+
+def test_merged_statistics_keep_a_small_spread_beside_a_large_mean():
+    """Means of tiles are added up as distances from one of them: sums from 0 would lose it."""
+    # One group: a second merge would add the roundings of the first one's means.
+    k, num_programs = 16, 64
+    counts = torch.arange(num_programs) % 7 + 90
+    means = (1000 + 1e-3 * normal(num_programs, k).cpu()).float()
+    rows = torch.cat([means, torch.zeros_like(means), counts[:, None].float()], dim=1)
+    parts = allocate_partials(rows.to(DEVICE), stats_row(k), num_programs)
+    out, ones = torch.empty(5, k, device=DEVICE), torch.ones(k, device=DEVICE)
+    num_pixels = int(counts.sum())
+    _merge_kernel[(num_programs,)](
+        rows.to(DEVICE), parts.buffer, parts.counters, ones, ones, out, num_pixels, EPS,
+        K=k, BLOCK_K=k, GROUP=num_programs,
+    )  # fmt: skip
+    pixels = means.double().repeat_interleave(counts, dim=0)
+    var = out[1].cpu().double() * (num_pixels - 1) / num_pixels
+    assert_keeps_small_spread(out[0].cpu(), var, pixels)
+
+
+@pytest.mark.parametrize(("num_rows", "whole"), [(64, True), (57, False)])
+def test_statistics_of_a_tile_keep_a_small_spread_beside_a_large_mean(num_rows, whole):
+    """The second pass over a tile corrects what rounding left out of the mean, and M2 by that."""
+    k = 16
+    y = 1000 + 1e-3 * normal(num_rows, 2 * k)
+    out = torch.empty(2, k, device=DEVICE)
+    _tile_kernel[(1,)](y, out, num_rows, K=k, TILES=2, ROWS=32, WHOLE=whole)
+    rows = y.cpu().double().reshape(-1, k)
+    mean, m2 = out.cpu().double()
+    assert_keeps_small_spread(mean, m2 / len(rows), rows)
 
 
 def test_statistics_do_not_depend_on_who_is_last():
