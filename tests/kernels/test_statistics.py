@@ -1,5 +1,7 @@
 """Statistics of a convolution whose outputs lie far from 0 and close together, in every form."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,13 +30,15 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 )
 def test_a_small_spread_beside_a_large_mean_is_kept(name, dtype, spread):
     form = FORMS[name]
+    # Strips merge the tiles of a program themselves.
+    config = replace(form.config, grid_size=1) if form.config.grid_size else form.config
     t = make_tensors(form.shape, dtype)
     # The filters pass the pixels on as they are, and so does the prologue.
     t.x.copy_(1000 + spread * t.x.float())
     t.w.zero_()[range(16), range(16), 1, 1] = 1
     ab = torch.stack([torch.ones(16), torch.zeros(16)]).to(DEVICE)
     with recording() as launches:
-        y, stats = form.run(t._replace(scale_shift=ab), form.shape, form.config)
+        y, stats = form.run(t._replace(scale_shift=ab), form.shape, config)
     assert launches[0].name == form.kernel
     torch.testing.assert_close(y, t.x, rtol=0, atol=0)
     rows = y.double().permute(0, 2, 3, 1).reshape(-1, 16)
