@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from fastres.kernels import ops
 from fastres.kernels.conv_types import ConvBN, stat_dtype
 from fastres.kernels.dispatch import runs_on_triton
-from fastres.kernels.ops import BatchStats
 from fastres.kernels.plain_tensors import have_plain_types
 from fastres.kernels.reference.block import bn_fold_ref
 from fastres.model.interception import is_overridden
+from fastres.model.running_stats import update_running_stats
 
 __all__ = [
     "ConvBNModules",
-    "batched_running_stats",
     "block_folded",
     "can_fold",
     "can_train",
@@ -37,15 +36,11 @@ __all__ = [
     "layer_params",
     "recomputed_to_here",
     "to_compute_dtype",
-    "update_running_stats",
     "why_not_fused",
 ]
 
 _folded_layers: ContextVar[dict[Any, tuple[ConvBN, Tensor]] | None] = ContextVar(
     "fastres_folded_layers", default=None
-)
-_pending_updates: ContextVar[list[tuple[nn.BatchNorm2d, BatchStats]] | None] = ContextVar(
-    "fastres_pending_updates", default=None
 )
 
 
@@ -157,35 +152,6 @@ def block_folded(
     )
 
 
-def update_running_stats(layers: Sequence[ConvBNModules], batches: Sequence[BatchStats]) -> None:
-    """Move the running statistics towards those of the batch, as nn.BatchNorm2d does."""
-    updates = [
-        (bn, batch)
-        for (_, bn), batch in zip(layers, batches, strict=True)
-        if bn.track_running_stats and bn.running_mean is not None
-    ]
-    pending = None if torch.compiler.is_compiling() else _pending_updates.get()
-    if pending is None:
-        _apply_updates(updates)
-    else:
-        pending += updates
-
-
-@contextmanager
-def batched_running_stats() -> Iterator[None]:
-    """Update the running statistics of all layers at the end of the `with` block, in a few calls.
-
-    Inside they are what they were before it, and an exception leaves them so.
-    """
-    updates: list[tuple[nn.BatchNorm2d, BatchStats]] = []
-    token = _pending_updates.set(updates)
-    try:
-        yield
-    finally:
-        _pending_updates.reset(token)
-    _apply_updates(updates)
-
-
 class _SaveATensor(torch.autograd.Function):
     """The identity, with something kept for backward."""
 
@@ -210,44 +176,6 @@ def recomputed_to_here(out: Tensor) -> Tensor:
         return out
     has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     return _SaveATensor.apply(out) if has_hooks else out
-
-
-def _can_update_together(norms: Sequence[nn.BatchNorm2d]) -> bool:
-    """Whether one call can update all: they have one momentum, and none occurs twice."""
-    # A compiler would guard on these very norms, and compile anew for every other net.
-    if torch.compiler.is_compiling() or norms[0].momentum is None:
-        return False
-    is_same = all(bn.momentum == norms[0].momentum for bn in norms)
-    return is_same and len({id(bn) for bn in norms}) == len(norms)
-
-
-@torch.no_grad()
-def _apply_updates(updates: Sequence[tuple[nn.BatchNorm2d, BatchStats]]) -> None:
-    if not updates:
-        return
-    if len(updates) > 1 and not _can_update_together([bn for bn, _ in updates]):
-        for update in updates:
-            _apply_updates([update])
-        return
-    momentum = updates[0][0].momentum
-    counts = [bn.num_batches_tracked for bn, _ in updates if bn.num_batches_tracked is not None]
-    if counts:
-        torch._foreach_add_(counts, 1)
-    running = [cast(Tensor, t) for bn, _ in updates for t in (bn.running_mean, bn.running_var)]
-    if not torch.compiler.is_compiling():
-        # As torch's batch norm does: an evaluation that awaits its backward has saved them.
-        running = [average.data for average in running]
-    seen = [t for _, batch in updates for t in batch]
-    seen = [value.to(average.dtype) for value, average in zip(seen, running, strict=True)]
-    if momentum is not None:
-        torch._foreach_lerp_(running, seen, momentum)
-        return
-    if not counts:
-        return
-    # Without a momentum the running statistics are the plain average of all batches.
-    step = counts[0].to(running[0].dtype).reciprocal()
-    for average, value in zip(running, seen, strict=True):
-        average.lerp_(value, step)
 
 
 def why_not_fused(conv: Any, bn: Any) -> str | None:
@@ -344,7 +272,7 @@ def conv_bn(
         else:
             given = residual.to(operand.dtype)
             out, stats = ops.residual_block(operand, [params], residual=given)
-        update_running_stats([layer], stats)
+        update_running_stats([layer.bn], stats)
         return recomputed_to_here(out)
     if can_fold(x, [layer], residual):
         return conv_bn_folded(x, layer, relu=relu, residual=residual)

@@ -34,10 +34,10 @@ from fastres.model.conv_bn import (
     layer_params,
     recomputed_to_here,
     to_compute_dtype,
-    update_running_stats,
 )
 from fastres.model.interception import is_as_defined, is_intercepted, is_overridden
 from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, ResNet9
+from fastres.model.running_stats import update_running_stats
 
 __all__ = [
     "FusedBasicBlock",
@@ -197,7 +197,8 @@ class FusedBlock(FusedModule):
             residual=self._given_shortcut(x, projection),
             add_input=self._has_shortcut(),
         )
-        update_running_stats([*layers, projection] if projection else layers, stats)
+        all_layers = [*layers, projection] if projection else layers
+        update_running_stats([layer.bn for layer in all_layers], stats)
         return recomputed_to_here(out)
 
     def _evaluate(

@@ -63,18 +63,8 @@ def _bn_backward_reduce_kernel(
     y_ptr,  # (N, H, W, C) in
     y_shortcut_ptr,  # (N, H, W, C) in: raw projection; None: no projected shortcut
     g_ptr,  # (N, H, W, C) out; None: without a ReLU g is dout itself
-    sums_ptr,  # (num_programs + num_groups, 2 * C or 3 * C) fp32: partials, see last_program.py
-    counters_ptr,  # (num_columns, 1 + num_groups) int32: zeros
-    batch_norm_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of y
-    gamma_ptr,  # (C,) fp32 in
-    coefficients_ptr,  # (3, C) fp32 out: c0, c1, c2
-    dgamma_ptr,  # (C,) fp32 out
-    dbeta_ptr,  # (C,) fp32 out
-    shortcut_batch_norm_ptr,  # the last five of the projection's batch norm; None without one
-    shortcut_gamma_ptr,
-    shortcut_coefficients_ptr,
-    shortcut_dgamma_ptr,
-    shortcut_dbeta_ptr,
+    batch_norm,  # `BatchNormBackward` of y
+    shortcut_batch_norm,  # that of y_shortcut; None: no projected shortcut
     num_rows,
     num_tiles,
     H: tl.constexpr,
@@ -88,7 +78,6 @@ def _bn_backward_reduce_kernel(
     INDEX: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
@@ -96,12 +85,12 @@ def _bn_backward_reduce_kernel(
     column = tl.program_id(1)
     offs_c = column * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    mean = tl.load(batch_norm_ptr + offs_c, mask=mask_c, other=0.0)
+    mean = tl.load(batch_norm.stats_ptr + offs_c, mask=mask_c, other=0.0)
     sum_g = tl.zeros((BLOCK_C,), dtype=tl.float32)
     sum_gy = tl.zeros((BLOCK_C,), dtype=tl.float32)
     sum_gy_shortcut = None
     if y_shortcut_ptr is not None:
-        mean_s = tl.load(shortcut_batch_norm_ptr + offs_c, mask=mask_c, other=0.0)
+        mean_s = tl.load(shortcut_batch_norm.stats_ptr + offs_c, mask=mask_c, other=0.0)
         sum_gy_shortcut = tl.zeros((BLOCK_C,), dtype=tl.float32)
 
     for tile in range(program, num_tiles, num_programs):
@@ -127,29 +116,9 @@ def _bn_backward_reduce_kernel(
             y_s = tl.load(y_shortcut_ptr + offs_ys, mask=mask, other=0.0).to(tl.float32)
             sum_gy_shortcut += tile_sum(g * (y_s - mean_s[None, :]), mask)
 
-    store_sums(sums_ptr, program, sum_g, sum_gy, sum_gy_shortcut, offs_c, mask_c, C)
+    store_sums(batch_norm.partials_ptr, program, sum_g, sum_gy, sum_gy_shortcut, offs_c, mask_c, C)
     finish_batch_norm_backward(
-        sums_ptr,
-        counters_ptr,
-        batch_norm_ptr,
-        gamma_ptr,
-        coefficients_ptr,
-        dgamma_ptr,
-        dbeta_ptr,
-        shortcut_batch_norm_ptr,
-        shortcut_gamma_ptr,
-        shortcut_coefficients_ptr,
-        shortcut_dgamma_ptr,
-        shortcut_dbeta_ptr,
-        num_rows,
-        offs_c,
-        mask_c,
-        column,
-        program,
-        num_programs,
-        num_programs,
-        C,
-        GROUP,
+        batch_norm, offs_c, column, program, num_programs, num_programs, C, shortcut_batch_norm
     )
 
 
@@ -190,13 +159,14 @@ def bn_backward_reduce(
     check_state("projected", projected, projected_weight, size, dout.dtype)
     _check_mask(out, scale_shift, size, dout.dtype)
     num_rows = n * h * w
-    config = config or row_config(num_rows, c)
+    config = config or row_config(num_rows, c, dout.dtype)
     num_tiles = triton.cdiv(num_rows, config.block_rows)
     num_programs, num_columns = min(num_tiles, MOST_PROGRAMS), triton.cdiv(c, config.block_c)
     has_relu = out is not None or scale_shift is not None
     g = empty_channels_last(dout, n, c, h, w) if has_relu else None
     y_shortcut = None if projected is None else projected.y
-    layers = {"": (state, weight), "shortcut_": (projected, projected_weight)}
+    shortcut = projected, projected_weight
+    layers = {"batch_norm": (state, weight), "shortcut_batch_norm": shortcut}
     finish, (grads, projected_grads) = finish_grads(
         dout if g is None else g, layers, num_programs, num_columns=num_columns
     )
@@ -302,7 +272,7 @@ def bn_backward_apply(dy: DeferredGrad, *, config: RowConfig | None = None) -> t
     check_deferred_grad(dy)
     n, c, h, w = dy.g.shape
     num_rows = n * h * w
-    config = config or row_config(num_rows, c)
+    config = config or row_config(num_rows, c, dy.g.dtype)
     stored = empty_channels_last(dy.g, n, c, h, w)
     launch(
         _bn_backward_apply_kernel,

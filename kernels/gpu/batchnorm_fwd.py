@@ -45,12 +45,7 @@ __all__ = ["bn_apply", "bn_stats"]
 @triton.jit
 def _bn_stats_kernel(
     y_ptr,  # (N, H, W, C) in
-    stats_ptr,  # (num_tiles + num_groups, 2 * C + 4) fp32: partials, see last_program.py
-    counters_ptr,  # (num_columns, 1 + num_groups) int32: zeros
-    gamma_ptr,  # (C,) fp32 in
-    beta_ptr,  # (C,) fp32 in
-    batch_norm_ptr,  # (5, C) fp32 out: mean, unbiased variance, rstd, a, b
-    eps,
+    batch_norm,  # `BatchNormForward` of y
     num_rows,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -59,7 +54,6 @@ def _bn_stats_kernel(
     INDEX: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
@@ -74,25 +68,9 @@ def _bn_stats_kernel(
     y = tl.load(y_ptr + offs_y, mask=mask_rows[:, None] & mask_c[None, :], other=0.0)
     count = tl.minimum(num_rows - first_row, BLOCK_ROWS)
     mean, m2 = tile_stats(y.to(tl.float32), mask_rows, count)
-    store_stats(stats_ptr, tile, count, mean, m2, offs_c, mask_c, C)
+    store_stats(batch_norm.partials_ptr, tile, count, mean, m2, offs_c, mask_c, C)
     num_tiles = tl.num_programs(0)
-    finish_batch_norm(
-        stats_ptr,
-        counters_ptr,
-        gamma_ptr,
-        beta_ptr,
-        batch_norm_ptr,
-        num_rows,
-        eps,
-        offs_c,
-        mask_c,
-        column,
-        tile,
-        num_tiles,
-        num_tiles,
-        C,
-        GROUP,
-    )
+    finish_batch_norm(batch_norm, offs_c, column, tile, num_tiles, num_tiles, C)
 
 
 def bn_stats(
@@ -115,7 +93,7 @@ def bn_stats(
     n, c, h, w = y.shape
     num_rows = n * h * w
     check_batch_norm(batch_norm, c, num_rows)
-    config = config or row_config(num_rows, c)
+    config = config or row_config(num_rows, c, y.dtype)
     num_tiles = triton.cdiv(num_rows, config.block_rows)
     num_columns = triton.cdiv(c, config.block_c)
     finish, stats = finish_stats(y, batch_norm, num_tiles, num_columns=num_columns)
@@ -221,7 +199,7 @@ def bn_apply(
     if residual_scale_shift is not None:
         check_vector("residual_scale_shift", residual_scale_shift, (2, c))
     num_rows = n * h * w
-    config = config or row_config(num_rows, c)
+    config = config or row_config(num_rows, c, y.dtype)
     out = empty_channels_last(y, n, c, h, w)
     flops = 3 + (residual is not None) + 2 * (residual_scale_shift is not None)
     launch(

@@ -36,6 +36,7 @@ from fastres.kernels.gpu.epilogue import (
     finish_sums_of_all,
     load_channels,
     load_outputs,
+    load_scale_shift,
     store_gradient,
 )
 from fastres.kernels.gpu.last_program import allocate_partials, finish_grads
@@ -49,6 +50,7 @@ from fastres.kernels.gpu.strips import (
     add_filter_products,
     add_products,
     finish_filter_sums,
+    fold_outputs,
     load_rows,
     load_spread_filters,
     row_lanes,
@@ -69,114 +71,82 @@ def _conv_backward_kernel(
     w_ptr,  # (K, 3, 3, C) in: dtype of x
     dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
-    sums_ptr,  # (num_programs + num_groups, 2 * C) fp32: partials, see last_program.py
-    sums_counters_ptr,  # (1 + num_groups,) int32: zeros
-    producer_batch_norm_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of x;
-    #                       None: no producer
-    producer_gamma_ptr,  # (C,) fp32 in
-    producer_coefficients_ptr,  # (3, C) fp32 out: c0, c1, c2
-    producer_dgamma_ptr,  # (C,) fp32 out
-    producer_dbeta_ptr,  # (C,) fp32 out
-    num_nhw,
+    producer,  # `BatchNormBackward` of x; None: no producer
     dw_ptr,  # (K, 3, 3, C) out
     partials_ptr,  # (num_programs + num_groups, K, 3, 3, C) fp32: None where there is one program
     counters_ptr,  # (1 + num_groups,) int32: zeros
     num_patches,
     num_tiles,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    SHAPE: tl.constexpr,  # `PatchShape` of dx
     C: tl.constexpr,
     K: tl.constexpr,
     INDEX: tl.constexpr,
-    WHOLE: tl.constexpr,
     ASM: tl.constexpr,
     AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    SUMS_GROUP: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
-    MASK: tl.constexpr = producer_batch_norm_ptr is not None
+    PATCH_H: tl.constexpr = SHAPE.PATCH_H
+    WHOLE: tl.constexpr = SHAPE.WHOLE
+    MASK: tl.constexpr = producer is not None
 
     filters = load_spread_filters(w_ptr, K, C, True)
     _, k = row_lanes(K)
-    c0 = load_channels(coefficients_ptr, k)
-    c1 = load_channels(coefficients_ptr, K + k)
-    c2 = load_channels(coefficients_ptr, 2 * K + k)
     column = tl.arange(0, 2 * C)
-    sum_g = tl.zeros((C,), tl.float32)
-    sum_gy = tl.zeros((C,), tl.float32)
+    sum_g = tl.zeros((BLOCK_M // 16, 8, C), tl.float32)
+    sum_gy = sum_g
     filter_sums = zero_tiles(3, 4 * K, 2 * C)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        n, h0, w0 = locate_patches(tile, BLOCK_M, PATCH_H, H, W)
-        exists = tile * BLOCK_M + tl.arange(0, BLOCK_M) < num_patches
-        pixels = (n.to(INDEX) * H + h0) * W + w0
+    # Hoisted out of the loop, offsets and masks of the lanes would take registers that sums need.
+    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=True):
+        tile = locate_patches(number, num_patches, SHAPE, BLOCK_M, INDEX)
         # One tile of offsets for all rows: there are no registers for more.
-        offs_x = (pixels * C)[:, None] + column[None, :]
-        inside_dy = row_masks(exists, h0, w0, K, PATCH_H, H, W, WHOLE)
-        inside_x = output_masks(exists, h0, w0, (column // C)[None, :], PATCH_H, H, W, WHOLE)
+        offs_x = (tile.pixels * C)[:, None] + column[None, :]
+        inside_dy = row_masks(tile, SHAPE, K)
+        inside_x = output_masks(tile, SHAPE, (column // C)[None, :])
 
         # Prologues: padding and what hangs over an image stay 0, although b and c2 are not.
-        scale = load_channels(producer_batch_norm_ptr, 3 * C + column % C)
-        shift = load_channels(producer_batch_norm_ptr, 4 * C + column % C)
+        c0 = load_channels(coefficients_ptr, k)
+        c1 = load_channels(coefficients_ptr, K + k)
+        c2 = load_channels(coefficients_ptr, 2 * K + k)
+        if MASK:
+            a, b = load_scale_shift(producer.stats_ptr + 3 * C, column % C, C)
         raw: tl.tuple = ()
         xs: tl.tuple = ()
         for o in tl.static_range(PATCH_H):
-            offs = offs_x + o * (W * C)
+            offs = offs_x + o * (SHAPE.W * C)
             x = load_outputs(x_ptr, offs, inside_x[o], WHOLE)
             raw += (x,)
-            xs += (activate(x, scale, shift, inside_x[o], ASM) if MASK else x,)
-        gs = load_rows(g_ptr, pixels, inside_dy, 0, AHEAD, K, W, False)
-        ys = load_rows(y_ptr, pixels, inside_dy, 0, AHEAD, K, W, False)
+            xs += (activate(x, a, b, inside_x[o], ASM) if MASK else x,)
+        gs = load_rows(g_ptr, tile, SHAPE, inside_dy, 0, AHEAD, K, False)
+        ys = load_rows(y_ptr, tile, SHAPE, inside_dy, 0, AHEAD, K, False)
         sums = zero_tiles(PATCH_H, BLOCK_M, 2 * C)
         for r in tl.static_range(PATCH_H + 2):
-            gs += load_rows(g_ptr, pixels, inside_dy, r + AHEAD, r + AHEAD + 1, K, W, False)
-            ys += load_rows(y_ptr, pixels, inside_dy, r + AHEAD, r + AHEAD + 1, K, W, False)
+            gs += load_rows(g_ptr, tile, SHAPE, inside_dy, r + AHEAD, 1, K, False)
+            ys += load_rows(y_ptr, tile, SHAPE, inside_dy, r + AHEAD, 1, K, False)
             dy = backward_bn(gs[r], ys[r], c0, c1, c2, inside_dy[r], ASM)
             sums = add_products(sums, dy, filters, r)
             filter_sums = add_filter_products(filter_sums, dy, xs, r)
 
         # Epilogue.
-        mean = load_channels(producer_batch_norm_ptr, column % C)
-        dx_rows, dxy_rows = sums[0], sums[0]
+        norm = (load_channels(producer.stats_ptr, column % C), a, b) if MASK else None
         for o in tl.static_range(PATCH_H):
-            offs = offs_x + o * (W * C)
+            offs = offs_x + o * (SHAPE.W * C)
+            producer_y = raw[o] if MASK else None
             dx, dxy = store_gradient(
-                sums[o],
-                offs,
-                inside_x[o],
-                dx_ptr,
-                shortcut_ptr,
-                raw[o] if MASK else None,
-                scale,
-                shift,
-                mean,
-                WHOLE,
-                ASM,
+                sums[o], offs, inside_x[o], dx_ptr, shortcut_ptr, producer_y, norm, WHOLE, ASM
             )
-            # Added up row by row, not all rows at the end: they would stay in registers.
-            dx_rows = dx if o == 0 else dx_rows + dx
-            dxy_rows = dxy if o == 0 else dxy_rows + dxy
-        if MASK:
-            sum_g += channel_sum(dx_rows, C)
-            sum_gy += channel_sum(dxy_rows, C)
+            if MASK:
+                sum_g += fold_outputs(dx, C)
+                sum_gy += fold_outputs(dxy, C)
 
     if MASK:
         finish_sums_of_all(
-            sum_g,
-            sum_gy,
-            sums_ptr,
-            sums_counters_ptr,
-            producer_batch_norm_ptr,
-            producer_gamma_ptr,
-            producer_coefficients_ptr,
-            producer_dgamma_ptr,
-            producer_dbeta_ptr,
-            num_nhw,
+            channel_sum(sum_g.reshape(BLOCK_M // 2, C), C),
+            channel_sum(sum_gy.reshape(BLOCK_M // 2, C), C),
+            producer,
             C,
-            SUMS_GROUP,
         )
     finish_filter_sums(dw_ptr, partials_ptr, counters_ptr, filter_sums, K, C, True, GROUP)
 
@@ -237,9 +207,7 @@ def conv_gradients(
     num_programs, args = strip_arguments(config, shape)
     dx = empty_channels_last(x, n, c, h, width)
     dw = x.new_empty((shape.K, 3, 3, c), dtype=dw_dtype or x.dtype)
-    finish, (grads,) = finish_grads(dx, {"producer_": (producer, producer_weight)}, num_programs)
-    finish.args["sums_counters_ptr"] = finish.args.pop("counters_ptr")
-    finish.args["SUMS_GROUP"] = finish.args.pop("GROUP")
+    finish, (grads,) = finish_grads(dx, {"producer": (producer, producer_weight)}, num_programs)
     partials = counters = None
     group, last_programs = 1, 0
     if num_programs > 1:
@@ -257,7 +225,6 @@ def conv_gradients(
             "dx_ptr": dx,
             "shortcut_ptr": shortcut,
             **finish.args,
-            "num_nhw": n * h * width,
             "dw_ptr": dw,
             "partials_ptr": partials,
             "counters_ptr": counters,

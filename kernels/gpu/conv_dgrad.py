@@ -56,19 +56,12 @@ def _conv_dgrad_kernel(
     y_ptr,  # (N, P, Q, K) in: with g and coefficients; None: dy is read
     coefficients_ptr,  # (3, K) fp32 in: c0, c1, c2; None: dy is read
     w_ptr,  # (K, R, S, C) in: dense, dtype of dy
-    dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
+    dx_ptr,  # (N, H, W, C) out, dense: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
-    producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: dx alone
+    producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: no producer
     activation_ptr,  # (N, H, W, C) out: relu(a * producer_y + b), dense; None: not wanted
-    sums_ptr,  # (num_tiles + num_groups, 2 * C) fp32: partials, see last_program.py
-    counters_ptr,  # (TILES_N, 1 + num_groups) int32: zeros
-    producer_batch_norm_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of producer_y
-    producer_gamma_ptr,  # (C,) fp32 in
-    producer_coefficients_ptr,  # (3, C) fp32 out: c0, c1, c2
-    producer_dgamma_ptr,  # (C,) fp32 out
-    producer_dbeta_ptr,  # (C,) fp32 out
+    producer,  # `BatchNormBackward` of producer_y; None: dx alone
     num_rows,  # pixels of one phase
-    num_nhw,  # pixels of all
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -81,7 +74,6 @@ def _conv_dgrad_kernel(
     PADDING: tl.constexpr,
     G_STRIDES: tl.constexpr,
     Y_STRIDES: tl.constexpr,
-    DX_STRIDES: tl.constexpr,
     SHORTCUT_STRIDES: tl.constexpr,
     PRODUCER_Y_STRIDES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -90,7 +82,6 @@ def _conv_dgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ASM: tl.constexpr,
-    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
@@ -159,40 +150,17 @@ def _conv_dgrad_kernel(
         dx_ptr,
         shortcut_ptr,
         producer_y_ptr,
-        producer_batch_norm_ptr,
+        producer,
         activation_ptr,
-        sums_ptr,
         H,
         W,
         C,
-        DX_STRIDES,
         SHORTCUT_STRIDES,
         PRODUCER_Y_STRIDES,
     )
-    if producer_y_ptr is not None:
-        finish_batch_norm_backward(
-            sums_ptr,
-            counters_ptr,
-            producer_batch_norm_ptr,
-            producer_gamma_ptr,
-            producer_coefficients_ptr,
-            producer_dgamma_ptr,
-            producer_dbeta_ptr,
-            None,
-            None,
-            None,
-            None,
-            None,
-            num_nhw,
-            offs_c,
-            mask_c,
-            pid % TILES_N,
-            tile,
-            num_tiles,
-            num_tiles,
-            C,
-            GROUP,
-        )
+    if producer is not None:
+        column = pid % TILES_N
+        finish_batch_norm_backward(producer, offs_c, column, tile, num_tiles, num_tiles, C)
 
 
 def conv_dgrad(
@@ -258,7 +226,6 @@ def conv_dgrad(
         variant.args.update(
             num_rows=shape.N * triton.cdiv(shape.H, stride) * triton.cdiv(shape.W, stride),
             **shape.constexprs(),
-            DX_STRIDES=nhwc_strides(dx),
             SHORTCUT_STRIDES=nhwc_strides(shortcut),
             PRODUCER_Y_STRIDES=nhwc_strides(y_p),
             PRECISION="tf32" if allow_tf32 else "ieee",
@@ -268,7 +235,7 @@ def conv_dgrad(
         )
     finish, (grads,) = finish_grads(
         dx,
-        {"producer_": (producer, producer_weight)},
+        {"producer": (producer, producer_weight)},
         variant.num_programs,
         num_tiles=variant.num_tiles,
         num_columns=variant.num_columns,
@@ -280,7 +247,6 @@ def conv_dgrad(
         "shortcut_ptr": shortcut,
         "producer_y_ptr": y_p,
         **finish.args,
-        "num_nhw": shape.N * shape.H * shape.W,
         "INDEX": index_dtype(g, y, dx, shortcut, y_p),
     }
     launch(

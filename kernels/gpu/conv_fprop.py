@@ -57,15 +57,10 @@ def _conv_fprop_kernel(
     x_ptr,  # (N, H, W, C) in: activation, or raw output of its producer
     in_scale_shift_ptr,  # (2, C) fp32 in: prologue relu(a * x + b); None: x as it is
     w_ptr,  # (K, R, S, C) in: dense, dtype of x
-    y_ptr,  # (N, P, Q, K) out: dtype of x
-    stats_ptr,  # (num_tiles + num_groups, 2 * K + 4) fp32: partials, see last_program.py
-    counters_ptr,  # (TILES_N, 1 + num_groups) int32: zeros
-    gamma_ptr,  # (K,) fp32 in
-    beta_ptr,  # (K,) fp32 in
-    batch_norm_ptr,  # (5, K) fp32 out: mean, unbiased variance, rstd, a, b; None: not wanted
+    y_ptr,  # (N, P, Q, K) out: dense, dtype of x
+    batch_norm,  # `BatchNormForward` of y; None: not wanted
     out_scale_shift_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
     residual_ptr,  # (N, P, Q, K) in: added after the scale and shift; None: nothing added
-    eps,
     num_npq,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -78,7 +73,6 @@ def _conv_fprop_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     X_STRIDES: tl.constexpr,
-    Y_STRIDES: tl.constexpr,
     RESIDUAL_STRIDES: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -88,7 +82,6 @@ def _conv_fprop_kernel(
     BLOCK_K: tl.constexpr,
     WHOLE: tl.constexpr,  # no tile hangs over the pixels or the channels
     ASM: tl.constexpr,
-    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
@@ -129,13 +122,12 @@ def _conv_fprop_kernel(
         num_npq,
         offs_k,
         y_ptr,
-        stats_ptr,
+        batch_norm,
         out_scale_shift_ptr,
         residual_ptr,
         K,
         P,
         Q,
-        Y_STRIDES,
         RESIDUAL_STRIDES,
         RELU,
         INDEX,
@@ -143,24 +135,8 @@ def _conv_fprop_kernel(
         ASM,
     )
     num_tiles_m = tl.cdiv(num_npq, BLOCK_M)
-    if batch_norm_ptr is not None:
-        finish_batch_norm(
-            stats_ptr,
-            counters_ptr,
-            gamma_ptr,
-            beta_ptr,
-            batch_norm_ptr,
-            num_npq,
-            eps,
-            offs_k,
-            mask_k,
-            pid % TILES_N,
-            tile_m,
-            num_tiles_m,
-            num_tiles_m,
-            K,
-            GROUP,
-        )
+    if batch_norm is not None:
+        finish_batch_norm(batch_norm, offs_k, pid % TILES_N, tile_m, num_tiles_m, num_tiles_m, K)
 
 
 def conv_fprop(
@@ -296,8 +272,8 @@ def _launch_fprop(
     if variant is None:
         variant = fprop_tma_variant(config, shape, x, w) or _pointer_variant(config, shape, x, w)
         variant.args.update(
+            num_npq=gemm.m,
             **shape.constexprs(),
-            Y_STRIDES=nhwc_strides(y),
             RESIDUAL_STRIDES=nhwc_strides(residual),
             PRECISION="tf32" if allow_tf32 else "ieee",
             **config.constexprs(),
@@ -305,7 +281,7 @@ def _launch_fprop(
             ASM=uses_assembly(),
         )
     finish, stats = finish_stats(
-        x,
+        y,
         batch_norm,
         variant.num_programs,
         num_tiles=variant.num_tiles,
@@ -318,7 +294,6 @@ def _launch_fprop(
         "out_scale_shift_ptr": out_scale_shift,
         "residual_ptr": residual,
         **finish.args,
-        "num_npq": gemm.m,
         "RELU": relu,
         "INDEX": index_dtype(x, y, residual),
     }

@@ -19,7 +19,8 @@ gradient, or zeros.
 wgrad multiplies a window pixel, transposed, with the outputs that a tap joins with it; dw of all
 pixels that a program owns stays in its registers, the tiles of patches are divided among split_k
 programs. Nine taps of 64x64 channels are too many for one program: it owns BLOCK_N filters, and
-with patches of PATCH_H = 1 row one filter row only, whose window is one row too.
+with patches of PATCH_H = 1 row one filter row only, whose window is one row too. Channels are the
+rows of a product, or filters where those are fewer: a warpgroup's has 64.
 
 AHEAD window pixels are loaded before the first product, and the next whenever one is used: products
 outside of a pipelined loop wait for their operands, so loads must be under way.
@@ -46,7 +47,9 @@ from fastres.kernels.gpu.epilogue import (
     finish_stats_of_all,
     finish_sums_of_all,
     load_channels,
+    load_norm,
     load_outputs,
+    load_scale_shift,
     store_gradient,
     store_output,
 )
@@ -62,7 +65,13 @@ from fastres.kernels.gpu.patches import (
     output_mask,
     patch_grid,
 )
-from fastres.kernels.gpu.primitives import dot_fp32, round_to, wait_for_previous_kernel
+from fastres.kernels.gpu.primitives import (
+    add_outer,
+    dot_fp32,
+    round_to,
+    wait_for_previous_kernel,
+    zero_outer,
+)
 from fastres.kernels.gpu.prologue import activate, backward_bn, uses_assembly
 
 __all__ = ["dgrad_pixel_variant", "fprop_pixel_variant", "wgrad_pixel_variant"]
@@ -72,36 +81,34 @@ PATCH_H = 2
 
 @triton.jit
 def _are_inside(
-    exists,
-    h0,
-    w0,
+    tile,  # `PatchTile`
+    SHAPE: tl.constexpr,  # `PatchShape`
     channels,
     first_r,  # filter row that window row 0 is for output row 0, where ROWS is 1; else 0
     i: tl.constexpr,  # number of the window pixel
-    H: tl.constexpr,
-    W: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    PATCH_W: tl.constexpr,
     ROWS: tl.constexpr,  # filter rows that the window serves
-    WHOLE: tl.constexpr,
 ):
     """Whether window pixel i of every patch lies in its image, [BLOCK_M, channels].
 
     Comparisons that no patch can fail are left out. The full tile, not one column of it, is what
     the compiler can form again in the layout of a product, where it would pass on a column.
     """
+    H: tl.constexpr = SHAPE.H
+    W: tl.constexpr = SHAPE.W
+    PATCH_H: tl.constexpr = SHAPE.PATCH_H
+    PATCH_W: tl.constexpr = SHAPE.PATCH_W
     r: tl.constexpr = i // (PATCH_W + 2)
     s: tl.constexpr = i % (PATCH_W + 2)
     LOWEST: tl.constexpr = r + 2 - ROWS
-    inside = w0 >= 0 if WHOLE else exists
+    inside = tile.w0 >= 0 if SHAPE.WHOLE else tile.exists
     if r == 0:
-        inside = inside & (h0 + first_r > 0)
+        inside = inside & (tile.h0 + first_r > 0)
     if LOWEST >= PATCH_H or (LOWEST > 0 and H % PATCH_H != 0):
-        inside = inside & (h0 + first_r < H + 1 - r)
+        inside = inside & (tile.h0 + first_r < H + 1 - r)
     if s == 0:
-        inside = inside & (w0 > 0)
+        inside = inside & (tile.w0 > 0)
     elif s > PATCH_W or (s > 1 and W % PATCH_W != 0):
-        inside = inside & (w0 < W + 1 - s)
+        inside = inside & (tile.w0 < W + 1 - s)
     return inside[:, None] & (channels >= 0)[None, :]
 
 
@@ -121,8 +128,7 @@ def _load_masked(ptr, offs, mask, ZEROS: tl.constexpr):
 def _load_operand(
     ptr,  # (N, P, Q, IN)
     pixels,  # [BLOCK_M] number of the operand's pixel at window place (1, 1) of each patch
-    channels,
-    inside,
+    inside,  # [BLOCK_M, IN]
     i: tl.constexpr,
     Q: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -131,7 +137,7 @@ def _load_operand(
     """The pixel at window place i of every patch, [BLOCK_M, IN]; outside 0 if ZEROS."""
     h: tl.constexpr = (i // 4 - 1) // STRIDE
     w: tl.constexpr = (i % 4 - 1) // STRIDE
-    offs = _offsets(pixels, channels, h, w, Q, channels.shape[0])
+    offs = _offsets(pixels, tl.arange(0, inside.shape[1]), h, w, Q, inside.shape[1])
     return _load_masked(ptr, offs, inside, ZEROS)
 
 
@@ -142,11 +148,11 @@ def _add_tap(
     w_ptrs,
     i: tl.constexpr,
     o: tl.constexpr,
-    C: tl.constexpr,
     R: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
     """Add to output o of every patch the product of the pixel at place i, if a tap joins them."""
+    C: tl.constexpr = acc.shape[1] if GRADIENT else pixel.shape[1]
     # The padding is R // 2, and window row 1 is aligned with output row 0.
     r: tl.constexpr = o // 2 - i // 4 + R // 2 + 1 if GRADIENT else i // 4 - o // 2
     s: tl.constexpr = o % 2 - i % 4 + R // 2 + 1 if GRADIENT else i % 4 - o % 2
@@ -160,59 +166,47 @@ def _convolve(
     accs,  # [BLOCK_M, OUT] fp32 of the four outputs of all patches, row by row
     pixels_ptr,  # (N, P, Q, IN) in: the operand, or what its prologue reads first
     y_ptr,  # (N, P, Q, IN) in: what the prologue of dgrad reads beside it; None otherwise
-    vectors,  # three [1, IN] fp32: a, b of fprop's prologue, or c0, c1, c2 of dgrad's
+    vectors,  # [1, IN] fp32 each: a, b of fprop's prologue, or c0, c1, c2 of dgrad's; or None
     w_ptrs,  # [IN, OUT] pointers to the first tap
     pixels,  # [BLOCK_M] number of the operand's pixel at window place (1, 1) of each patch
-    exists,
-    h0,
-    w0,
-    H: tl.constexpr,  # size of the image that the patches are of
-    W: tl.constexpr,
+    tile,  # `PatchTile`
+    SHAPE: tl.constexpr,  # `PatchShape`
     Q: tl.constexpr,
-    C: tl.constexpr,
     R: tl.constexpr,
     STRIDE: tl.constexpr,
     PLACES: tl.constexpr,
     GRADIENT: tl.constexpr,
-    PROLOGUE: tl.constexpr,
     AHEAD: tl.constexpr,
-    WHOLE: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Add to the outputs of all patches the products of their windows."""
+    PROLOGUE: tl.constexpr = vectors is not None
     NUM: tl.constexpr = len(PLACES)
     channels = tl.arange(0, w_ptrs.shape[0])
     loaded: tl.tuple = ()
     loaded_y: tl.tuple = ()
     for j in tl.static_range(NUM + AHEAD):
         if j < NUM:
-            inside = _are_inside(exists, h0, w0, channels, 0, PLACES[j], H, W, 2, 2, 3, WHOLE)
+            inside = _are_inside(tile, SHAPE, channels, 0, PLACES[j], 3)
             loaded += (
-                _load_operand(
-                    pixels_ptr, pixels, channels, inside, PLACES[j], Q, STRIDE, not PROLOGUE
-                ),
+                _load_operand(pixels_ptr, pixels, inside, PLACES[j], Q, STRIDE, not PROLOGUE),
             )
             if y_ptr is not None:
-                loaded_y += (
-                    _load_operand(y_ptr, pixels, channels, inside, PLACES[j], Q, STRIDE, False),
-                )
+                loaded_y += (_load_operand(y_ptr, pixels, inside, PLACES[j], Q, STRIDE, False),)
         if j >= AHEAD:
             pixel = loaded[j - AHEAD]
             if PROLOGUE:
-                inside = _are_inside(
-                    exists, h0, w0, channels, 0, PLACES[j - AHEAD], H, W, 2, 2, 3, WHOLE
-                )
+                inside = _are_inside(tile, SHAPE, channels, 0, PLACES[j - AHEAD], 3)
                 if y_ptr is None:
-                    pixel = activate(pixel, vectors[0], vectors[1], inside, ASM)
+                    a, b = vectors
+                    pixel = activate(pixel, a, b, inside, ASM)
                 else:
-                    y = loaded_y[j - AHEAD]
-                    pixel = backward_bn(pixel, y, vectors[0], vectors[1], vectors[2], inside, ASM)
-            accs = (
-                _add_tap(accs[0], pixel, w_ptrs, PLACES[j - AHEAD], 0, C, R, GRADIENT),
-                _add_tap(accs[1], pixel, w_ptrs, PLACES[j - AHEAD], 1, C, R, GRADIENT),
-                _add_tap(accs[2], pixel, w_ptrs, PLACES[j - AHEAD], 2, C, R, GRADIENT),
-                _add_tap(accs[3], pixel, w_ptrs, PLACES[j - AHEAD], 3, C, R, GRADIENT),
-            )
+                    c0, c1, c2 = vectors
+                    pixel = backward_bn(pixel, loaded_y[j - AHEAD], c0, c1, c2, inside, ASM)
+            added: tl.tuple = ()
+            for o in tl.static_range(4):
+                added += (_add_tap(accs[o], pixel, w_ptrs, PLACES[j - AHEAD], o, R, GRADIENT),)
+            accs = added
     return accs
 
 
@@ -224,17 +218,9 @@ def _conv_fprop_pixel_kernel(
     y_ptr,  # (N, H, W, K) out: dtype of x
     out_scale_shift_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
     residual_ptr,  # (N, H, W, K) in: added after the scale and shift; None: nothing added
-    stats_ptr,  # (num_tiles + num_groups, 2 * K + 4) fp32: partials; None: not wanted
-    counters_ptr,  # (1 + num_groups,) int32: zeros
-    gamma_ptr,  # (K,) fp32 in
-    beta_ptr,  # (K,) fp32 in
-    batch_norm_ptr,  # (5, K) fp32 out: mean, unbiased variance, rstd, a, b
-    eps,
-    num_npq,
+    batch_norm,  # `BatchNormForward` of y; None: not wanted
     num_patches,
-    num_tiles,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    SHAPE: tl.constexpr,  # `PatchShape` of y
     C: tl.constexpr,
     K: tl.constexpr,
     RELU: tl.constexpr,
@@ -242,86 +228,52 @@ def _conv_fprop_pixel_kernel(
     BLOCK_M: tl.constexpr,
     PLACES: tl.constexpr,
     AHEAD: tl.constexpr,
-    WHOLE: tl.constexpr,
     ASM: tl.constexpr,
-    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
-    tile = tl.program_id(0)
-    n, h0, w0 = locate_patches(tile, BLOCK_M, 2, H, W)
-    exists = tile * BLOCK_M + tl.arange(0, BLOCK_M) < num_patches
-    pixels = (n.to(INDEX) * H + h0) * W + w0
+    WHOLE: tl.constexpr = SHAPE.WHOLE
+    tile = locate_patches(tl.program_id(0), num_patches, SHAPE, BLOCK_M, INDEX)
     offs_c = tl.arange(0, C)
     offs_k = tl.arange(0, K)
 
-    a = load_channels(in_scale_shift_ptr, offs_c)
-    b = load_channels(in_scale_shift_ptr, C + offs_c)
-    acc = tl.zeros((BLOCK_M, K), dtype=tl.float32)
+    vectors = None
+    if in_scale_shift_ptr is not None:
+        vectors = load_scale_shift(in_scale_shift_ptr, offs_c, C)
     accs = _convolve(
-        (acc, acc, acc, acc),
+        (tl.zeros((BLOCK_M, K), dtype=tl.float32),) * 4,
         x_ptr,
         None,
-        (a, b, b),
+        vectors,
         w_ptr + offs_c[:, None] + offs_k[None, :] * (9 * C),
-        pixels,
-        exists,
-        h0,
-        w0,
-        H,
-        W,
-        W,
-        C,
-        3,
-        1,
-        PLACES,
-        False,
-        in_scale_shift_ptr is not None,
-        AHEAD,
-        WHOLE,
-        ASM,
+        tile.pixels,
+        tile,
+        SHAPE,
+        Q=SHAPE.W,
+        R=3,
+        STRIDE=1,
+        PLACES=PLACES,
+        GRADIENT=False,
+        AHEAD=AHEAD,
+        ASM=ASM,
     )
 
     # Epilogue.
-    scale = load_channels(out_scale_shift_ptr, offs_k)
-    shift = load_channels(out_scale_shift_ptr, K + offs_k)
+    scale_shift = None
+    if out_scale_shift_ptr is not None:
+        scale_shift = load_scale_shift(out_scale_shift_ptr, offs_k, K)
     stored: tl.tuple = ()
     masks: tl.tuple = ()
     for o in tl.static_range(4):
-        mask = output_mask(exists, h0, w0, o // 2, o % 2, 2, H, W)
+        offs = _offsets(tile.pixels, offs_k, o // 2, o % 2, SHAPE.W, K)
+        mask = output_mask(tile, SHAPE, o // 2, o % 2)
+        y = store_output(accs[o], offs, mask, y_ptr, residual_ptr, scale_shift, RELU, WHOLE, ASM)
         masks += (mask,)
-        stored += (
-            store_output(
-                accs[o],
-                _offsets(pixels, offs_k, o // 2, o % 2, W, K),
-                mask,
-                y_ptr,
-                residual_ptr,
-                scale,
-                shift,
-                out_scale_shift_ptr is not None,
-                RELU,
-                WHOLE,
-                ASM,
-            ),
-        )
-    if stats_ptr is not None:
-        count = count_outputs(exists, h0, w0, WHOLE, BLOCK_M, 2, H, W)
+        stored += (y,)
+    if batch_norm is not None:
+        count = count_outputs(tile, SHAPE)
         mean, m2 = channel_stats(stored, masks, count, K, WHOLE)
-        finish_stats_of_all(
-            count,
-            mean,
-            m2,
-            stats_ptr,
-            counters_ptr,
-            gamma_ptr,
-            beta_ptr,
-            batch_norm_ptr,
-            num_npq,
-            eps,
-            K,
-            GROUP,
-        )
+        finish_stats_of_all(count, mean, m2, batch_norm, K)
 
 
 @triton.jit
@@ -332,19 +284,10 @@ def _conv_dgrad_pixel_kernel(
     w_ptr,  # (K, R, R, C) in: dense, dtype of dy
     dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
-    producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: dx alone
-    sums_ptr,  # (num_tiles + num_groups, 2 * C) fp32: partials, see last_program.py
-    counters_ptr,  # (1 + num_groups,) int32: zeros
-    producer_batch_norm_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of producer_y
-    producer_gamma_ptr,  # (C,) fp32 in
-    producer_coefficients_ptr,  # (3, C) fp32 out: c0, c1, c2
-    producer_dgamma_ptr,  # (C,) fp32 out
-    producer_dbeta_ptr,  # (C,) fp32 out
-    num_nhw,
+    producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: no producer
+    producer,  # `BatchNormBackward` of producer_y; None: dx alone
     num_patches,
-    num_tiles,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    SHAPE: tl.constexpr,  # `PatchShape` of dx
     C: tl.constexpr,
     K: tl.constexpr,
     P: tl.constexpr,
@@ -355,150 +298,103 @@ def _conv_dgrad_pixel_kernel(
     BLOCK_M: tl.constexpr,
     PLACES: tl.constexpr,
     AHEAD: tl.constexpr,
-    WHOLE: tl.constexpr,
     ASM: tl.constexpr,
-    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
-    tile = tl.program_id(0)
-    n, h0, w0 = locate_patches(tile, BLOCK_M, 2, H, W)
-    exists = tile * BLOCK_M + tl.arange(0, BLOCK_M) < num_patches
-    pixels = (n.to(INDEX) * H + h0) * W + w0
+    WHOLE: tl.constexpr = SHAPE.WHOLE
+    tile = locate_patches(tl.program_id(0), num_patches, SHAPE, BLOCK_M, INDEX)
     offs_c = tl.arange(0, C)
     offs_k = tl.arange(0, K)
 
-    c0 = load_channels(coefficients_ptr, offs_k)
-    c1 = load_channels(coefficients_ptr, K + offs_k)
-    c2 = load_channels(coefficients_ptr, 2 * K + offs_k)
+    vectors = None
+    if coefficients_ptr is not None:
+        c0 = load_channels(coefficients_ptr, offs_k)
+        c1 = load_channels(coefficients_ptr, K + offs_k)
+        c2 = load_channels(coefficients_ptr, 2 * K + offs_k)
+        vectors = (c0, c1, c2)
     # The sums begin with the shortcut: at their end, beside producer_y, it would not fit.
     accs: tl.tuple = ()
     for o in tl.static_range(4):
         acc = tl.zeros((BLOCK_M, C), dtype=tl.float32)
         if shortcut_ptr is not None:
-            offs = _offsets(pixels, offs_c, o // 2, o % 2, W, C)
-            mask = output_mask(exists, h0, w0, o // 2, o % 2, 2, H, W)
+            offs = _offsets(tile.pixels, offs_c, o // 2, o % 2, SHAPE.W, C)
+            mask = output_mask(tile, SHAPE, o // 2, o % 2)
             acc = load_outputs(shortcut_ptr, offs, mask, WHOLE).to(tl.float32)
         accs += (acc,)
     accs = _convolve(
         accs,
         g_ptr,
         y_ptr,
-        (c0, c1, c2),
+        vectors,
         w_ptr + offs_k[:, None] * (R * R * C) + offs_c[None, :],
-        pixels if STRIDE == 1 else (n.to(INDEX) * P + h0 // 2) * Q + w0 // 2,
-        exists,
-        h0,
-        w0,
-        H,
-        W,
-        Q,
-        C,
-        R,
-        STRIDE,
-        PLACES,
-        True,
-        coefficients_ptr is not None,
-        AHEAD,
-        WHOLE,
-        ASM,
+        tile.pixels if STRIDE == 1 else (tile.n.to(INDEX) * P + tile.h0 // 2) * Q + tile.w0 // 2,
+        tile,
+        SHAPE,
+        Q=Q,
+        R=R,
+        STRIDE=STRIDE,
+        PLACES=PLACES,
+        GRADIENT=True,
+        AHEAD=AHEAD,
+        ASM=ASM,
     )
 
     # Epilogue.
     sum_g = tl.zeros((BLOCK_M, C), dtype=tl.float32)
     sum_gy = sum_g
     for o in tl.static_range(4):
-        offs = _offsets(pixels, offs_c, o // 2, o % 2, W, C)
-        mask = output_mask(exists, h0, w0, o // 2, o % 2, 2, H, W)
-        producer_y = None
-        if producer_y_ptr is not None:
+        offs = _offsets(tile.pixels, offs_c, o // 2, o % 2, SHAPE.W, C)
+        mask = output_mask(tile, SHAPE, o // 2, o % 2)
+        producer_y, norm = None, None
+        if producer is not None:
             producer_y = load_outputs(producer_y_ptr, offs, mask, WHOLE)
-        # Loaded for each output: beside all sums these vectors would not fit the registers.
-        g, gy = store_gradient(
-            accs[o],
-            offs,
-            mask,
-            dx_ptr,
-            None,
-            producer_y,
-            load_channels(producer_batch_norm_ptr, 3 * C + offs_c),
-            load_channels(producer_batch_norm_ptr, 4 * C + offs_c),
-            load_channels(producer_batch_norm_ptr, offs_c),
-            WHOLE,
-            ASM,
-        )
+            # Loaded for each output: beside all sums these vectors would not fit the registers.
+            norm = load_norm(producer, offs_c, C)
+        g, gy = store_gradient(accs[o], offs, mask, dx_ptr, None, producer_y, norm, WHOLE, ASM)
         sum_g += g
         sum_gy += gy
-    if producer_y_ptr is not None:
-        finish_sums_of_all(
-            channel_sum(sum_g, C),
-            channel_sum(sum_gy, C),
-            sums_ptr,
-            counters_ptr,
-            producer_batch_norm_ptr,
-            producer_gamma_ptr,
-            producer_coefficients_ptr,
-            producer_dgamma_ptr,
-            producer_dbeta_ptr,
-            num_nhw,
-            C,
-            GROUP,
-        )
+    if producer is not None:
+        finish_sums_of_all(channel_sum(sum_g, C), channel_sum(sum_gy, C), producer, C)
 
 
 @triton.jit
-def _outputs_exist(
-    exists,
-    h0,
-    w0,
-    channels,
-    o: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    PATCH_W: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+def _outputs_exist(tile, SHAPE: tl.constexpr, channels, o: tl.constexpr):
     """Whether output o of every patch is a pixel, [BLOCK_M, channels]."""
-    inside = w0 >= 0
-    if not WHOLE:
-        inside = exists
-        if H % PATCH_H != 0:
-            inside = inside & (h0 < H - o // PATCH_W)
-        if W % PATCH_W != 0:
-            inside = inside & (w0 < W - o % PATCH_W)
+    PATCH_W: tl.constexpr = SHAPE.PATCH_W
+    inside = tile.w0 >= 0
+    if not SHAPE.WHOLE:
+        inside = tile.exists
+        if SHAPE.H % SHAPE.PATCH_H != 0:
+            inside = inside & (tile.h0 < SHAPE.H - o // PATCH_W)
+        if SHAPE.W % PATCH_W != 0:
+            inside = inside & (tile.w0 < SHAPE.W - o % PATCH_W)
     return inside[:, None] & (channels >= 0)[None, :]
 
 
 @triton.jit
 def _load_window(
     x_ptr,
-    in_scale_shift_ptr,
-    pixels,
-    exists,
-    h0,
-    w0,
+    tile,  # `PatchTile`
+    SHAPE: tl.constexpr,  # `PatchShape`
     offs_c,
     first_r,
     i: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    PATCH_W: tl.constexpr,
     ROWS: tl.constexpr,
-    WHOLE: tl.constexpr,
+    ZEROS: tl.constexpr,  # whether pixels outside are 0; anything where a prologue masks them
 ):
     """Window pixel i of every patch, [BLOCK_M, C]."""
-    inside = _are_inside(exists, h0, w0, offs_c, first_r, i, H, W, PATCH_H, PATCH_W, ROWS, WHOLE)
-    row = i // (PATCH_W + 2) - 1 + first_r
-    offs = _offsets(pixels, offs_c, row, i % (PATCH_W + 2) - 1, W, offs_c.shape[0])
-    return _load_masked(x_ptr, offs, inside, in_scale_shift_ptr is None)
+    COLUMNS: tl.constexpr = SHAPE.PATCH_W + 2
+    inside = _are_inside(tile, SHAPE, offs_c, first_r, i, ROWS)
+    row = i // COLUMNS - 1 + first_r
+    offs = _offsets(tile.pixels, offs_c, row, i % COLUMNS - 1, SHAPE.W, offs_c.shape[0])
+    return _load_masked(x_ptr, offs, inside, ZEROS)
 
 
 @triton.jit
 def _add_outputs(
-    acc,  # [C, BLOCK_N] fp32 of one tap
-    x,  # [C, BLOCK_M] window pixel i
+    acc,  # [C, BLOCK_N] fp32 of one tap, or transposed: see `add_outer`
+    x,  # [BLOCK_M, C] window pixel i
     dys,  # tuple of the outputs' [BLOCK_M, BLOCK_N]
     i: tl.constexpr,
     tap: tl.constexpr,
@@ -509,7 +405,7 @@ def _add_outputs(
     o: tl.constexpr = i // (PATCH_W + 2) - tap // 3
     q: tl.constexpr = i % (PATCH_W + 2) - tap % 3
     if o >= 0 and o < PATCH_H and q >= 0 and q < PATCH_W:
-        acc = dot_fp32(x, dys[o * PATCH_W + q], acc, "ieee")
+        acc = add_outer(acc, x, dys[o * PATCH_W + q])
     return acc
 
 
@@ -525,17 +421,13 @@ def _conv_wgrad_pixel_kernel(
     counters_ptr,  # (num_blocks, 1 + num_groups) int32: zeros
     num_patches,
     num_tiles,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    SHAPE: tl.constexpr,  # `PatchShape` of dy
     C: tl.constexpr,
     K: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    PATCH_W: tl.constexpr,
     AHEAD: tl.constexpr,
-    WHOLE: tl.constexpr,
     ASM: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
@@ -543,6 +435,8 @@ def _conv_wgrad_pixel_kernel(
     wait_for_previous_kernel(PDL)
     SCALE_SHIFT_INPUT: tl.constexpr = in_scale_shift_ptr is not None
     COMPUTE_DY: tl.constexpr = coefficients_ptr is not None
+    PATCH_H: tl.constexpr = SHAPE.PATCH_H
+    PATCH_W: tl.constexpr = SHAPE.PATCH_W
     ROWS: tl.constexpr = 1 if PATCH_H == 1 else 3
     WINDOW: tl.constexpr = (PATCH_H + ROWS - 1) * (PATCH_W + 2)
     OUTPUTS: tl.constexpr = PATCH_H * PATCH_W
@@ -557,79 +451,39 @@ def _conv_wgrad_pixel_kernel(
     c1 = load_channels(coefficients_ptr, K + offs_k)
     c2 = load_channels(coefficients_ptr, 2 * K + offs_k)
 
-    acc = tl.zeros((C, BLOCK_N), dtype=tl.float32)
-    accs = (acc,) * (3 * ROWS)
-    for tile in range(split, num_tiles, tl.num_programs(1)):
-        n, h0, w0 = locate_patches(tile, BLOCK_M, PATCH_H, H, W, PATCH_W)
-        exists = tile * BLOCK_M + tl.arange(0, BLOCK_M) < num_patches
-        pixels = (n.to(INDEX) * H + h0) * W + w0
+    accs = (zero_outer(C, BLOCK_N),) * (3 * ROWS)
+    for number in range(split, num_tiles, tl.num_programs(1)):
+        tile = locate_patches(number, num_patches, SHAPE, BLOCK_M, INDEX)
         loaded: tl.tuple = ()
         for i in tl.static_range(min(AHEAD, WINDOW)):
-            loaded += (
-                _load_window(
-                    x_ptr,
-                    in_scale_shift_ptr,
-                    pixels,
-                    exists,
-                    h0,
-                    w0,
-                    offs_c,
-                    first_r,
-                    i,
-                    H,
-                    W,
-                    PATCH_H,
-                    PATCH_W,
-                    ROWS,
-                    WHOLE,
-                ),
-            )
+            x = _load_window(x_ptr, tile, SHAPE, offs_c, first_r, i, ROWS, not SCALE_SHIFT_INPUT)
+            loaded += (x,)
         gs: tl.tuple = ()
         ys: tl.tuple = ()
         dys: tl.tuple = ()
         for o in tl.static_range(OUTPUTS + AHEAD):
             if o < OUTPUTS:
-                mask = _outputs_exist(exists, h0, w0, offs_k, o, H, W, PATCH_H, PATCH_W, WHOLE)
-                offs = _offsets(pixels, offs_k, o // PATCH_W, o % PATCH_W, W, K)
-                gs += (load_outputs(g_ptr, offs, mask, WHOLE),)
+                mask = _outputs_exist(tile, SHAPE, offs_k, o)
+                offs = _offsets(tile.pixels, offs_k, o // PATCH_W, o % PATCH_W, SHAPE.W, K)
+                gs += (load_outputs(g_ptr, offs, mask, SHAPE.WHOLE),)
                 if COMPUTE_DY:
-                    ys += (load_outputs(y_ptr, offs, mask, WHOLE),)
+                    ys += (load_outputs(y_ptr, offs, mask, SHAPE.WHOLE),)
             if o >= AHEAD:
                 dy = gs[o - AHEAD]
                 if COMPUTE_DY:
-                    mask = _outputs_exist(
-                        exists, h0, w0, offs_k, o - AHEAD, H, W, PATCH_H, PATCH_W, WHOLE
-                    )
+                    mask = _outputs_exist(tile, SHAPE, offs_k, o - AHEAD)
                     dy = backward_bn(dy, ys[o - AHEAD], c0, c1, c2, mask, ASM)
                 dys += (dy,)
         for i in tl.static_range(WINDOW):
             if i + AHEAD < WINDOW:
-                loaded += (
-                    _load_window(
-                        x_ptr,
-                        in_scale_shift_ptr,
-                        pixels,
-                        exists,
-                        h0,
-                        w0,
-                        offs_c,
-                        first_r,
-                        i + AHEAD,
-                        H,
-                        W,
-                        PATCH_H,
-                        PATCH_W,
-                        ROWS,
-                        WHOLE,
-                    ),
+                x = _load_window(
+                    x_ptr, tile, SHAPE, offs_c, first_r, i + AHEAD, ROWS, not SCALE_SHIFT_INPUT
                 )
+                loaded += (x,)
             x = loaded[i]
             if SCALE_SHIFT_INPUT:
-                inside = _are_inside(
-                    exists, h0, w0, offs_c, first_r, i, H, W, PATCH_H, PATCH_W, ROWS, WHOLE
-                )
+                inside = _are_inside(tile, SHAPE, offs_c, first_r, i, ROWS)
                 x = activate(x, a, b, inside, ASM)
-            x = tl.trans(x)
             new: tl.tuple = ()
             for tap in tl.static_range(3 * ROWS):
                 new += (_add_outputs(accs[tap], x, dys, i, tap, PATCH_H, PATCH_W),)
@@ -637,6 +491,9 @@ def _conv_wgrad_pixel_kernel(
 
     # Epilogue.
     offs = offs_k[None, :] * (9 * C) + offs_c[:, None]
+    # Where filters are the rows of the sums.
+    if accs[0].shape[0] != C:
+        offs = tl.trans(offs)
     for tap in tl.static_range(3 * ROWS):
         offs_tap = offs + (first_r * 3 + tap) * C
         if partials_ptr is None:
@@ -713,7 +570,7 @@ def wgrad_pixel_variant(
     num_splits = min(config.split_k, grid.num_tiles)
     blocks = shape.K // config.block_n * (3 if config.patch_h == 1 else 1)
     args: dict[str, Any] = {"x_ptr": x, "g_ptr": g, "y_ptr": y, "BLOCK_N": config.block_n}
-    args |= {"PATCH_H": config.patch_h, "PATCH_W": config.patch_w}
+    args["num_tiles"] = grid.num_tiles
     args |= _common_args(config, shape, grid)
     trips = (grid.num_tiles / num_splits,)
     return KernelVariant(
@@ -740,13 +597,10 @@ def _variant(
 def _common_args(config: ConvConfig, shape: ConvShape, grid: PatchGrid) -> dict[str, Any]:
     return {
         "num_patches": grid.num_patches,
-        "num_tiles": grid.num_tiles,
-        "H": shape.H,
-        "W": shape.W,
+        "SHAPE": grid.shape,
         "C": shape.C,
         "K": shape.K,
         "BLOCK_M": config.block_m,
         "AHEAD": config.ahead,
-        "WHOLE": grid.is_whole,
         "ASM": uses_assembly(),
     }

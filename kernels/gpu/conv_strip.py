@@ -35,7 +35,9 @@ from fastres.kernels.gpu.epilogue import (
     finish_stats_of_all,
     finish_sums_of_all,
     load_channels,
+    load_norm,
     load_outputs,
+    load_scale_shift,
     store_gradient,
     store_output,
 )
@@ -72,32 +74,23 @@ def _conv_strip_fprop_kernel(
     y_ptr,  # (N, H, W, K) out: dtype of x
     out_scale_shift_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
     residual_ptr,  # (N, H, W, K) in: added after the scale and shift; None: nothing added
-    stats_ptr,  # (num_programs + num_groups, 2 * K + 4) fp32: partials; None: not wanted
-    counters_ptr,  # (1 + num_groups,) int32: zeros
-    gamma_ptr,  # (K,) fp32 in
-    beta_ptr,  # (K,) fp32 in
-    batch_norm_ptr,  # (5, K) fp32 out: mean, unbiased variance, rstd, a, b
-    eps,
-    num_npq,
+    batch_norm,  # `BatchNormForward` of y; None: not wanted
     num_patches,
     num_tiles,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    SHAPE: tl.constexpr,  # `PatchShape` of y
     C: tl.constexpr,
     K: tl.constexpr,
     RELU: tl.constexpr,
     INDEX: tl.constexpr,
-    WHOLE: tl.constexpr,
     ASM: tl.constexpr,
     AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
+    PATCH_H: tl.constexpr = SHAPE.PATCH_H
+    WHOLE: tl.constexpr = SHAPE.WHOLE
     ACTIVATE: tl.constexpr = in_scale_shift_ptr is not None
-    SCALE_SHIFT: tl.constexpr = out_scale_shift_ptr is not None
     # The packed prologue needs both numbers of a register in one pixel.
     PACKED: tl.constexpr = ASM and C >= 16
 
@@ -106,22 +99,21 @@ def _conv_strip_fprop_kernel(
     a = load_channels(in_scale_shift_ptr, c % C)
     b = load_channels(in_scale_shift_ptr, C + c % C)
     column = tl.arange(0, 2 * K)
-    scale = load_channels(out_scale_shift_ptr, column % K)
-    shift = load_channels(out_scale_shift_ptr, K + column % K)
+    scale_shift = None
+    if out_scale_shift_ptr is not None:
+        scale_shift = load_scale_shift(out_scale_shift_ptr, column % K, K)
     count = 0.0
     mean = tl.zeros((K,), tl.float32)
     m2 = tl.zeros((K,), tl.float32)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        n, h0, w0 = locate_patches(tile, BLOCK_M, PATCH_H, H, W)
-        exists = tile * BLOCK_M + tl.arange(0, BLOCK_M) < num_patches
-        pixels = (n.to(INDEX) * H + h0) * W + w0
-        inside_x = row_masks(exists, h0, w0, C, PATCH_H, H, W, WHOLE)
-        inside_y = output_masks(exists, h0, w0, (column // K)[None, :], PATCH_H, H, W, WHOLE)
+    for number in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        tile = locate_patches(number, num_patches, SHAPE, BLOCK_M, INDEX)
+        inside_x = row_masks(tile, SHAPE, C)
+        inside_y = output_masks(tile, SHAPE, (column // K)[None, :])
 
-        xs = load_rows(x_ptr, pixels, inside_x, 0, AHEAD, C, W, not ACTIVATE)
+        xs = load_rows(x_ptr, tile, SHAPE, inside_x, 0, AHEAD, C, not ACTIVATE)
         sums = zero_tiles(PATCH_H, BLOCK_M, 2 * K)
         for r in tl.static_range(PATCH_H + 2):
-            xs += load_rows(x_ptr, pixels, inside_x, r + AHEAD, r + AHEAD + 1, C, W, not ACTIVATE)
+            xs += load_rows(x_ptr, tile, SHAPE, inside_x, r + AHEAD, 1, C, not ACTIVATE)
             x = xs[r]
             # Prologue.
             if ACTIVATE:
@@ -131,41 +123,18 @@ def _conv_strip_fprop_kernel(
         # Epilogue.
         ys: tl.tuple = ()
         for o in tl.static_range(PATCH_H):
-            ys += (
-                store_output(
-                    sums[o],
-                    ((pixels + o * W) * K)[:, None] + column[None, :],
-                    inside_y[o],
-                    y_ptr,
-                    residual_ptr,
-                    scale,
-                    shift,
-                    SCALE_SHIFT,
-                    RELU,
-                    WHOLE,
-                    ASM,
-                ),
+            offs = ((tile.pixels + o * SHAPE.W) * K)[:, None] + column[None, :]
+            y = store_output(
+                sums[o], offs, inside_y[o], y_ptr, residual_ptr, scale_shift, RELU, WHOLE, ASM
             )
-        if stats_ptr is not None:
-            tile_count = count_outputs(exists, h0, w0, WHOLE, BLOCK_M, PATCH_H, H, W)
+            ys += (y,)
+        if batch_norm is not None:
+            tile_count = count_outputs(tile, SHAPE)
             tile_mean, tile_m2 = channel_stats(ys, inside_y, tile_count, K, WHOLE)
             count, mean, m2 = merge_stats(count, mean, m2, tile_count, tile_mean, tile_m2)
 
-    if stats_ptr is not None:
-        finish_stats_of_all(
-            count,
-            mean,
-            m2,
-            stats_ptr,
-            counters_ptr,
-            gamma_ptr,
-            beta_ptr,
-            batch_norm_ptr,
-            num_npq,
-            eps,
-            K,
-            GROUP,
-        )
+    if batch_norm is not None:
+        finish_stats_of_all(count, mean, m2, batch_norm, K)
 
 
 @triton.jit
@@ -176,33 +145,24 @@ def _conv_strip_dgrad_kernel(
     w_ptr,  # (K, 3, 3, C) in: dtype of dy
     dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
-    producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: dx alone
-    sums_ptr,  # (num_programs + num_groups, 2 * C) fp32: partials, see last_program.py
-    counters_ptr,  # (1 + num_groups,) int32: zeros
-    producer_batch_norm_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of producer_y
-    producer_gamma_ptr,  # (C,) fp32 in
-    producer_coefficients_ptr,  # (3, C) fp32 out: c0, c1, c2
-    producer_dgamma_ptr,  # (C,) fp32 out
-    producer_dbeta_ptr,  # (C,) fp32 out
-    num_nhw,
+    producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: no producer
+    producer,  # `BatchNormBackward` of producer_y; None: dx alone
     num_patches,
     num_tiles,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    SHAPE: tl.constexpr,  # `PatchShape` of dx
     C: tl.constexpr,
     K: tl.constexpr,
     INDEX: tl.constexpr,
-    WHOLE: tl.constexpr,
     ASM: tl.constexpr,
     AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
+    PATCH_H: tl.constexpr = SHAPE.PATCH_H
+    WHOLE: tl.constexpr = SHAPE.WHOLE
     COMPUTE_DY: tl.constexpr = coefficients_ptr is not None
-    MASK: tl.constexpr = producer_y_ptr is not None
+    MASK: tl.constexpr = producer is not None
 
     filters = load_spread_filters(w_ptr, K, C, True)
     _, k = row_lanes(K)
@@ -210,50 +170,35 @@ def _conv_strip_dgrad_kernel(
     c1 = load_channels(coefficients_ptr, K + k)
     c2 = load_channels(coefficients_ptr, 2 * K + k)
     column = tl.arange(0, 2 * C)
-    mean = load_channels(producer_batch_norm_ptr, column % C)
-    scale = load_channels(producer_batch_norm_ptr, 3 * C + column % C)
-    shift = load_channels(producer_batch_norm_ptr, 4 * C + column % C)
+    norm = load_norm(producer, column % C, C) if MASK else None
     sum_g = tl.zeros((C,), tl.float32)
     sum_gy = tl.zeros((C,), tl.float32)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        n, h0, w0 = locate_patches(tile, BLOCK_M, PATCH_H, H, W)
-        exists = tile * BLOCK_M + tl.arange(0, BLOCK_M) < num_patches
-        pixels = (n.to(INDEX) * H + h0) * W + w0
-        inside_dy = row_masks(exists, h0, w0, K, PATCH_H, H, W, WHOLE)
-        inside_dx = output_masks(exists, h0, w0, (column // C)[None, :], PATCH_H, H, W, WHOLE)
+    for number in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        tile = locate_patches(number, num_patches, SHAPE, BLOCK_M, INDEX)
+        inside_dy = row_masks(tile, SHAPE, K)
+        inside_dx = output_masks(tile, SHAPE, (column // C)[None, :])
 
-        gs = load_rows(g_ptr, pixels, inside_dy, 0, AHEAD, K, W, not COMPUTE_DY)
+        gs = load_rows(g_ptr, tile, SHAPE, inside_dy, 0, AHEAD, K, not COMPUTE_DY)
         ys: tl.tuple = ()
         if COMPUTE_DY:
-            ys = load_rows(y_ptr, pixels, inside_dy, 0, AHEAD, K, W, False)
+            ys = load_rows(y_ptr, tile, SHAPE, inside_dy, 0, AHEAD, K, False)
         sums = zero_tiles(PATCH_H, BLOCK_M, 2 * C)
         for r in tl.static_range(PATCH_H + 2):
-            gs += load_rows(
-                g_ptr, pixels, inside_dy, r + AHEAD, r + AHEAD + 1, K, W, not COMPUTE_DY
-            )
+            gs += load_rows(g_ptr, tile, SHAPE, inside_dy, r + AHEAD, 1, K, not COMPUTE_DY)
             dy = gs[r]
             # Prologue.
             if COMPUTE_DY:
-                ys += load_rows(y_ptr, pixels, inside_dy, r + AHEAD, r + AHEAD + 1, K, W, False)
+                ys += load_rows(y_ptr, tile, SHAPE, inside_dy, r + AHEAD, 1, K, False)
                 dy = backward_bn(dy, ys[r], c0, c1, c2, inside_dy[r], ASM)
             sums = add_products(sums, dy, filters, r)
 
         # Epilogue.
         dx_rows, dxy_rows = sums[0], sums[0]
         for o in tl.static_range(PATCH_H):
-            offs = ((pixels + o * W) * C)[:, None] + column[None, :]
+            offs = ((tile.pixels + o * SHAPE.W) * C)[:, None] + column[None, :]
+            producer_y = load_outputs(producer_y_ptr, offs, inside_dx[o], WHOLE) if MASK else None
             dx, dxy = store_gradient(
-                sums[o],
-                offs,
-                inside_dx[o],
-                dx_ptr,
-                shortcut_ptr,
-                load_outputs(producer_y_ptr, offs, inside_dx[o], WHOLE) if MASK else None,
-                scale,
-                shift,
-                mean,
-                WHOLE,
-                ASM,
+                sums[o], offs, inside_dx[o], dx_ptr, shortcut_ptr, producer_y, norm, WHOLE, ASM
             )
             # Added up row by row, not all rows at the end: they would stay in registers.
             dx_rows = dx if o == 0 else dx_rows + dx
@@ -263,20 +208,7 @@ def _conv_strip_dgrad_kernel(
             sum_gy += channel_sum(dxy_rows, C)
 
     if MASK:
-        finish_sums_of_all(
-            sum_g,
-            sum_gy,
-            sums_ptr,
-            counters_ptr,
-            producer_batch_norm_ptr,
-            producer_gamma_ptr,
-            producer_coefficients_ptr,
-            producer_dgamma_ptr,
-            producer_dbeta_ptr,
-            num_nhw,
-            C,
-            GROUP,
-        )
+        finish_sums_of_all(sum_g, sum_gy, producer, C)
 
 
 def fprop_strip_variant(
@@ -324,13 +256,10 @@ def strip_arguments(config: ConvConfig, shape: ConvShape) -> tuple[int, dict[str
     return num_programs, {
         "num_patches": patches.num_patches,
         "num_tiles": patches.num_tiles,
-        "H": shape.H,
-        "W": shape.W,
+        "SHAPE": patches.shape,
         "C": shape.C,
         "K": shape.K,
-        "WHOLE": patches.is_whole,
         "ASM": uses_assembly(),
         "AHEAD": min(config.ahead, config.patch_h + 2),
         "BLOCK_M": config.block_m,
-        "PATCH_H": config.patch_h,
     }

@@ -9,9 +9,10 @@ Stride 1, padding 1, any height and width; 16 or 32 channels out, 16, 32 or up t
 A pixel of x is formed 3 times (PATCH_H = 4), one of dy once, where an im2col tile forms x 9 times
 and both once more for every 64 of R * S * C; 4/3 of the products are made.
 
-A program keeps three products of 4 * C x 2 * K in registers and takes every split_k-th tile. Adding
-up the two pixels costs it 1,000 to 2,000 instructions, so one or two programs a multiprocessor are
-enough, which also makes few partials: 4 * 9 * C * K bytes each, written and read once.
+A program keeps three products of 4 * C x 2 * K in registers, of images of up to 4 channels three or
+four of 64 x 16, and takes every split_k-th tile. Adding up the pixels costs it 1,000 to 2,000
+instructions, so one or two programs a multiprocessor are enough, which also makes few partials:
+4 * 9 * C * K bytes each, written and read once.
 
 Numerics: operands rounded to their dtype before the product, sums in fp32, dw rounded once.
 Deterministic. Source: own derivation.
@@ -36,7 +37,7 @@ from fastres.kernels.gpu.strips import (
     load_rows,
     row_lanes,
     row_masks,
-    zero_tiles,
+    zero_filter_sums,
 )
 
 __all__ = ["wgrad_strip_variant"]
@@ -54,20 +55,18 @@ def _conv_strip_wgrad_kernel(
     counters_ptr,  # (1 + num_groups,) int32: zeros
     num_patches,
     num_tiles,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    SHAPE: tl.constexpr,  # `PatchShape` of dy
     C: tl.constexpr,
     K: tl.constexpr,
     INDEX: tl.constexpr,
-    WHOLE: tl.constexpr,
     ASM: tl.constexpr,
     AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PATCH_H: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
+    PATCH_H: tl.constexpr = SHAPE.PATCH_H
     ACTIVATE: tl.constexpr = in_scale_shift_ptr is not None
     COMPUTE_DY: tl.constexpr = coefficients_ptr is not None
     # The packed prologue needs both numbers of a register in one pixel.
@@ -76,30 +75,35 @@ def _conv_strip_wgrad_kernel(
     _, c = row_lanes(C)
     a = load_channels(in_scale_shift_ptr, c % C)
     b = load_channels(in_scale_shift_ptr, C + c % C)
-    column = tl.arange(0, 2 * K)
+    # A window row has 64 lanes, or so many output rows together have 64 columns.
+    JOIN: tl.constexpr = 1 if C >= 16 else 32 // K
+    sums = zero_filter_sums(C, K, JOIN)
+    column = tl.arange(0, JOIN * 2 * K)
+    o = (column // (2 * K))[None, :]
+    q = (column // K % 2)[None, :]
     c0 = load_channels(coefficients_ptr, column % K)
     c1 = load_channels(coefficients_ptr, K + column % K)
     c2 = load_channels(coefficients_ptr, 2 * K + column % K)
-    sums = zero_tiles(3, 4 * max(C, 4), 2 * K)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        n, h0, w0 = locate_patches(tile, BLOCK_M, PATCH_H, H, W)
-        exists = tile * BLOCK_M + tl.arange(0, BLOCK_M) < num_patches
-        pixels = (n.to(INDEX) * H + h0) * W + w0
-        inside_x = row_masks(exists, h0, w0, C, PATCH_H, H, W, WHOLE)
-        inside_dy = output_masks(exists, h0, w0, (column // K)[None, :], PATCH_H, H, W, WHOLE)
+    # Masks of partial tiles, hoisted out of the loop, would take registers that operands need.
+    LICM_OFF: tl.constexpr = not SHAPE.WHOLE
+    for number in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=LICM_OFF):
+        tile = locate_patches(number, num_patches, SHAPE, BLOCK_M, INDEX)
+        inside_x = row_masks(tile, SHAPE, C)
+        inside_dy = output_masks(tile, SHAPE, q, JOIN, o)
 
         # Prologues: padding and what hangs over an image stay 0, although b and c2 are not.
-        xs = load_rows(x_ptr, pixels, inside_x, 0, AHEAD, C, W, not ACTIVATE)
+        xs = load_rows(x_ptr, tile, SHAPE, inside_x, 0, AHEAD, C, not ACTIVATE)
         dys: tl.tuple = ()
-        for o in tl.static_range(PATCH_H):
-            offs = ((pixels + o * W) * K)[:, None] + column[None, :]
-            dy = load_outputs(g_ptr, offs, inside_dy[o], WHOLE)
+        for p in tl.static_range(PATCH_H // JOIN):
+            rows = p * JOIN + o
+            offs = (tile.pixels * K)[:, None] + rows * (SHAPE.W * K) + (column % (2 * K))[None, :]
+            dy = load_outputs(g_ptr, offs, inside_dy[p], SHAPE.WHOLE)
             if COMPUTE_DY:
-                y = load_outputs(y_ptr, offs, inside_dy[o], WHOLE)
-                dy = backward_bn(dy, y, c0, c1, c2, inside_dy[o], ASM)
+                y = load_outputs(y_ptr, offs, inside_dy[p], SHAPE.WHOLE)
+                dy = backward_bn(dy, y, c0, c1, c2, inside_dy[p], ASM)
             dys += (dy,)
         for r in tl.static_range(PATCH_H + 2):
-            xs += load_rows(x_ptr, pixels, inside_x, r + AHEAD, r + AHEAD + 1, C, W, not ACTIVATE)
+            xs += load_rows(x_ptr, tile, SHAPE, inside_x, r + AHEAD, 1, C, not ACTIVATE)
             x = xs[r]
             if ACTIVATE:
                 x = activate(x, a, b, inside_x[r], PACKED)

@@ -67,15 +67,10 @@ def _conv_fprop_tma_kernel(
     x_desc,  # (N, H, W, C) in: tiles of BLOCK_M pixels x BLOCK_K channels
     in_scale_shift_ptr,  # (2, C) fp32 in: prologue relu(a * x + b); None: x as it is
     w_desc,  # (K, R * S, C) in: tiles of BLOCK_N x 1 x BLOCK_K
-    y_ptr,  # (N, P, Q, K) out: dtype of x
-    stats_ptr,  # (num_tiles + num_groups, 2 * K + 4) fp32: partials, see last_program.py
-    counters_ptr,  # (TILES_N, 1 + num_groups) int32: zeros
-    gamma_ptr,  # (K,) fp32 in
-    beta_ptr,  # (K,) fp32 in
-    batch_norm_ptr,  # (5, K) fp32 out: mean, unbiased variance, rstd, a, b; None: not wanted
+    y_ptr,  # (N, P, Q, K) out: dense, dtype of x
+    batch_norm,  # `BatchNormForward` of y; None: not wanted
     out_scale_shift_ptr,  # (2, K) fp32 in: epilogue a * y + b; None: y as it is
     residual_ptr,  # (N, P, Q, K) in: added after the scale and shift; None: nothing added
-    eps,
     num_npq,
     num_tiles,  # a multiple of TILES_N, as is the number of programs
     H: tl.constexpr,
@@ -88,7 +83,6 @@ def _conv_fprop_tma_kernel(
     Q: tl.constexpr,
     STRIDE: tl.constexpr,  # 1
     PADDING: tl.constexpr,
-    Y_STRIDES: tl.constexpr,
     RESIDUAL_STRIDES: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -99,7 +93,6 @@ def _conv_fprop_tma_kernel(
     BLOCK_K: tl.constexpr,
     WHOLE: tl.constexpr,  # no tile hangs over the pixels or the channels
     ASM: tl.constexpr,
-    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
@@ -137,13 +130,12 @@ def _conv_fprop_tma_kernel(
             num_npq,
             first_k + tl.arange(0, BLOCK_N),
             y_ptr,
-            stats_ptr,
+            batch_norm,
             out_scale_shift_ptr,
             residual_ptr,
             K,
             P,
             Q,
-            Y_STRIDES,
             RESIDUAL_STRIDES,
             RELU,
             INDEX,
@@ -151,27 +143,11 @@ def _conv_fprop_tma_kernel(
             ASM,
         )
     # The tiles of a program have the same filters: it is one of those that share their channels.
-    column = tl.program_id(0) % TILES_N
-    offs_k = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_k = offs_k < K
-    if batch_norm_ptr is not None:
-        finish_batch_norm(
-            stats_ptr,
-            counters_ptr,
-            gamma_ptr,
-            beta_ptr,
-            batch_norm_ptr,
-            num_npq,
-            eps,
-            offs_k,
-            mask_k,
-            column,
-            tl.program_id(0) // TILES_N,
-            tl.num_programs(0) // TILES_N,
-            num_tiles // TILES_N,
-            K,
-            GROUP,
-        )
+    if batch_norm is not None:
+        column, program = tl.program_id(0) % TILES_N, tl.program_id(0) // TILES_N
+        num_programs, num_tiles_m = tl.num_programs(0) // TILES_N, num_tiles // TILES_N
+        offs_k = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        finish_batch_norm(batch_norm, offs_k, column, program, num_programs, num_tiles_m, K)
 
 
 @triton.jit
@@ -180,19 +156,12 @@ def _conv_dgrad_tma_kernel(
     y_desc,  # (N, P, Q, K) in: the same of y; None: dy is read
     coefficients_ptr,  # (3, K) fp32 in: c0, c1, c2; None: dy is read
     w_desc,  # (K, R * S, C) in: tiles of BLOCK_K x 1 x BLOCK_N
-    dx_ptr,  # (N, H, W, C) out: dx, or g of the producer's batch norm
+    dx_ptr,  # (N, H, W, C) out, dense: dx, or g of the producer's batch norm
     shortcut_ptr,  # (N, H, W, C) in: gradient added to dx; None: nothing added
-    producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: dx alone
+    producer_y_ptr,  # (N, H, W, C) in: y of the layer that made x; None: no producer
     activation_ptr,  # (N, H, W, C) out: relu(a * producer_y + b), dense; None: not wanted
-    sums_ptr,  # (num_tiles + num_groups, 2 * C) fp32: partials, see last_program.py
-    counters_ptr,  # (TILES_N, 1 + num_groups) int32: zeros
-    producer_batch_norm_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of producer_y
-    producer_gamma_ptr,  # (C,) fp32 in
-    producer_coefficients_ptr,  # (3, C) fp32 out: c0, c1, c2
-    producer_dgamma_ptr,  # (C,) fp32 out
-    producer_dbeta_ptr,  # (C,) fp32 out
+    producer,  # `BatchNormBackward` of producer_y; None: dx alone
     num_rows,
-    num_nhw,  # the same
     num_tiles,  # a multiple of TILES_N, as is the number of programs
     H: tl.constexpr,
     W: tl.constexpr,
@@ -204,7 +173,6 @@ def _conv_dgrad_tma_kernel(
     Q: tl.constexpr,
     STRIDE: tl.constexpr,  # 1
     PADDING: tl.constexpr,
-    DX_STRIDES: tl.constexpr,
     SHORTCUT_STRIDES: tl.constexpr,
     PRODUCER_Y_STRIDES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -214,7 +182,6 @@ def _conv_dgrad_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ASM: tl.constexpr,
-    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous_kernel(PDL)
@@ -258,44 +225,20 @@ def _conv_dgrad_tma_kernel(
             dx_ptr,
             shortcut_ptr,
             producer_y_ptr,
-            producer_batch_norm_ptr,
+            producer,
             activation_ptr,
-            sums_ptr,
             H,
             W,
             C,
-            DX_STRIDES,
             SHORTCUT_STRIDES,
             PRODUCER_Y_STRIDES,
         )
     # The tiles of a program have the same filters: it is one of those that share their channels.
-    column = tl.program_id(0) % TILES_N
-    offs_c = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_c = offs_c < C
-    if producer_y_ptr is not None:
-        finish_batch_norm_backward(
-            sums_ptr,
-            counters_ptr,
-            producer_batch_norm_ptr,
-            producer_gamma_ptr,
-            producer_coefficients_ptr,
-            producer_dgamma_ptr,
-            producer_dbeta_ptr,
-            None,
-            None,
-            None,
-            None,
-            None,
-            num_nhw,
-            offs_c,
-            mask_c,
-            column,
-            tl.program_id(0) // TILES_N,
-            tl.num_programs(0) // TILES_N,
-            num_tiles // TILES_N,
-            C,
-            GROUP,
-        )
+    if producer is not None:
+        column, program = tl.program_id(0) % TILES_N, tl.program_id(0) // TILES_N
+        num_programs, num_tiles_m = tl.num_programs(0) // TILES_N, num_tiles // TILES_N
+        offs_c = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        finish_batch_norm_backward(producer, offs_c, column, program, num_programs, num_tiles_m, C)
 
 
 def fprop_tma_variant(

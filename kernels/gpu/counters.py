@@ -1,9 +1,10 @@
 """Counters of programs that have come to the end of their kernel: int32 zeros, for last_program.py.
 
-A kernel leaves its counters at zero, so the next launch may use them: one buffer lasts. It must not
-be shared by launches that run at the same time.
+A kernel leaves its counters at zero, so a later launch may use them: one buffer lasts. Two counts
+of one launch, or of launches that run at the same time, must not share any.
 
-  launches of a stream     one buffer a stream: they run one after the other.
+  launches of a stream     one buffer a stream, given out slice by slice, around and around: they
+                           run one after the other, and what one of them takes never overlaps.
   a CUDA graph's launches  memory of their own, since a graph is replayed on any stream, beside any
                            other. Zeros allocated during capture are memory of the graph, at the
                            price of a memset in it for each; inside `own_counters` it is none.
@@ -19,25 +20,26 @@ from fastres.kernels.override import Override
 
 __all__ = ["own_counters", "zero_counters"]
 
-# What one stream's buffer holds at least; the largest launch of a ResNet-18 takes fewer.
-BUFFER_SIZE = 2**14
-
-_of_stream: dict[tuple[torch.device, int], torch.Tensor] = {}
+# What one stream's buffer holds: many times what a launch of a ResNet-18 takes.
+BUFFER_SIZE = 2**16
 
 
 class _Slices:
     """A buffer of zeros that is given out slice by slice."""
 
-    def __init__(self, buffer: torch.Tensor):
-        self.buffer = buffer
+    def __init__(self, size: int, device: torch.device):
+        self.buffer = torch.zeros(size, dtype=torch.int32, device=device)
         self.used = 0
 
     def take(self, count: int) -> torch.Tensor | None:
         """Return the next `count` counters, or None where fewer are left."""
-        first, self.used = self.used, self.used + count
-        return self.buffer[first : self.used] if self.used <= len(self.buffer) else None
+        if self.used + count > len(self.buffer):
+            return None
+        self.used += count
+        return self.buffer[self.used - count : self.used]
 
 
+_of_stream: dict[tuple[torch.device, int], _Slices] = {}
 _own: Override[_Slices] = Override()
 
 
@@ -52,13 +54,16 @@ def own_counters(device: torch.device, size: int = 2**18) -> Iterator[torch.Tens
         device: of the launches.
         size: counters in the buffer.
     """
-    buffer = torch.zeros(size, dtype=torch.int32, device=device)
-    with _own.set(_Slices(buffer)):
-        yield buffer
+    slices = _Slices(size, device)
+    with _own.set(slices):
+        yield slices.buffer
 
 
 def zero_counters(like: torch.Tensor, count: int) -> torch.Tensor:
-    """At least `count` int32 zeros on the device of `like`, for the next launch of this stream."""
+    """`count` int32 zeros on the device of `like`, for one count of the next launch of this stream.
+
+    A launch may take several; none of them shares a counter with another.
+    """
     device = like.device
     slices = _own.value
     if slices is not None and slices.buffer.device == device:
@@ -69,9 +74,17 @@ def zero_counters(like: torch.Tensor, count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.int32, device=device)
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    buffer = _of_stream.get(key)
-    if buffer is None or len(buffer) < count:
-        buffer = torch.zeros(max(count, BUFFER_SIZE), dtype=torch.int32, device=device)
-        _of_stream[key] = buffer
-    return buffer
+    return _next_of_stream(device, torch.cuda.current_stream(device).cuda_stream, count)
+
+
+def _next_of_stream(device: torch.device, stream: int, count: int) -> torch.Tensor:
+    """The next counters of a stream's buffer; from its beginning where they do not fit its end."""
+    slices = _of_stream.get((device, stream))
+    if slices is None or 2 * count > len(slices.buffer):
+        slices = _of_stream[device, stream] = _Slices(max(BUFFER_SIZE, 4 * count), device)
+    counters = slices.take(count)
+    if counters is None:
+        slices.used = 0
+        counters = slices.take(count)
+    assert counters is not None
+    return counters

@@ -33,7 +33,9 @@ __all__ = [
     "finish_stats_of_all",
     "finish_sums_of_all",
     "load_channels",
+    "load_norm",
     "load_outputs",
+    "load_scale_shift",
     "store_gradient",
     "store_gradient_tile",
     "store_output",
@@ -48,13 +50,12 @@ def store_output_tile(
     num_npq,
     offs_k,  # [BLOCK_N] output channels
     y_ptr,
-    stats_ptr,
+    batch_norm,
     out_scale_shift_ptr,
     residual_ptr,
     K: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
-    Y_STRIDES: tl.constexpr,
     RESIDUAL_STRIDES: tl.constexpr,
     RELU: tl.constexpr,
     INDEX: tl.constexpr,
@@ -74,12 +75,12 @@ def store_output_tile(
         acc += load_outputs(residual_ptr, offs, mask, WHOLE).to(tl.float32)
     if RELU:
         acc = relu(acc)
-    offs_y = row_offsets(offs_npq, P, Q, Y_STRIDES)[:, None] + offs_k[None, :]
+    offs_y = (offs_npq * K)[:, None] + offs_k[None, :]
     y = _store_rounded(y_ptr, offs_y, mask, acc, WHOLE, ASM)
-    if stats_ptr is not None:
+    if batch_norm is not None:
         count = tl.minimum(num_npq - tile_m.to(INDEX) * BLOCK_M, BLOCK_M).to(tl.float32)
         mean, m2 = channel_stats((y,), (mask,), count, BLOCK_N, WHOLE)
-        store_stats(stats_ptr, tile_m, count, mean, m2, offs_k, mask_k, K)
+        store_stats(batch_norm.partials_ptr, tile_m, count, mean, m2, offs_k, mask_k, K)
 
 
 @triton.jit
@@ -92,13 +93,11 @@ def store_gradient_tile(
     dx_ptr,
     shortcut_ptr,
     producer_y_ptr,
-    producer_stats_ptr,
+    producer,
     activation_ptr,
-    sums_ptr,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
-    DX_STRIDES: tl.constexpr,
     SHORTCUT_STRIDES: tl.constexpr,
     PRODUCER_Y_STRIDES: tl.constexpr,
 ):
@@ -114,19 +113,19 @@ def store_gradient_tile(
     if producer_y_ptr is not None:
         offs = row_offsets(offs_nhw, H, W, PRODUCER_Y_STRIDES)[:, None] + offs_c[None, :]
         producer_y = tl.load(producer_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        out = affine(producer_y, producer_stats_ptr + 3 * C, offs_c, C, mask_c)
+        out = affine(producer_y, producer.stats_ptr + 3 * C, offs_c, C, mask_c)
         acc = relu_grad(out, acc)
     dx = round_to(acc, dx_ptr.dtype.element_ty)
-    offs_dx = row_offsets(offs_nhw, H, W, DX_STRIDES)[:, None] + offs_c[None, :]
+    offs_dx = (offs_nhw * C)[:, None] + offs_c[None, :]
     tl.store(dx_ptr + offs_dx, dx, mask=mask)
     if activation_ptr is not None:
         activation = round_to(relu(out), dx_ptr.dtype.element_ty)
         tl.store(activation_ptr + offs_dx, activation, mask=mask)
     if producer_y_ptr is not None:
         g = dx.to(tl.float32)
-        mean = tl.load(producer_stats_ptr + offs_c, mask=mask_c, other=0.0)
+        mean = tl.load(producer.stats_ptr + offs_c, mask=mask_c, other=0.0)
         sum_gy = tile_sum(g * (producer_y - mean[None, :]), mask)
-        store_sums(sums_ptr, tile, tile_sum(g, mask), sum_gy, None, offs_c, mask_c, C)
+        store_sums(producer.partials_ptr, tile, tile_sum(g, mask), sum_gy, None, offs_c, mask_c, C)
 
 
 @triton.jit
@@ -136,6 +135,20 @@ def load_channels(vector_ptr, channels):
     if vector_ptr is not None:
         vector = tl.load(vector_ptr + channels)
     return vector[None, :]
+
+
+@triton.jit
+def load_scale_shift(scale_shift_ptr, channels, C: tl.constexpr):
+    """a and b of the channels of a tile's columns, [1, columns] each."""
+    return load_channels(scale_shift_ptr, channels), load_channels(scale_shift_ptr, C + channels)
+
+
+@triton.jit
+def load_norm(batch_norm, channels, C: tl.constexpr):
+    """Mean, a and b of a `BatchNormBackward` for a tile's columns, [1, columns] each."""
+    mean = load_channels(batch_norm.stats_ptr, channels)
+    a, b = load_scale_shift(batch_norm.stats_ptr + 3 * C, channels, C)
+    return mean, a, b
 
 
 @triton.jit
@@ -163,16 +176,14 @@ def store_output(
     mask,  # [rows, columns] or [rows, 1]: which of them exist; unused where WHOLE
     y_ptr,
     residual_ptr,
-    scale,  # [1, columns] fp32, as is shift; used where SCALE_SHIFT
-    shift,
-    SCALE_SHIFT: tl.constexpr,
+    scale_shift,  # of `load_scale_shift`; None: y as it is
     RELU: tl.constexpr,
     WHOLE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Forward: y, or relu(scale * y + shift + residual). Returns it as stored, 0 outside mask."""
-    if SCALE_SHIFT:
-        acc = acc * scale + shift
+    """Forward: y, or relu(a * y + b + residual). Returns it as stored, 0 outside mask."""
+    if scale_shift is not None:
+        acc = acc * scale_shift[0] + scale_shift[1]
     if residual_ptr is not None:
         acc += load_outputs(residual_ptr, offs, mask, WHOLE).to(tl.float32)
     if RELU:
@@ -188,9 +199,7 @@ def store_gradient(
     dx_ptr,
     shortcut_ptr,
     producer_y,  # [rows, columns] as loaded; None: no mask, no sums
-    scale,  # [1, columns] fp32 of the producer, as are shift and mean
-    shift,
-    mean,
+    producer_norm,  # of `load_norm`, with producer_y
     WHOLE: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -201,7 +210,8 @@ def store_gradient(
     if shortcut_ptr is not None:
         acc += load_outputs(shortcut_ptr, offs, mask, WHOLE).to(tl.float32)
     if producer_y is not None:
-        acc = relu_grad(producer_y.to(tl.float32) * scale + shift, acc)
+        mean, a, b = producer_norm
+        acc = relu_grad(producer_y.to(tl.float32) * a + b, acc)
     g = _store_rounded(dx_ptr, offs, mask, acc, WHOLE, ASM)
     gy = g
     if producer_y is not None:
@@ -251,80 +261,27 @@ def finish_stats_of_all(
     count,  # pixels of the calling program
     mean,  # [K] fp32 of them
     m2,  # [K] fp32
-    stats_ptr,
-    counters_ptr,
-    gamma_ptr,
-    beta_ptr,
-    batch_norm_ptr,
-    num_pixels,
-    eps,
+    batch_norm,  # `BatchNormForward`
     K: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """End a kernel whose programs have all channels and merge the statistics of their tiles."""
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     offs_k = tl.arange(0, K)
     mask_k = offs_k < K
-    store_stats(stats_ptr, program, count, mean, m2, offs_k, mask_k, K)
-    finish_batch_norm(
-        stats_ptr,
-        counters_ptr,
-        gamma_ptr,
-        beta_ptr,
-        batch_norm_ptr,
-        num_pixels,
-        eps,
-        offs_k,
-        mask_k,
-        0,
-        program,
-        num_programs,
-        num_programs,
-        K,
-        GROUP,
-    )
+    store_stats(batch_norm.partials_ptr, program, count, mean, m2, offs_k, mask_k, K)
+    finish_batch_norm(batch_norm, offs_k, 0, program, num_programs, num_programs, K)
 
 
 @triton.jit
 def finish_sums_of_all(
     sum_g,  # [C] fp32 over the pixels of the calling program
     sum_gy,  # [C] fp32
-    sums_ptr,
-    counters_ptr,
-    batch_norm_ptr,
-    gamma_ptr,
-    coefficients_ptr,
-    dgamma_ptr,
-    dbeta_ptr,
-    num_pixels,
+    batch_norm,  # `BatchNormBackward`
     C: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """End a kernel whose programs have all channels and add up the gradient sums of their tiles."""
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     offs_c = tl.arange(0, C)
     mask_c = offs_c < C
-    store_sums(sums_ptr, program, sum_g, sum_gy, None, offs_c, mask_c, C)
-    finish_batch_norm_backward(
-        sums_ptr,
-        counters_ptr,
-        batch_norm_ptr,
-        gamma_ptr,
-        coefficients_ptr,
-        dgamma_ptr,
-        dbeta_ptr,
-        None,
-        None,
-        None,
-        None,
-        None,
-        num_pixels,
-        offs_c,
-        mask_c,
-        0,
-        program,
-        num_programs,
-        num_programs,
-        C,
-        GROUP,
-    )
+    store_sums(batch_norm.partials_ptr, program, sum_g, sum_gy, None, offs_c, mask_c, C)
+    finish_batch_norm_backward(batch_norm, offs_c, 0, program, num_programs, num_programs, C)

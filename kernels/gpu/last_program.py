@@ -22,12 +22,14 @@ tile, or in a persistent loop those of the tiles program, program + num_programs
 its tiles itself, and then they count as one: num_tiles is num_programs. A kernel in any tiling so
 ends with
 
-    store_stats(stats_ptr, tile, count, mean, m2, offs_k, mask_k, K)            # every tile
-    finish_batch_norm(stats_ptr, counters_ptr, ..., program, num_programs, ...)   # last statement
+    store_stats(batch_norm.partials_ptr, tile, count, mean, m2, offs_k, mask_k, K)  # every tile
+    finish_batch_norm(batch_norm, offs_k, column, program, ...)                    # last statement
 
-and all of its programs reach the last statement exactly once. On the host `allocate_partials`
-sizes the buffers, a row of statistics being `stats_row(K)` numbers and one of gradient sums 2 * C,
-or 3 * C with a projected shortcut; `finish_stats` and `finish_grads` prepare all arguments.
+and all of its programs reach the last statement exactly once. A batch norm comes as one argument,
+a `BatchNormForward` or a `BatchNormBackward`, and goes from hand to hand as one. On the host
+`finish_stats` and `finish_grads` make these; `allocate_partials` sizes the buffers, a row of
+statistics being 2 * K + 4 numbers and one of gradient sums 2 * C, or 3 * C with a projected
+shortcut.
 
 Memory order: a barrier puts the stores of all threads before the ticket, which is one atomic
 operation with release and acquire semantics in the whole GPU; a second barrier puts all reads of
@@ -42,7 +44,7 @@ of the CUDA toolkit for the tickets.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -55,6 +57,8 @@ from fastres.kernels.gpu.launch import num_bytes
 from fastres.kernels.gpu.primitives import round_to
 
 __all__ = [
+    "BatchNormBackward",
+    "BatchNormForward",
     "Finish",
     "Partials",
     "add_partials",
@@ -65,7 +69,6 @@ __all__ = [
     "finish_stats",
     "is_last",
     "merge_stats",
-    "stats_row",
     "store_partial",
     "store_stats",
     "store_sums",
@@ -78,6 +81,39 @@ DW_NUMBERS = tl.constexpr(8192)
 
 # Bytes that a program reads at most in one level, as far as two levels allow.
 MOST_BYTES = 2**18
+
+
+class BatchNormForward(NamedTuple):
+    """A batch norm whose statistics a kernel finds: one of its arguments, or None for none.
+
+    On the host pointers are tensors. A field in capitals is a constant of the kernel.
+    """
+
+    partials_ptr: Tensor  # (num_tiles + num_groups, 2 * K + 4) fp32: see `store_stats`
+    counters_ptr: Tensor  # (num_columns, 1 + num_groups) int32: zeros
+    gamma_ptr: Tensor  # (K,) fp32 in
+    beta_ptr: Tensor  # (K,) fp32 in
+    stats_ptr: Tensor  # (5, K) fp32 out: mean, unbiased variance, rstd, a, b
+    num_pixels: int  # of all tiles
+    eps: float
+    GROUP: tl.constexpr
+
+
+class BatchNormBackward(NamedTuple):
+    """A batch norm whose gradients a kernel finds: as `BatchNormForward`.
+
+    That of a projected shortcut has the partials and counters of the one beside it.
+    """
+
+    partials_ptr: Tensor  # (num_tiles + num_groups, 2 * C or 3 * C) fp32: see `store_sums`
+    counters_ptr: Tensor  # (num_columns, 1 + num_groups) int32: zeros
+    stats_ptr: Tensor  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b
+    gamma_ptr: Tensor  # (C,) fp32 in
+    coefficients_ptr: Tensor  # (3, C) fp32 out: c0, c1, c2
+    dgamma_ptr: Tensor  # (C,) fp32 out
+    dbeta_ptr: Tensor  # (C,) fp32 out
+    num_pixels: int  # of all tiles
+    GROUP: tl.constexpr
 
 
 @triton.jit
@@ -103,7 +139,7 @@ def _members(group, num_programs, GROUP: tl.constexpr):
 
 @triton.jit
 def store_stats(
-    stats_ptr,  # (num_tiles + num_groups, 2 * K + 4) fp32: means, M2, the count, unused
+    partials_ptr,  # (num_tiles + num_groups, 2 * K + 4) fp32: means, M2, the count, unused
     tile,
     count,  # pixels of the tile; with 0, mean and M2 must be finite
     mean,  # [BLOCK_K] fp32
@@ -113,7 +149,7 @@ def store_stats(
     K: tl.constexpr,
 ):
     """Leave the statistics of one tile, as y was rounded, for `finish_batch_norm`."""
-    row_ptr = stats_ptr + tl.cast(tile, tl.int64) * (2 * K + 4)
+    row_ptr = partials_ptr + tl.cast(tile, tl.int64) * (2 * K + 4)
     tl.store(row_ptr + offs_k, mean, mask=mask_k)
     tl.store(row_ptr + K + offs_k, m2, mask=mask_k)
     tl.store(row_ptr + 2 * K, tl.cast(count, tl.float32))
@@ -131,12 +167,14 @@ def merge_stats(count, mean, m2, other_count, other_mean, other_m2):
 
 
 @triton.jit
-def _merge_rows(stats_ptr, first_row, num_rows, count, mean, m2, offs_k, mask_k, K: tl.constexpr):
+def _merge_rows(
+    partials_ptr, first_row, num_rows, count, mean, m2, offs_k, mask_k, K: tl.constexpr
+):
     """Merge rows of statistics, in order, into count, mean and M2."""
     ROWS: tl.constexpr = max(STATS_NUMBERS // offs_k.shape[0], 1)
     rows = tl.arange(0, ROWS)
     for first in range(0, num_rows, ROWS):
-        row_ptr = stats_ptr + tl.cast(first_row + first, tl.int64) * (2 * K + 4)
+        row_ptr = partials_ptr + tl.cast(first_row + first, tl.int64) * (2 * K + 4)
         mask_rows = first + rows < num_rows
         mask = mask_rows[:, None] & mask_k[None, :]
         offs = rows[:, None] * (2 * K + 4) + offs_k[None, :]
@@ -156,25 +194,20 @@ def _merge_rows(stats_ptr, first_row, num_rows, count, mean, m2, offs_k, mask_k,
 
 @triton.jit
 def finish_batch_norm(
-    stats_ptr,  # (num_tiles + num_groups, 2 * K + 4) fp32: see `store_stats`
-    counters_ptr,  # (num_columns, 1 + num_groups) int32
-    gamma_ptr,  # (K,) fp32 in
-    beta_ptr,  # (K,) fp32 in
-    batch_norm_ptr,  # (5, K) fp32 out: mean, unbiased variance, rstd, a, b
-    num_pixels,  # of all tiles
-    eps,
+    batch_norm,  # `BatchNormForward`
     offs_k,  # [BLOCK_K] channels of this column
-    mask_k,
     column,
     program,
     num_programs,
     num_tiles,
     K: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """Merge the statistics of all tiles: a = gamma * rstd, b = beta - mean * a."""
+    GROUP: tl.constexpr = batch_norm.GROUP
+    partials_ptr, num_pixels = batch_norm.partials_ptr, batch_norm.num_pixels
+    mask_k = offs_k < K
     num_groups = tl.cdiv(num_programs, GROUP)
-    counters_ptr += column * (1 + num_groups)
+    counters_ptr = batch_norm.counters_ptr + column * (1 + num_groups)
     group = program // GROUP
     members = _members(group, num_programs, GROUP)
     nothing = tl.cast(0.0, tl.float32)
@@ -184,26 +217,27 @@ def finish_batch_norm(
         for first in range(group * GROUP, num_tiles, num_programs):
             rows = tl.minimum(members, num_tiles - first)
             count, mean, m2 = _merge_rows(
-                stats_ptr, first, rows, count, mean, m2, offs_k, mask_k, K
+                partials_ptr, first, rows, count, mean, m2, offs_k, mask_k, K
             )
-        store_stats(stats_ptr, num_tiles + group, count, mean, m2, offs_k, mask_k, K)
+        store_stats(partials_ptr, num_tiles + group, count, mean, m2, offs_k, mask_k, K)
         if is_last(counters_ptr, num_groups):
             count, mean, m2 = _merge_rows(
-                stats_ptr, num_tiles, num_groups, nothing, zeros, zeros, offs_k, mask_k, K
+                partials_ptr, num_tiles, num_groups, nothing, zeros, zeros, offs_k, mask_k, K
             )
-            rstd = 1.0 / tl.sqrt_rn(m2 / num_pixels + eps)
-            a = tl.load(gamma_ptr + offs_k, mask=mask_k, other=0.0) * rstd
-            b = tl.load(beta_ptr + offs_k, mask=mask_k, other=0.0) - mean * a
-            tl.store(batch_norm_ptr + offs_k, mean, mask=mask_k)
-            tl.store(batch_norm_ptr + K + offs_k, m2 / (num_pixels - 1), mask=mask_k)
-            tl.store(batch_norm_ptr + 2 * K + offs_k, rstd, mask=mask_k)
-            tl.store(batch_norm_ptr + 3 * K + offs_k, a, mask=mask_k)
-            tl.store(batch_norm_ptr + 4 * K + offs_k, b, mask=mask_k)
+            rstd = 1.0 / tl.sqrt_rn(m2 / num_pixels + batch_norm.eps)
+            a = tl.load(batch_norm.gamma_ptr + offs_k, mask=mask_k, other=0.0) * rstd
+            b = tl.load(batch_norm.beta_ptr + offs_k, mask=mask_k, other=0.0) - mean * a
+            stats_ptr = batch_norm.stats_ptr + offs_k
+            tl.store(stats_ptr, mean, mask=mask_k)
+            tl.store(stats_ptr + K, m2 / (num_pixels - 1), mask=mask_k)
+            tl.store(stats_ptr + 2 * K, rstd, mask=mask_k)
+            tl.store(stats_ptr + 3 * K, a, mask=mask_k)
+            tl.store(stats_ptr + 4 * K, b, mask=mask_k)
 
 
 @triton.jit
 def store_sums(
-    sums_ptr,  # (num_tiles + num_groups, 2 * C) fp32, or 3 * C with a projected shortcut
+    partials_ptr,  # (num_tiles + num_groups, 2 * C) fp32, or 3 * C with a projected shortcut
     tile,
     sum_g,  # [BLOCK_C] fp32
     sum_gy,  # [BLOCK_C] fp32: of g * (y - mean)
@@ -214,7 +248,7 @@ def store_sums(
 ):
     """Leave the gradient sums of one tile, g as rounded, for `finish_batch_norm_backward`."""
     NUM_SUMS: tl.constexpr = 2 if sum_gy_shortcut is None else 3
-    row_ptr = sums_ptr + tl.cast(tile, tl.int64) * (NUM_SUMS * C) + offs_c
+    row_ptr = partials_ptr + tl.cast(tile, tl.int64) * (NUM_SUMS * C) + offs_c
     tl.store(row_ptr, sum_g, mask=mask_c)
     tl.store(row_ptr + C, sum_gy, mask=mask_c)
     if sum_gy_shortcut is not None:
@@ -223,13 +257,20 @@ def store_sums(
 
 @triton.jit
 def _add_rows(
-    sums_ptr, first_row, num_rows, total, offs_c, mask_c, C: tl.constexpr, NUM_SUMS: tl.constexpr
+    partials_ptr,  # of the first row, moved to the sum in question
+    first_row,
+    num_rows,
+    total,
+    offs_c,
+    mask_c,
+    C: tl.constexpr,
+    NUM_SUMS: tl.constexpr,
 ):
-    """Add one sum of rows of gradient sums, in order, to total; sums_ptr is that of its first."""
+    """Add one sum of rows of gradient sums, in order, to total."""
     ROWS: tl.constexpr = max(STATS_NUMBERS // offs_c.shape[0], 1)
     rows = tl.arange(0, ROWS)
     for first in range(0, num_rows, ROWS):
-        row_ptr = sums_ptr + tl.cast(first_row + first, tl.int64) * (NUM_SUMS * C)
+        row_ptr = partials_ptr + tl.cast(first_row + first, tl.int64) * (NUM_SUMS * C)
         offs = rows[:, None] * (NUM_SUMS * C) + offs_c[None, :]
         mask = (first + rows < num_rows)[:, None] & mask_c[None, :]
         total += tl.sum(tl.load(row_ptr + offs, mask=mask, other=0.0), axis=0)
@@ -237,107 +278,66 @@ def _add_rows(
 
 
 @triton.jit
-def _store_grads(
-    sum_g,
-    sum_gy,
-    batch_norm_ptr,
-    gamma_ptr,
-    coefficients_ptr,
-    dgamma_ptr,
-    dbeta_ptr,
-    num_pixels,
-    offs_c,
-    mask_c,
-    C: tl.constexpr,
-):
+def _store_grads(sum_g, sum_gy, batch_norm, num_pixels, offs_c, mask_c, C: tl.constexpr):
     """`dbeta = sum g`, `dgamma = rstd * sum g (y - mean)` and dy = c0 * g + c1 * y + c2."""
-    mean = tl.load(batch_norm_ptr + offs_c, mask=mask_c, other=0.0)
-    rstd = tl.load(batch_norm_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)
+    mean = tl.load(batch_norm.stats_ptr + offs_c, mask=mask_c, other=0.0)
+    rstd = tl.load(batch_norm.stats_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)
     dgamma = sum_gy * rstd
-    c0 = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0) * rstd
+    c0 = tl.load(batch_norm.gamma_ptr + offs_c, mask=mask_c, other=0.0) * rstd
     c1 = -c0 * rstd * (dgamma / num_pixels)
     c2 = -c0 * (sum_g / num_pixels) - c1 * mean
-    tl.store(dbeta_ptr + offs_c, sum_g, mask=mask_c)
-    tl.store(dgamma_ptr + offs_c, dgamma, mask=mask_c)
-    tl.store(coefficients_ptr + offs_c, c0, mask=mask_c)
-    tl.store(coefficients_ptr + C + offs_c, c1, mask=mask_c)
-    tl.store(coefficients_ptr + 2 * C + offs_c, c2, mask=mask_c)
+    tl.store(batch_norm.dbeta_ptr + offs_c, sum_g, mask=mask_c)
+    tl.store(batch_norm.dgamma_ptr + offs_c, dgamma, mask=mask_c)
+    coefficients_ptr = batch_norm.coefficients_ptr + offs_c
+    tl.store(coefficients_ptr, c0, mask=mask_c)
+    tl.store(coefficients_ptr + C, c1, mask=mask_c)
+    tl.store(coefficients_ptr + 2 * C, c2, mask=mask_c)
 
 
 @triton.jit
 def finish_batch_norm_backward(
-    sums_ptr,  # (num_tiles + num_groups, 2 * C or 3 * C) fp32: see `store_sums`
-    counters_ptr,  # (num_columns, 1 + num_groups) int32
-    batch_norm_ptr,  # (5, C) fp32 in: mean, unbiased variance, rstd, a, b of the batch norm
-    gamma_ptr,  # (C,) fp32 in
-    coefficients_ptr,  # (3, C) fp32 out: c0, c1, c2
-    dgamma_ptr,  # (C,) fp32 out
-    dbeta_ptr,  # (C,) fp32 out
-    shortcut_batch_norm_ptr,  # the last five of a projected shortcut's batch norm, or all None
-    shortcut_gamma_ptr,
-    shortcut_coefficients_ptr,
-    shortcut_dgamma_ptr,
-    shortcut_dbeta_ptr,
-    num_pixels,  # of all tiles
+    batch_norm,  # `BatchNormBackward`
     offs_c,  # [BLOCK_C] channels of this column
-    mask_c,
     column,
     program,
     num_programs,
     num_tiles,
     C: tl.constexpr,
-    GROUP: tl.constexpr,
+    shortcut_batch_norm=None,  # that of a projected shortcut
 ):
     """Add the sums of all tiles: gradients of gamma and beta, and the coefficients of dy."""
-    NUM_SUMS: tl.constexpr = 2 if shortcut_batch_norm_ptr is None else 3
+    GROUP: tl.constexpr = batch_norm.GROUP
+    NUM_SUMS: tl.constexpr = 2 if shortcut_batch_norm is None else 3
+    partials_ptr, num_pixels = batch_norm.partials_ptr, batch_norm.num_pixels
+    mask_c = offs_c < C
     num_groups = tl.cdiv(num_programs, GROUP)
-    counters_ptr += column * (1 + num_groups)
+    counters_ptr = batch_norm.counters_ptr + column * (1 + num_groups)
     group = program // GROUP
     members = _members(group, num_programs, GROUP)
     zeros = tl.zeros(offs_c.shape, dtype=tl.float32)
     if is_last(counters_ptr + 1 + group, members):
-        row_ptr = sums_ptr + tl.cast(num_tiles + group, tl.int64) * (NUM_SUMS * C) + offs_c
+        row_ptr = partials_ptr + tl.cast(num_tiles + group, tl.int64) * (NUM_SUMS * C) + offs_c
         for i in tl.static_range(NUM_SUMS):
             total = zeros
             for first in range(group * GROUP, num_tiles, num_programs):
                 rows = tl.minimum(members, num_tiles - first)
-                total = _add_rows(sums_ptr + i * C, first, rows, total, offs_c, mask_c, C, NUM_SUMS)
+                total = _add_rows(
+                    partials_ptr + i * C, first, rows, total, offs_c, mask_c, C, NUM_SUMS
+                )
             tl.store(row_ptr + i * C, total, mask=mask_c)
         if is_last(counters_ptr, num_groups):
-            sum_g = _add_rows(sums_ptr, num_tiles, num_groups, zeros, offs_c, mask_c, C, NUM_SUMS)
+            sum_g = _add_rows(
+                partials_ptr, num_tiles, num_groups, zeros, offs_c, mask_c, C, NUM_SUMS
+            )
             sum_gy = _add_rows(
-                sums_ptr + C, num_tiles, num_groups, zeros, offs_c, mask_c, C, NUM_SUMS
+                partials_ptr + C, num_tiles, num_groups, zeros, offs_c, mask_c, C, NUM_SUMS
             )
-            _store_grads(
-                sum_g,
-                sum_gy,
-                batch_norm_ptr,
-                gamma_ptr,
-                coefficients_ptr,
-                dgamma_ptr,
-                dbeta_ptr,
-                num_pixels,
-                offs_c,
-                mask_c,
-                C,
-            )
-            if shortcut_batch_norm_ptr is not None:
+            _store_grads(sum_g, sum_gy, batch_norm, num_pixels, offs_c, mask_c, C)
+            if shortcut_batch_norm is not None:
                 sum_gy = _add_rows(
-                    sums_ptr + 2 * C, num_tiles, num_groups, zeros, offs_c, mask_c, C, NUM_SUMS
+                    partials_ptr + 2 * C, num_tiles, num_groups, zeros, offs_c, mask_c, C, NUM_SUMS
                 )
-                _store_grads(
-                    sum_g,
-                    sum_gy,
-                    shortcut_batch_norm_ptr,
-                    shortcut_gamma_ptr,
-                    shortcut_coefficients_ptr,
-                    shortcut_dgamma_ptr,
-                    shortcut_dbeta_ptr,
-                    num_pixels,
-                    offs_c,
-                    mask_c,
-                    C,
-                )
+                _store_grads(sum_g, sum_gy, shortcut_batch_norm, num_pixels, offs_c, mask_c, C)
 
 
 @triton.jit
@@ -449,11 +449,6 @@ class Partials(NamedTuple):
     last_programs: int
 
 
-def stats_row(channels: int) -> int:
-    """Numbers in a row of statistics: a multiple of 16 bytes where the channels are."""
-    return 2 * channels + 4
-
-
 def allocate_partials(
     like: Tensor,
     row: int,
@@ -494,18 +489,18 @@ def _group_size(num_programs: int, row_bytes: int) -> int:
 class Finish(NamedTuple):
     """What a launch takes to be finished by its last program.
 
-    args: arguments by the names that they have in every kernel. reads, writes: bytes, partials on
-    both sides. last_programs: as in `Partials`.
+    args: the kernel's batch norms, by parameter; None where it is to find nothing. reads, writes:
+    bytes, partials on both sides. last_programs: as in `Partials`.
     """
 
-    args: dict[str, Any]
+    args: dict[str, BatchNormForward | BatchNormBackward | None]
     reads: int
     writes: int
     last_programs: int
 
 
 def finish_stats(
-    like: Tensor,
+    y: Tensor,
     batch_norm: BatchNorm | None,
     num_programs: int,
     *,
@@ -514,23 +509,34 @@ def finish_stats(
 ) -> tuple[Finish, Tensor | None]:
     """Prepare a kernel that ends with `finish_batch_norm`, or with None leaves it out.
 
-    Returns: `Finish`: stats_ptr, counters_ptr, gamma_ptr, beta_ptr, batch_norm_ptr, eps, GROUP; and
-        the tensor that will be `LayerState.stats`. Others as in `allocate_partials`.
+    Args:
+        y: (N, K, P, Q) whose statistics the kernel finds.
+        batch_norm: that of y.
+
+    Returns: `Finish` with the argument batch_norm; and the tensor that will be `LayerState.stats`.
+        Others as in `allocate_partials`.
     """
-    names = ("stats_ptr", "counters_ptr", "gamma_ptr", "beta_ptr", "batch_norm_ptr")
     if batch_norm is None:
-        return Finish({**dict.fromkeys(names), "eps": 0.0, "GROUP": 1}, 0, 0, 0), None
+        return Finish({"batch_norm": None}, 0, 0, 0), None
     weight, bias, eps = batch_norm
-    row = stats_row(len(weight))
-    partials = allocate_partials(
-        like, row, num_programs, num_tiles=num_tiles, num_columns=num_columns
+    channels = len(weight)
+    row = 2 * channels + 4  # A multiple of 16 bytes where the channels are.
+    buffer, counters, group, last_programs = allocate_partials(
+        y, row, num_programs, num_tiles=num_tiles, num_columns=num_columns
     )
-    stats = weight.new_empty((5, len(weight)))
-    tensors = (partials.buffer, partials.counters, weight, bias, stats)
-    args = {**dict(zip(names, tensors, strict=True)), "eps": eps, "GROUP": partials.group}
-    reads = num_bytes(partials.buffer, weight, bias)
-    writes = num_bytes(partials.buffer, stats)
-    return Finish(args, reads, writes, partials.last_programs), stats
+    stats = weight.new_empty((5, channels))
+    forward = BatchNormForward(
+        partials_ptr=buffer,
+        counters_ptr=counters,
+        gamma_ptr=weight,
+        beta_ptr=bias,
+        stats_ptr=stats,
+        num_pixels=y.numel() // channels,
+        eps=eps,
+        GROUP=tl.constexpr(group),
+    )
+    reads, writes = num_bytes(buffer, weight, bias), num_bytes(buffer, stats)
+    return Finish({"batch_norm": forward}, reads, writes, last_programs), stats
 
 
 def finish_grads(
@@ -544,33 +550,40 @@ def finish_grads(
     """Prepare a kernel that ends with `finish_batch_norm_backward`, or leaves it out.
 
     Args:
-        g: gradient of the batch norms' output, which the kernel writes.
-        layers: by the prefix of their parameters' names, the layer and, if there is one, that of
-            a projected shortcut, each with its weight; (None, None) where there is none.
+        g: (N, C, H, W) gradient of the batch norms' output, which the kernel writes.
+        layers: by the kernel's parameters, the layer and, if there is one, that of a projected
+            shortcut, each with its weight; (None, None) where there is none.
 
-    Returns: `Finish`: sums_ptr, counters_ptr, GROUP, and of each layer, behind its prefix,
-        batch_norm_ptr, gamma_ptr, coefficients_ptr, dgamma_ptr, dbeta_ptr; and the gradients of
-        each. Others as in `allocate_partials`.
+    Returns: `Finish` with an argument a layer, and the gradients of each. Others as in
+        `allocate_partials`.
     """
-    names = ("batch_norm_ptr", "gamma_ptr", "coefficients_ptr", "dgamma_ptr", "dbeta_ptr")
-    args: dict[str, Any] = {"sums_ptr": None, "counters_ptr": None, "GROUP": 1}
+    num_layers = sum(state is not None for state, _ in layers.values())
+    if num_layers == 0:
+        return Finish(dict.fromkeys(layers), 0, 0, 0), [None] * len(layers)
+    row = (1 + num_layers) * g.shape[1]
+    buffer, counters, group, last_programs = allocate_partials(
+        g, row, num_programs, num_tiles=num_tiles, num_columns=num_columns
+    )
+    args: dict[str, BatchNormForward | BatchNormBackward | None] = dict.fromkeys(layers)
     grads: list[BatchNormGrads | None] = []
-    reads = writes = last_programs = 0
-    for prefix, (state, weight) in layers.items():
-        operands: list[Tensor | None] = [None] * len(names)
+    reads = writes = num_bytes(buffer)
+    for name, (state, weight) in layers.items():
         grads.append(None)
-        if state is not None and weight is not None:
-            made = weight.new_empty((3, len(weight))), *(torch.empty_like(weight) for _ in range(2))
-            operands = [state.stats, weight, *made]
-            grads[-1] = BatchNormGrads(DeferredGrad(g, state.y, made[0]), made[1], made[2])
-            reads, writes = reads + num_bytes(state.stats, weight), writes + num_bytes(*made)
-        args |= {prefix + name: t for name, t in zip(names, operands, strict=True)}
-    num_layers = sum(grad is not None for grad in grads)
-    if num_layers > 0:
-        row = (1 + num_layers) * g.shape[1]
-        buffer, counters, group, last_programs = allocate_partials(
-            g, row, num_programs, num_tiles=num_tiles, num_columns=num_columns
+        if state is None or weight is None:
+            continue
+        made = weight.new_empty((3, len(weight))), *(torch.empty_like(weight) for _ in range(2))
+        coefficients, dgamma, dbeta = made
+        args[name] = BatchNormBackward(
+            partials_ptr=buffer,
+            counters_ptr=counters,
+            stats_ptr=state.stats,
+            gamma_ptr=weight,
+            coefficients_ptr=coefficients,
+            dgamma_ptr=dgamma,
+            dbeta_ptr=dbeta,
+            num_pixels=g.numel() // g.shape[1],
+            GROUP=tl.constexpr(group),
         )
-        args |= {"sums_ptr": buffer, "counters_ptr": counters, "GROUP": group}
-        reads, writes = reads + num_bytes(buffer), writes + num_bytes(buffer)
+        grads[-1] = BatchNormGrads(DeferredGrad(g, state.y, coefficients), dgamma, dbeta)
+        reads, writes = reads + num_bytes(state.stats, weight), writes + num_bytes(*made)
     return Finish(args, reads, writes, last_programs), grads

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastres.kernels.gpu.launch_table import uses_pdl
@@ -90,15 +91,30 @@ class Launch:
         return options | {"launch_pdl": self.args["PDL"]}
 
     @property
+    def leaves(self) -> dict[str, Any]:
+        """Every argument by parameter; in tuples as "parameter.field", or "parameter[0]"."""
+        return dict(_leaves(self.args))
+
+    @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor among the arguments, those behind descriptors too, by parameter."""
+        """Every tensor among `leaves`, those behind descriptors too."""
         return _tensors(self.args)
+
+
+def _leaves(args: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in args.items():
+        if hasattr(value, "_asdict"):
+            yield from _leaves({f"{name}.{field}": v for field, v in value._asdict().items()})
+        elif isinstance(value, tuple):
+            yield from _leaves({f"{name}[{i}]": item for i, item in enumerate(value)})
+        else:
+            yield name, value.value if isinstance(value, tl.constexpr) else value
 
 
 def _tensors(args: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     bases = {
         name: value.base if isinstance(value, TensorDescriptor) else value
-        for name, value in args.items()
+        for name, value in _leaves(args)
     }
     return {name: base for name, base in bases.items() if isinstance(base, torch.Tensor)}
 

@@ -85,7 +85,7 @@ class ConvConfig:
 
     @property
     def label(self) -> str:
-        """For people: tile, warps, stages, split-K, form, size of a persistent grid, patch."""
+        """For people: tile, warps, stages, split-K, form, persistent grid, patch, stored."""
         text = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
         text += f" k{self.split_k}"
         if self.form != "im2col":
@@ -94,6 +94,8 @@ class ConvConfig:
             text += f" p{self.grid_size}"
         if self.form not in ("im2col", "tma"):
             text += f" h{self.patch_h} w{self.patch_w} a{self.ahead}"
+        if self.stored:
+            text += " stored"
         return text
 
     def constexprs(self) -> dict[str, int]:

@@ -180,9 +180,10 @@ def strip_config(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig
         # Few programs leave few partials, and as many tiles each where the batch is a power of two.
         return replace(config, grid_size=512, ahead=3 if op == "fprop" else 0)
     # Two programs a multiprocessor; the sums of 32 channels leave room for one of eight warps.
-    if is_wide:
+    if is_wide and shape.C >= 16:
         return replace(config, patch_h=2, num_warps=8, ahead=4, split_k=NUM_SMS)
-    return replace(config, ahead=6 if shape.C == 16 else 0, split_k=2 * NUM_SMS)
+    patch_h = 64 // shape.K
+    return replace(config, patch_h=patch_h, ahead=patch_h + 2, split_k=2 * NUM_SMS)
 
 
 def fused_config(shape: ConvShape, dtype: torch.dtype, *, has_producer: bool) -> ConvConfig | None:
@@ -211,24 +212,31 @@ def fits_pixels(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> bool:
 def pixel_config(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig | None:
     """The heuristic configuration of the pixel form; None where it does not fit.
 
-    Four warps, for eight would form operands twice; nothing loaded ahead, for at 64 channels the
+    Four warps, for eight form operands twice; nothing loaded ahead, for at 64 channels the
     four sums leave no registers. The tuner tries the rest.
     """
     if not fits_pixels(op, shape, dtype):
         return None
     config = ConvConfig(64, 16, 16, 4, 1, form="pixel")
     if op == "wgrad":
-        block_n = min(shape.K, 32)
+        # A product of a warpgroup has 64 rows: channels of x, or all filters where those are fewer.
+        # Twice the filters are twice the dy of a tile: fewer patches, or fewer loads ahead, fit.
+        filters_first = shape.C < 64
+        block_n = shape.K if filters_first else min(shape.K, 32)
         # A program with one filter row writes a third of the sums, and in images no wider than a
         # patch forms each x once; with all rows it forms each dy once. Nine sums of 32x32, too few
         # channels for products of a warpgroup, do not fit the registers.
         if shape.W <= 8 or shape.C == shape.K == 32:
             blocks = 3 * shape.K // block_n
-            config = replace(config, patch_h=1, patch_w=8, ahead=2)
+            block_m = 32 if block_n == 64 else 64
+            config = replace(config, block_m=block_m, patch_h=1, patch_w=8, ahead=2)
         else:
             blocks = shape.K // block_n
-            config = replace(config, block_m=32, ahead=1)
+            config = replace(config, block_m=32, ahead=0 if filters_first else 1)
         config = replace(config, block_n=block_n, split_k=NUM_SMS // blocks)
+    elif op == "fprop" and shape.C == shape.K == 64 and (shape.H % 2 or shape.W % 2):
+        # The masks of patches that hang over an image do not fit beside the four sums.
+        config = replace(config, num_warps=8)
     elif shape.stride == 2 and shape.C == 16:
         # Four sums of 16 channels are small: twice the patches share the filters.
         config = replace(config, block_m=128)
@@ -251,21 +259,23 @@ def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:
         if block_n == 128:
             num_stages = 2
     else:
-        block_m, block_n, block_k = 32, _tile(gemm.m, 32), 16
-        num_warps, num_stages = 4, 2
+        block_m, block_n, block_k = 32, _tile(gemm.m, 32), 32
+        num_warps, num_stages = 4 if block_n == 16 else 8, 2
     tiles = _ceil_div(gemm.n, block_m) * _ceil_div(gemm.m, block_n)
     split_k = min(_ceil_div(NUM_SMS, tiles), _ceil_div(gemm.k, 256))
     return ConvConfig(block_m, block_n, block_k, num_warps, num_stages, split_k)
 
 
-def row_config(num_rows: int, channels: int) -> RowConfig:
-    """About 4096 elements a program: 32 a thread, in four 16-byte loads of 16-bit numbers.
+def row_config(num_rows: int, channels: int, dtype: torch.dtype) -> RowConfig:
+    """8 KiB of a tensor a program: four 16-byte loads a thread.
 
-    16 a thread in tiles of 16 channels: with 32, bn_apply with a shortcut spills on sm_90 in fp16.
+    Two in tiles of 16 channels of 16-bit numbers: with four, bn_apply with a shortcut spills on
+    sm_90 in fp16.
     """
     block_c = _tile(channels, 128)
-    block_rows = min(4096 // block_c, max(16, _next_power_of_2(num_rows)))
-    return RowConfig(block_rows, block_c, num_warps=8 if block_c == 16 else 4)
+    block_rows = min(8192 // dtype.itemsize // block_c, max(16, _next_power_of_2(num_rows)))
+    is_narrow = block_c == 16 and dtype.itemsize == 2
+    return RowConfig(block_rows, block_c, num_warps=8 if is_narrow else 4)
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -8,7 +8,8 @@ spells it, then by "op/dtype/batch/layer":
          "num_warps": 4, "num_stages": 1, "split_k": 1, "grid_size": 0, "patch_h": 4, "ahead": 6}}}}
 
 "pdl" beside "gpus" names the GPUs that start kernels by programmatic dependent launch (see
-`primitives.wait_for_previous_kernel`): {"pdl": {"NVIDIA H200": true}}. Others do not.
+`primitives.wait_for_previous_kernel`): {"pdl": {"NVIDIA H200": true}}. Others do not. The tuner
+writes that too.
 
 A layer measured at other batch sizes only is served by the nearest of them. A GPU or layer that the
 table does not know gets `heuristic_config` of launch_rules.py.
@@ -37,6 +38,7 @@ __all__ = [
     "conv_config",
     "force_pdl",
     "force_route",
+    "forget_table",
     "gpu_name",
     "load_pdl",
     "load_table",
@@ -160,6 +162,12 @@ def _has_pdl(device: torch.device) -> bool:
 @functools.cache
 def _wants_pdl(device: torch.device) -> bool:
     return load_pdl().get(gpu_name(device), False)
+
+
+def forget_table() -> None:
+    """Have the table read again at its next use: it was written anew."""
+    for of_table in (load_table, load_pdl, _wants_pdl):
+        of_table.cache_clear()
 
 
 def conv_config(

@@ -8,6 +8,8 @@ image of odd size, and those behind the last image, hang over, and masks cut the
 
     WHOLE   every patch of every tile lies inside an image: no output mask is needed at all
 
+A kernel hands on two things: SHAPE, a `PatchShape`, and the `PatchTile` of `locate_patches`.
+
 Letters: (n, h0, w0) is the upper left pixel of a patch, window pixel (r, s) is image pixel
 (h0 + r - 1, w0 + s - 1), output (o, q) of a patch is image pixel (h0 + o, w0 + q). Tensors are
 dense NHWC, and dy has the size of x. Source: own derivation.
@@ -25,6 +27,8 @@ from fastres.kernels.gpu.checks import nhwc_strides
 __all__ = [
     "PATCH_W",
     "PatchGrid",
+    "PatchShape",
+    "PatchTile",
     "are_dense",
     "count_outputs",
     "locate_patches",
@@ -37,24 +41,51 @@ __all__ = [
 PATCH_W = 2
 
 
+class PatchShape(NamedTuple):
+    """What a kernel in patches knows of them when it is compiled: its argument SHAPE.
+
+    H, W: size of an image. PATCH_H, PATCH_W: size of a patch. WHOLE: no patch hangs over an image
+    and no tile over the batch.
+    """
+
+    H: int
+    W: int
+    PATCH_H: int
+    PATCH_W: int
+    WHOLE: bool
+
+
 class PatchGrid(NamedTuple):
     """The patches of a batch in tiles.
 
     num_patches: of all images. num_tiles: of BLOCK_M patches each, the last maybe of fewer.
-    is_whole: whether no patch hangs over an image and no tile over the batch.
     """
 
     num_patches: int
     num_tiles: int
-    is_whole: bool
+    shape: PatchShape
+
+
+class PatchTile(NamedTuple):
+    """The patches of one tile in a kernel, [BLOCK_M] numbers each.
+
+    n, h0, w0: upper left pixel of a patch. pixels: its number in the batch, of the dtype INDEX.
+    exists: whether there is such a patch.
+    """
+
+    n: tl.tensor
+    h0: tl.tensor
+    w0: tl.tensor
+    pixels: tl.tensor
+    exists: tl.tensor
 
 
 def patch_grid(shape: ConvShape, patch_h: int, block_m: int, patch_w: int = PATCH_W) -> PatchGrid:
     """Tile the outputs of a convolution whose output has the size of its input."""
     num_patches = shape.N * triton.cdiv(shape.H, patch_h) * triton.cdiv(shape.W, patch_w)
-    num_tiles = triton.cdiv(num_patches, block_m)
     is_whole = (shape.H % patch_h, shape.W % patch_w, num_patches % block_m) == (0, 0, 0)
-    return PatchGrid(num_patches, num_tiles, is_whole)
+    patches = PatchShape(shape.H, shape.W, patch_h, patch_w, is_whole)
+    return PatchGrid(num_patches, triton.cdiv(num_patches, block_m), patches)
 
 
 def are_dense(*tensors: torch.Tensor | None) -> bool:
@@ -69,24 +100,23 @@ def are_dense(*tensors: torch.Tensor | None) -> bool:
 
 @triton.jit
 def locate_patches(
-    tile,
-    BLOCK_M: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    PATCH_W: tl.constexpr = 2,
+    number, num_patches, SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, INDEX: tl.constexpr
 ):
-    """n, h0, w0 of the patches of a tile, [BLOCK_M] each.
+    """The tile of this number.
 
     Where tiles divide images, or images tiles, n or the rows depend on the tile alone and most of
     the divisions are by constants of the lane: they leave the loop over tiles.
     """
+    H: tl.constexpr = SHAPE.H
+    W: tl.constexpr = SHAPE.W
+    PATCH_H: tl.constexpr = SHAPE.PATCH_H
+    PATCH_W: tl.constexpr = SHAPE.PATCH_W
     COLUMNS: tl.constexpr = (W + PATCH_W - 1) // PATCH_W
     PATCHES: tl.constexpr = (H + PATCH_H - 1) // PATCH_H * COLUMNS
     lane = tl.arange(0, BLOCK_M)
     if PATCHES % BLOCK_M == 0:
-        first = tile % (PATCHES // BLOCK_M) * BLOCK_M
-        n = tile // (PATCHES // BLOCK_M) + lane * 0
+        first = number % (PATCHES // BLOCK_M) * BLOCK_M
+        n = number // (PATCHES // BLOCK_M) + lane * 0
         if BLOCK_M % COLUMNS == 0:
             h0 = (first // COLUMNS + lane // COLUMNS) * PATCH_H
             w0 = lane % COLUMNS * PATCH_W
@@ -94,87 +124,73 @@ def locate_patches(
             h0 = (first + lane) // COLUMNS * PATCH_H
             w0 = (first + lane) % COLUMNS * PATCH_W
     elif BLOCK_M % PATCHES == 0:
-        n = tile * (BLOCK_M // PATCHES) + lane // PATCHES
+        n = number * (BLOCK_M // PATCHES) + lane // PATCHES
         h0 = lane % PATCHES // COLUMNS * PATCH_H
         w0 = lane % COLUMNS * PATCH_W
     else:
-        patch = tile * BLOCK_M + lane
+        patch = number * BLOCK_M + lane
         n = patch // PATCHES
         h0 = patch % PATCHES // COLUMNS * PATCH_H
         w0 = patch % COLUMNS * PATCH_W
-    return n, h0, w0
+    exists = number * BLOCK_M + lane < num_patches
+    return PatchTile(n, h0, w0, (n.to(INDEX) * H + h0) * W + w0, exists)
 
 
 @triton.jit
-def window_mask(
-    h0, w0, r: tl.constexpr, s, PATCH_H: tl.constexpr, H: tl.constexpr, W: tl.constexpr
-):
+def window_mask(tile, SHAPE: tl.constexpr, r: tl.constexpr, s):
     """Whether window pixels (r, s) lie inside the image, [BLOCK_M, 1] or [BLOCK_M, columns].
 
     s: one column of the window, or a row [1, columns] of them. Comparisons that no patch can fail
     are left out.
     """
-    w = w0[:, None] + (s - 1)
-    inside = (w >= 0) & (w < W)
+    w = tile.w0[:, None] + (s - 1)
+    inside = (w >= 0) & (w < SHAPE.W)
     if r == 0:
-        inside = inside & (h0 > 0)[:, None]
-    elif r > PATCH_H or H % PATCH_H != 0:
-        inside = inside & (h0 < H + 1 - r)[:, None]
+        inside = inside & (tile.h0 > 0)[:, None]
+    elif r > SHAPE.PATCH_H or SHAPE.H % SHAPE.PATCH_H != 0:
+        inside = inside & (tile.h0 < SHAPE.H + 1 - r)[:, None]
     return inside
 
 
 @triton.jit
-def output_mask(
-    exists, h0, w0, o: tl.constexpr, q, PATCH_H: tl.constexpr, H: tl.constexpr, W: tl.constexpr
-):
+def output_mask(tile, SHAPE: tl.constexpr, o, q):
     """Whether outputs (o, q) of patches are pixels, [BLOCK_M, 1] or [BLOCK_M, columns].
 
-    exists: [BLOCK_M] which patches there are. q: as s of `window_mask`.
+    o, q: as s of `window_mask`.
     """
-    inside = exists[:, None]
-    if H % PATCH_H != 0:
-        inside = inside & (h0 < H - o)[:, None]
-    if W % 2 != 0:
-        inside = inside & (w0[:, None] + q < W)
+    inside = tile.exists[:, None]
+    if SHAPE.H % SHAPE.PATCH_H != 0:
+        inside = inside & (tile.h0[:, None] < SHAPE.H - o)
+    if SHAPE.W % SHAPE.PATCH_W != 0:
+        inside = inside & (tile.w0[:, None] + q < SHAPE.W)
     return inside
 
 
 @triton.jit
-def output_masks(
-    exists,
-    h0,
-    w0,
-    q,
-    PATCH_H: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """`output_mask` of every output row of the patches; where WHOLE, the constant True."""
+def output_masks(tile, SHAPE: tl.constexpr, q, JOIN: tl.constexpr = 1, o=0):
+    """`output_mask` of every output row of the patches; where WHOLE, the constant True.
+
+    Of JOIN rows at a time, if so many stand side by side: o is a row [1, columns] of their numbers.
+    """
+    PATCH_H: tl.constexpr = SHAPE.PATCH_H
     masks: tl.tuple = ()
-    for o in tl.static_range(PATCH_H):
-        if WHOLE:
-            masks += (tl.full((exists.shape[0], 1), True, tl.int1),)
+    for first in tl.static_range(0, PATCH_H, JOIN):
+        if SHAPE.WHOLE:
+            masks += (tl.full((tile.exists.shape[0], 1), True, tl.int1),)
         else:
-            masks += (output_mask(exists, h0, w0, o, q, PATCH_H, H, W),)
+            masks += (output_mask(tile, SHAPE, first + o, q),)
     return masks
 
 
 @triton.jit
-def count_outputs(
-    exists,
-    h0,
-    w0,
-    WHOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-):
+def count_outputs(tile, SHAPE: tl.constexpr):
     """Number of pixels among the outputs of a tile, fp32."""
-    if WHOLE:
-        count = BLOCK_M * PATCH_H * 2.0
+    PATCH_H: tl.constexpr = SHAPE.PATCH_H
+    PATCH_W: tl.constexpr = SHAPE.PATCH_W
+    if SHAPE.WHOLE:
+        count = tile.exists.shape[0] * PATCH_H * PATCH_W * 1.0
     else:
-        pixels = tl.minimum(H - h0, PATCH_H) * tl.minimum(W - w0, 2)
-        count = tl.sum(tl.where(exists, pixels, 0), axis=0).to(tl.float32)
+        rows = tl.minimum(SHAPE.H - tile.h0, PATCH_H)
+        columns = tl.minimum(SHAPE.W - tile.w0, PATCH_W)
+        count = tl.sum(tl.where(tile.exists, rows * columns, 0), axis=0).to(tl.float32)
     return count

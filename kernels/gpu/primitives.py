@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
     "INTERPRETED",
+    "add_outer",
     "affine",
     "compute_dy",
     "dot_fp32",
@@ -29,6 +30,7 @@ __all__ = [
     "tile_stats",
     "tile_sum",
     "wait_for_previous_kernel",
+    "zero_outer",
     "zero_sums",
 ]
 
@@ -108,6 +110,25 @@ def dot_fp32(lhs, rhs, acc, PRECISION: tl.constexpr):
         lhs = lhs.to(tl.float32)
         rhs = rhs.to(tl.float32)
     return tl.dot(lhs, rhs, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def zero_outer(A: tl.constexpr, B: tl.constexpr):
+    """Where `add_outer` begins."""
+    return tl.zeros((A, B) if min(B, 64) <= A else (B, A), dtype=tl.float32)
+
+
+@triton.jit
+def add_outer(acc, a, b):
+    """`acc + a^T @ b` of a [pixels, A] and b [pixels, B], or the same transposed, `acc + b^T @ a`.
+
+    A product of a warpgroup has 64 rows. Where A has fewer, the longer side makes them.
+    """
+    if a.shape[1] >= min(b.shape[1], 64):
+        acc = dot_fp32(tl.trans(a), b, acc, "ieee")
+    else:
+        acc = dot_fp32(tl.trans(b), a, acc, "ieee")
+    return acc
 
 
 @triton.jit

@@ -9,6 +9,13 @@ rows of the patch. Written with filters T that are spread over the two pixels of
 for 0 <= r - o <= 2, 0 <= s - q <= 2, and 0 elsewhere. A filter gradient is the same sum the other
 way round: dT[t] = sum over o of row[o + t]^T @ dout[o], and dw adds up what dT has of both q.
 
+A product of a warpgroup has 64 rows, and a window row of fewer than 16 channels has 16 lanes. Then
+the rows are outputs, as many of them as it takes: JOIN rows of a patch stand side by side,
+
+    dT[t][(o, q, k), (s, c)] = sum over p of dout[(o, q, k) of group p]^T @ row[JOIN * p + t]
+
+for t from 0 to JOIN + 1, and w[k, t, u, c] collects dT[t + o] where s = q + u.
+
 What it costs, for an output: zeros are multiplied horizontally only, so the products are 4/3 of
 those that are needed. A window row is loaded and formed once for all rows of the patch: a pixel is
 formed (PATCH_H + 2) / PATCH_H * 2 times, 3 for PATCH_H = 4 and 4 for 2, where im2col forms it 9
@@ -23,16 +30,18 @@ import triton.language as tl
 
 from fastres.kernels.gpu.last_program import add_partials
 from fastres.kernels.gpu.patches import window_mask
-from fastres.kernels.gpu.primitives import dot_fp32, round_to
+from fastres.kernels.gpu.primitives import add_outer, dot_fp32, round_to, zero_outer
 
 __all__ = [
     "add_filter_products",
     "add_products",
     "finish_filter_sums",
+    "fold_outputs",
     "load_rows",
     "load_spread_filters",
     "row_lanes",
     "row_masks",
+    "zero_filter_sums",
     "zero_tiles",
 ]
 
@@ -45,25 +54,16 @@ def row_lanes(C: tl.constexpr):
 
 
 @triton.jit
-def row_masks(
-    exists,
-    h0,
-    w0,
-    C: tl.constexpr,
-    PATCH_H: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+def row_masks(tile, SHAPE: tl.constexpr, C: tl.constexpr):
     """For every window row, which of its lanes are pixels of the image: [BLOCK_M, lanes] each."""
     s, c = row_lanes(C)
     masks: tl.tuple = ()
-    for r in tl.static_range(PATCH_H + 2):
-        inside = window_mask(h0, w0, r, s[None, :], PATCH_H, H, W)
+    for r in tl.static_range(SHAPE.PATCH_H + 2):
+        inside = window_mask(tile, SHAPE, r, s[None, :])
         if C < 4:
             inside = inside & (c < C)[None, :]
-        if not WHOLE:
-            inside = inside & exists[:, None]
+        if not SHAPE.WHOLE:
+            inside = inside & tile.exists[:, None]
         masks += (inside,)
     return masks
 
@@ -71,20 +71,21 @@ def row_masks(
 @triton.jit
 def load_rows(
     ptr,  # dense NHWC
-    pixels,  # [BLOCK_M] numbers of the patches' upper left pixels
-    masks,  # of row_masks
+    tile,  # `PatchTile`
+    SHAPE: tl.constexpr,  # `PatchShape`
+    masks,  # of `row_masks`
     FIRST: tl.constexpr,
-    LAST: tl.constexpr,
+    COUNT: tl.constexpr,
     C: tl.constexpr,
-    W: tl.constexpr,
     ZERO: tl.constexpr,  # whether lanes outside are 0; anything where a prologue masks them
 ):
-    """Window rows from FIRST to before LAST, as many as there are: [BLOCK_M, lanes] each."""
+    """COUNT window rows from FIRST on, or as many as there are: [BLOCK_M, lanes] each."""
     s, c = row_lanes(C)
     rows: tl.tuple = ()
-    for r in tl.static_range(FIRST, min(LAST, len(masks))):
+    for r in tl.static_range(FIRST, min(FIRST + COUNT, len(masks))):
         # The window starts one pixel above the patch and one to its left.
-        offs = (pixels * C)[:, None] + ((r - 1) * (W * C) + (s - 1) * C + c)[None, :]
+        step = (r - 1) * (SHAPE.W * C) + (s - 1) * C + c
+        offs = (tile.pixels * C)[:, None] + step[None, :]
         if ZERO:
             rows += (tl.load(ptr + offs, mask=masks[r], other=0.0),)
         else:
@@ -142,12 +143,33 @@ def add_products(sums, row, filters, r: tl.constexpr):
 
 
 @triton.jit
+def fold_outputs(tile, CHANNELS: tl.constexpr):
+    """Add up [rows, (q, c)] outputs as far as one thread holds them: [rows // 16, 8, CHANNELS].
+
+    A thread has both pixels and rows i and i + 8 of a product; the rest of a sum over pixels takes
+    shuffles and barriers, which a loop over tiles can leave to its end.
+    """
+    halves = tile.reshape(tile.shape[0] // 16, 2, 8, 2, CHANNELS)
+    return tl.sum(tl.sum(halves, axis=3), axis=1)
+
+
+@triton.jit
+def zero_filter_sums(C: tl.constexpr, K: tl.constexpr, JOIN: tl.constexpr):
+    """Where `add_filter_products` begins: dT[0] to dT[JOIN + 1]."""
+    return (zero_outer(4 * max(C, 4), JOIN * 2 * K),) * (2 + JOIN)
+
+
+@triton.jit
 def add_filter_products(sums, row, outputs, r: tl.constexpr):
-    """`sums[t] + row^T @ outputs[r - t]` for every filter row t that leads window row r out."""
+    """`sums[t] + row^T @ outputs[p]`, or transposed, for all t and p with t + JOIN * p = r.
+
+    outputs: of JOIN rows of the patch each; filter row t leads window row r to the first of them.
+    """
+    JOIN: tl.constexpr = len(sums) - 2
     added: tl.tuple = ()
-    for t in tl.static_range(3):
-        if r - t >= 0 and r - t < len(outputs):
-            added += (dot_fp32(tl.trans(row), outputs[r - t], sums[t], "ieee"),)
+    for t in tl.static_range(len(sums)):
+        if r >= t and (r - t) % JOIN == 0 and (r - t) // JOIN < len(outputs):
+            added += (add_outer(sums[t], row, outputs[(r - t) // JOIN]),)
         else:
             added += (sums[t],)
     return added
@@ -156,20 +178,27 @@ def add_filter_products(sums, row, outputs, r: tl.constexpr):
 @triton.jit
 def _store_filter_sums(
     dw_ptr,  # dense filters, one partial of them: fp32, or the dtype of dw
-    sums,  # dT[0], dT[1], dT[2]: [lanes of C, (q, k)] fp32 each
+    sums,  # of `add_filter_products`
     C: tl.constexpr,
     K: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
-    """Add up what the two output pixels of a row gave each tap, and store it."""
+    """Add up what the output pixels of a product gave each tap, and store it."""
+    JOIN: tl.constexpr = len(sums) - 2
     s, _ = row_lanes(C)
-    tap = s[:, None] - (tl.arange(0, 2 * K) // K)[None, :]
+    column = tl.arange(0, JOIN * 2 * K)
+    tap = s[:, None] - (column // K % 2)[None, :]
     c = tl.arange(0, max(C, 4))[:, None]
     k = tl.arange(0, K)[None, :]
     for t in tl.static_range(3):
+        # Output row o of those that are joined meets filter row t in dT[t + o].
+        of_row = tl.zeros((4 * max(C, 4), JOIN * 2 * K), tl.float32)
+        for o in tl.static_range(JOIN):
+            dT = sums[t + o] if sums[0].shape[0] == 4 * max(C, 4) else tl.trans(sums[t + o])
+            of_row = dT if JOIN == 1 else tl.where((column // (2 * K) == o)[None, :], dT, of_row)
         for u in tl.static_range(3):
-            both = tl.where(tap == u, sums[t], 0.0).reshape(4, max(C, 4), 2, K)
-            dw = round_to(tl.sum(tl.sum(both, axis=2), axis=0), dw_ptr.dtype.element_ty)
+            of_tap = tl.where(tap == u, of_row, 0.0).reshape(4, max(C, 4), 2 * JOIN, K)
+            dw = round_to(tl.sum(tl.sum(of_tap, axis=2), axis=0), dw_ptr.dtype.element_ty)
             offs = filter_offsets(t, u, c, k, C, K, BACKWARD)
             tl.store(dw_ptr + offs, dw, mask=(c < C) & (k < K))
 

@@ -9,7 +9,8 @@ entry to its end, a loop's body once:
     slow paths     a block that calls a subroutine and can be avoided (Triton inlines everything;
                    what remains is the division of denormal numbers) is left out, and said
     last program   what is reached only by a branch on the ticket of an integer atomic is executed
-                   by the last program to draw one, and counted apart
+                   by the last program to draw one, and counted apart: of every such branch, as a
+                   kernel that finishes two results has two
 
 The first three make the count an estimate; without them it is exact. Instructions with a false
 predicate count: they are issued. All blocks are numbers in order of address; sets of them are ints,
@@ -19,7 +20,7 @@ one bit a block.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 __all__ = ["ProgramCount", "count_program"]
@@ -59,7 +60,7 @@ class ProgramCount:
     """Instructions of one warp of one program.
 
     by_depth: outside of loops, in one trip of an outermost loop, in one trip of a loop inside it...
-    last_by_depth: the same of the part that the last program alone executes.
+    last_by_depth: the same of the parts that the last program alone executes, together.
     conditional: those of by_depth that a branch can avoid, other than the guard of a loop.
     skipped: those that are not counted because they call a subroutine and can be avoided.
     """
@@ -104,13 +105,19 @@ def count_program(sass: str) -> ProgramCount:
     body = graph.reachable(0, 0)
     skipped = graph.avoidable_calls(body)
     body &= graph.reachable(0, skipped)
-    head, last = _last_program(graph, body)
-    path = _longest_path(graph, body & ~last, 0)
-    last_path = _longest_path(graph, last, head) if last else 0
+    of_last = _last_program(graph, body)
+    of_all = body
+    for blocks in of_last.values():
+        of_all &= ~blocks
+    path = _longest_path(graph, of_all, 0)
+    last_counts = [
+        _by_depth(graph, _longest_path(graph, blocks, head), graph.loops(blocks, head))
+        for head, blocks in of_last.items()
+    ]
     return ProgramCount(
-        by_depth=_by_depth(graph, path, graph.loops(body & ~last, 0)),
-        last_by_depth=_by_depth(graph, last_path, graph.loops(last, head)) if last else (),
-        conditional=graph.size(_conditional(graph, path, body & ~last)),
+        by_depth=_by_depth(graph, path, graph.loops(of_all, 0)),
+        last_by_depth=tuple(map(sum, zip_longest(*last_counts, fillvalue=0))),
+        conditional=graph.size(_conditional(graph, path, of_all)),
         skipped=graph.size(skipped) + graph.callee_size(skipped),
     )
 
@@ -321,17 +328,22 @@ def _is_avoidable(graph: _Graph, body: int, loops: dict[int, int], i: int) -> bo
     return any(graph.after[j] >> header & 1 for j in _bits(rest))
 
 
-def _last_program(graph: _Graph, body: int) -> tuple[int, int]:
-    """First block and blocks of what only the last program to draw a ticket executes; or (0, 0)."""
+def _last_program(graph: _Graph, body: int) -> dict[int, int]:
+    """{first block: blocks} of each part that only the last program to draw a ticket executes.
+
+    A ticket that is drawn inside such a part, as the second level of a merge does, divides it no
+    further.
+    """
+    found: dict[int, int] = {}
     for i in _ticket_branches(graph, body):
         sides = [
             (j, body & ~graph.reachable(0, ~body, edge=(i, j)))
             for j in _bits(graph.after[i] & body)
         ]
         head, blocks = max(sides, key=lambda side: graph.size(side[1]), default=(0, 0))
-        if blocks:
-            return head, blocks
-    return 0, 0
+        if blocks and not any(blocks & other for other in found.values()):
+            found[head] = blocks
+    return found
 
 
 def _ticket_branches(graph: _Graph, body: int) -> Iterator[int]:

@@ -12,7 +12,7 @@ __all__ = ["expected_bits", "tile_label", "variant_label"]
 _VARIANTS = {
     "conv_fprop_kernel": {
         "in_scale_shift_ptr": "bn+relu in",
-        "stats_ptr": "statistics out",
+        "batch_norm": "statistics out",
         "out_scale_shift_ptr": "bn out",
         "residual_ptr": "residual",
         "RELU": "relu out",
@@ -26,7 +26,7 @@ _VARIANTS = {
     "conv_backward_kernel": {
         "coefficients_ptr": "deferred dy",
         "shortcut_ptr": "shortcut added",
-        "producer_batch_norm_ptr": "bn+relu in, relu mask and sums",
+        "producer": "bn+relu in, relu mask and sums",
     },
     "bn_apply_kernel": {
         "shortcut_ptr": "shortcut",
@@ -60,7 +60,7 @@ def tile_label(launch: Launch) -> str:
     sizes = [str(value) for name, value in args.items() if name.startswith("BLOCK_")]
     text = f"{'x'.join(sizes)} w{launch.num_warps} s{launch.num_stages}"
     if "AHEAD" in args:
-        text += f" h{args.get('PATCH_H', 2)} a{args['AHEAD']}"
+        text += f" h{args['SHAPE'].PATCH_H} a{args['AHEAD']}"
     if "wgrad" in launch.name:
         return f"{text} k{grid[-1]}"
     is_persistent = args.get("PERSISTENT") or grid[0] < args.get("num_tiles", 0)

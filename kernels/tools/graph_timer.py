@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from fastres.kernels.gpu.counters import own_counters
+
 __all__ = ["GRAPH_REPLAYS", "L2", "GraphSampler", "GraphTimer", "Trial", "graph_sample"]
 
 GRAPH_REPLAYS = 10
@@ -23,6 +25,14 @@ class Trial(NamedTuple):
 
     label: str
     run: Callable[[], object]
+
+
+class _Captured(NamedTuple):
+    """A graph of equal calls, and the counters of its launches, which must live as long as it."""
+
+    graph: torch.cuda.CUDAGraph
+    num_calls: int
+    counters: torch.Tensor
 
 
 class GraphSampler:
@@ -65,12 +75,18 @@ class GraphSampler:
                     call()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            # As training captures its step: with counters of its own it has no memset for them.
+            with (
+                own_counters(self.device) as counters,
+                torch.cuda.graph(graph, pool=self._pool, stream=stream),
+            ):
                 for _ in range(num_calls):
                     call()
-        return lambda: self._replay(graph) / num_calls
+        captured = _Captured(graph, num_calls, counters)
+        return lambda: self._seconds(captured)
 
-    def _replay(self, graph: torch.cuda.CUDAGraph) -> float:
+    def _seconds(self, captured: _Captured) -> float:
+        """Of one call."""
         with torch.cuda.device(self.device):
             marks = [
                 (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
@@ -80,10 +96,11 @@ class GraphSampler:
                 if self.cold:
                     self._flush.zero_()
                 start.record()
-                graph.replay()
+                captured.graph.replay()
                 end.record()
             torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in marks) / 1e3 / GRAPH_REPLAYS
+        milliseconds = sum(start.elapsed_time(end) for start, end in marks) / GRAPH_REPLAYS
+        return milliseconds / 1e3 / captured.num_calls
 
 
 def graph_sample(

@@ -19,6 +19,7 @@ from fastres.kernels.gpu.augment import augment_normalize
 from fastres.kernels.gpu.cross_entropy import smooth_cross_entropy_bwd, smooth_cross_entropy_fwd
 from fastres.kernels.gpu.launch import Launch
 from fastres.kernels.gpu.pool_linear import pool_linear_bwd, pool_linear_fwd
+from fastres.kernels.gpu.running_stats import move_running_stats
 from fastres.kernels.gpu.sgd import SGDTensors, SGDUpdate
 from fastres.kernels.gpu.totals import add_to_totals
 from fastres.kernels.tools.networks import (
@@ -140,7 +141,7 @@ def record_update(network: str, batch: int, precision: Precision) -> list[AnyLau
 
     That of `python -m fastres.train --fast` on a GPU, with SGD, as one CUDA graph: learning rate
     and batch are put where the graph reads them, then running statistics, optimizer and sums of the
-    epoch. The scaling of losses of fp16 is left out.
+    epoch; in fp16 the scaling of the loss.
     """
     dtype = precision.dtype
     layers = [s for _, s, count in network_convs(network, batch) for _ in range(count)]
@@ -167,8 +168,7 @@ def _start_step(batch: int, dtype: torch.dtype) -> None:
 def _update_running_statistics(averages: list[torch.Tensor]) -> None:
     """Those of all layers, two vectors each, and the counts of their batches."""
     counts = [_empty(dtype=torch.int64) for _ in averages[::2]]
-    torch._foreach_add_(counts, 1)
-    torch._foreach_lerp_(averages, [torch.empty_like(t) for t in averages], 0.1)
+    move_running_stats(averages, [torch.empty_like(t) for t in averages], counts, 0.1)
 
 
 def _update_parameters(
@@ -183,8 +183,31 @@ def _update_parameters(
             *((p, None) for p in others),
         )
     ]
+    scaling = (
+        _scale_loss([t.grad for t in tensors if t.grad is not None])
+        if dtype == torch.float16
+        else {}
+    )
     update = SGDUpdate([t.param for t in tensors])
-    update(tensors, _empty(), momentum=0.9, nesterov=True)
+    update(tensors, _empty(), momentum=0.9, nesterov=True, **scaling)
+
+
+def _scale_loss(grads: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What torch.amp.GradScaler launches; the optimizer takes the scale out of the gradients.
+
+    The loss times the scale, both ways; whether any gradient is not finite, and the next scale.
+    """
+    loss, scale, tracker = _empty(), _empty(), _empty(dtype=torch.int32)
+    for factor in (loss, torch.empty_like(loss)):
+        factor * scale
+    # Both are copied to the device of the gradients, though it is theirs.
+    inv_scale, found_inf = (
+        torch.full((), value, device="meta").to("meta", copy=True) for value in (1.0, 0.0)
+    )
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale)
+    scaling = {"grad_scale": scale * 1, "found_inf": found_inf + 0}
+    torch._amp_update_scale_(scale, tracker, found_inf, 2.0, 0.5, 2000)
+    return scaling
 
 
 @dataclass(frozen=True)
@@ -199,9 +222,9 @@ class NamedLaunch:
 
 def computes(launch: Launch, shape: ConvShape) -> bool:
     """Whether a launch is of this convolution; what a form leaves fixed is no argument of its."""
-    numbers = shape.constexprs().items()
+    args = {name.removeprefix("SHAPE."): value for name, value in launch.leaves.items()}
     return launch.name.startswith("conv") and all(
-        launch.args.get(name, number) == number for name, number in numbers
+        args.get(name, number) == number for name, number in shape.constexprs().items()
     )
 
 

@@ -145,7 +145,7 @@ def _launches_of(
 
 def _num_launches(name: str, given: dict[str, Any]) -> int:
     """Launches of one call: one, but for a call that works on lists of tensors."""
-    if not name.startswith(("_foreach_", "_fused_")):
+    if not name.startswith(("_foreach_", "_fused_", "_amp_foreach_")):
         return 1
     lists = [len(value) for value in given.values() if isinstance(value, list) and _tensors(value)]
     return -(-max(lists) // _TENSORS_A_LAUNCH[len(lists)])

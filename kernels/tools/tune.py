@@ -4,8 +4,11 @@ Round 1 times, for every convolution of the chosen networks, the forms of its ke
 work, the `triton` and `cudnn` routes: few compilations. Round 2 turns the knobs of the fastest
 form: tiles, patches, load order, warps, stages, programs, parts of a wgrad. Layers that move most
 bytes come first, every candidate is proved right before it is timed, and the table is written after
-each layer, so a run that is cut off loses little. Entries of other GPUs and of other layers stay.
-See tuner.py. Ends with 1 when the GPU stops answering, with 2 when nothing can be measured.
+each layer, so a run that is cut off loses little. Last, whole steps of the networks are timed with
+and without programmatic dependent launch, where the GPU has it (Hopper and later): one switch for
+all its kernels. The rounds leave a seventh of the budget for that. Entries of other GPUs and of
+other layers stay. See tuner.py and tune_pdl.py. Ends with 1 when the GPU stops answering, with 2
+when nothing can be measured.
 """
 
 import argparse
@@ -24,14 +27,18 @@ if TYPE_CHECKING:
     import torch
 
     from fastres.kernels.conv_shape import ConvOp
+    from fastres.kernels.tools.tune_pdl import PdlChoice
     from fastres.kernels.tools.tune_workloads import ConvWorkload
-    from fastres.kernels.tools.tuner import Choice, Tuner
+    from fastres.kernels.tools.tuner import Choice, Timer, Tuner
 
 __all__ = ["main"]
 
 NETWORKS = ("resnet20", "resnet18")
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
 BUDGET = 180.0
+
+# Of the budget, what the rounds leave for programmatic dependent launch.
+PDL_SHARE = 1 / 7
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,8 +102,8 @@ def _print_candidates(workloads: "Sequence[ConvWorkload]", limit: int) -> None:
     """List what would be timed, most valuable layer first."""
     from fastres.kernels.tools.candidates import (
         GpuLimits,
-        Product,
         neighbourhood,
+        product_of,
         start_configs,
     )
 
@@ -107,7 +114,7 @@ def _print_candidates(workloads: "Sequence[ConvWorkload]", limit: int) -> None:
         if not any(variant.need_dx for variant in workload.variants):
             ops.remove("dgrad")
         for op in ops:
-            product = Product(op, workload.shape, workload.precision)
+            product = product_of(op, workload)
             starts = start_configs(product, gpu)
             num_starts += len(starts)
             share = workload.bytes / whole
@@ -120,7 +127,8 @@ def _print_candidates(workloads: "Sequence[ConvWorkload]", limit: int) -> None:
                     print(f"    {config.label}")
     print(
         f"{num_starts} starts of {len(workloads)} layers, and cudnn for each product; then up to "
-        f"{limit} neighbours of the fastest, nearest to the fastest so far first"
+        f"{limit} neighbours of the fastest, nearest to the fastest so far first; then whole steps "
+        "with and without programmatic dependent launch"
     )
 
 
@@ -148,7 +156,39 @@ def _report(choices: "Sequence[Choice]") -> None:
         )
 
 
-def _tuner(options: argparse.Namespace, device: "torch.device", started: float) -> "Tuner":
+def _report_pdl(choice: "PdlChoice") -> None:
+    """Print one line a step: its time both ways; then what is chosen."""
+    for name, (with_it, without) in choice.seconds.items():
+        print(
+            f"{name}: {1e6 * with_it:.1f} us with programmatic dependent launch, "
+            f"{1e6 * without:.1f} us without, {without / with_it:.3f} times"
+        )
+    print(f"programmatic dependent launch: {'on' if choice.enabled else 'off'}", flush=True)
+
+
+def _choose_pdl(options: argparse.Namespace, tuner: "Tuner", out: Path) -> "PdlChoice | None":
+    """Time whole steps with the entries that the table now has."""
+    from fastres.kernels.gpu.launch_table import gpu_name, load_table
+    from fastres.kernels.tools.tune_pdl import StepName, choose_pdl
+
+    names = [
+        StepName(network, batch, precision)
+        for network in options.models
+        for batch in options.batches
+        for precision in options.dtypes
+    ]
+    entries = load_table(out).get(gpu_name(tuner.device), {})
+    return choose_pdl(tuner, names, entries, _step_timer(tuner.device))
+
+
+def _step_timer(device: "torch.device") -> "Timer":
+    """A step fills the L2 cache many times over: what it finds there at first does not matter."""
+    from fastres.kernels.tools.graph_timer import GraphTimer
+
+    return GraphTimer(device, l2="cold")
+
+
+def _tuner(options: argparse.Namespace, device: "torch.device") -> "Tuner":
     import torch
 
     from fastres.kernels.tools.candidates import GpuLimits
@@ -160,11 +200,11 @@ def _tuner(options: argparse.Namespace, device: "torch.device", started: float) 
     return Tuner(
         device,
         GraphTimer(device, l2=options.l2),
-        deadline=started + options.budget,
         gpu=GpuLimits(
             shared_bytes=properties.shared_memory_per_block_optin,
             multiprocessors=properties.multi_processor_count,
             has_tma=properties.major >= 9,
+            has_pdl=properties.major >= 9,
         ),
         limit=options.candidates,
         threads=usable_cores(),
@@ -184,7 +224,9 @@ def _measure(options: argparse.Namespace) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     out = options.out or TABLE_PATH
     started = time.monotonic()
-    tuner, workloads = _tuner(options, device, started), _workloads(options)
+    tuner, workloads = _tuner(options, device), _workloads(options)
+    share = PDL_SHARE if tuner.gpu.has_pdl else 0
+    tuner.deadline = started + options.budget * (1 - share)
     name, measured = gpu_name(device), _provenance(options, device)
     print(f"{name}: {len(workloads)} layers, {options.l2} L2, {options.budget:g} s, table {out}")
     num_layers, written = Counter[str](), set[str]()
@@ -197,6 +239,11 @@ def _measure(options: argparse.Namespace) -> int:
                 written |= set(entries)
             _report(tuned.choices)
             num_layers[tuned.round] += 1
+        tuner.deadline = started + options.budget
+        pdl = _choose_pdl(options, tuner, out)
+        if pdl is not None:
+            merge_table(out, name, {}, measured, pdl=pdl.enabled)
+            _report_pdl(pdl)
     except GpuLostError as error:
         lost = error
     print(

@@ -9,6 +9,8 @@ with the entries that lead so far and with the heuristics.
                      the routes `triton` and `cudnn`; few compilations
     round 2, tiles   the same layers: the knobs of the form that leads, nearest to it first
 
+What is one switch for all kernels of a GPU is chosen after them, see tune_pdl.py.
+
 How time is measured is a `Timer`, so everything else runs and is tested without a GPU.
 """
 
@@ -29,7 +31,12 @@ from fastres.kernels.conv_shape import ConvOp
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu.launch import Launch, recording
 from fastres.kernels.gpu.launch_config import ConvConfig, Form
-from fastres.kernels.gpu.launch_table import TABLE_SCHEMA, assume_entries, load_table
+from fastres.kernels.gpu.launch_table import (
+    TABLE_SCHEMA,
+    assume_entries,
+    forget_table,
+    load_table,
+)
 from fastres.kernels.tools.candidates import (
     GpuLimits,
     Product,
@@ -37,6 +44,7 @@ from fastres.kernels.tools.candidates import (
     heuristic_start,
     im2col_start,
     neighbourhood,
+    product_of,
     start_configs,
 )
 from fastres.kernels.tools.compile_ahead import compile_ahead
@@ -52,7 +60,7 @@ from fastres.kernels.tools.tune_workloads import (
 )
 from fastres.strict_json import dumps
 
-__all__ = ["Choice", "GpuLostError", "Timer", "Tuned", "Tuner", "merge_table"]
+__all__ = ["Choice", "GpuLostError", "Timer", "Tuned", "Tuner", "first_line", "merge_table"]
 
 # Candidates of one race: compiled together, then timed in turns.
 RACE_SIZE = 8
@@ -101,9 +109,16 @@ class Tuned(NamedTuple):
 
 
 def merge_table(
-    path: Path, gpu: str, entries: Mapping[str, ConvConfig], provenance: Mapping[str, Any]
+    path: Path,
+    gpu: str,
+    entries: Mapping[str, ConvConfig],
+    provenance: Mapping[str, Any],
+    *,
+    pdl: bool | None = None,
 ) -> None:
     """Put entries of one GPU into the table at `path`; all others stay. Atomic: all or nothing.
+
+    pdl: whether the GPU starts kernels by programmatic dependent launch; None leaves that too.
 
     Raises: ValueError: when a table is there and malformed.
     """
@@ -115,6 +130,8 @@ def merge_table(
     mine.update({key: asdict(config) for key, config in entries.items()})
     table["gpus"][gpu] = dict(sorted(mine.items()))
     table.setdefault("provenance", {})[gpu] = dict(provenance)
+    if pdl is not None:
+        table.setdefault("pdl", {})[gpu] = pdl
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as stream:
@@ -124,7 +141,7 @@ def merge_table(
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    load_table.cache_clear()
+    forget_table()
 
 
 @dataclass
@@ -240,11 +257,11 @@ class Tuner:
         """
         layers = [(workload, self._contests(workload)) for workload in workloads]
         for workload, contests in layers:
-            if self._is_late():
+            if self.is_late():
                 return
             yield Tuned("forms", self._tune(workload, contests, self._try_forms))
         for workload, contests in layers:
-            if self._is_late():
+            if self.is_late():
                 return
             yield Tuned("tiles", self._tune(workload, contests, self._try_tiles))
 
@@ -260,13 +277,14 @@ class Tuner:
             _Contest(
                 name,
                 workload,
-                tuple(Product(op, workload.shape, workload.precision) for op in ops),
+                tuple(product_of(op, workload) for op in ops),
                 check,
             )
             for name, ops in passes.items()
         ]
 
-    def _is_late(self) -> bool:
+    def is_late(self) -> bool:
+        """Whether the deadline has passed."""
         return self.deadline is not None and self.clock() >= self.deadline
 
     def _tune(
@@ -321,7 +339,7 @@ class Tuner:
         """Race the neighbours of the start, those nearest to the fastest so far first."""
         pool = neighbourhood(contest.products[position], start, self.gpu)
         left = self.limit
-        while left and pool and not self._is_late():
+        while left and pool and not self.is_late():
             centre = contest.fastest(position, start.form) or start
             pool.sort(key=lambda config: distance(config, centre))
             size = min(left, RACE_SIZE)
@@ -335,12 +353,12 @@ class Tuner:
     def _race(self, contest: _Contest, challengers: Iterable[Entries]) -> None:
         """Time the right ones among new challengers, in turns with leader and baseline."""
         new = [entries for entries in dict.fromkeys(challengers) if entries not in contest.tried]
-        if not new or self._is_late():
+        if not new or self.is_late():
             return
         self._compile(contest, new)
         right = []
         for entries in new:
-            if self._is_late():
+            if self.is_late():
                 break
             contest.tried.add(entries)
             wrong = self._fault(contest, entries)
@@ -361,8 +379,8 @@ class Tuner:
 
         Compiling beside a race would hold up the threads that start its kernels.
         """
-        if self.threads and not self._is_late():
-            compile_ahead(self._launches(contest, options), self.threads, self._is_late)
+        if self.threads and not self.is_late():
+            compile_ahead(self._launches(contest, options), self.threads, self.is_late)
 
     def _launches(self, contest: _Contest, options: Sequence[Entries]) -> list[Launch]:
         """What check and race will start, recorded without starting it."""
@@ -388,17 +406,17 @@ class Tuner:
                     self._run(contest, entries, case)
                 self.synchronize()
         except Exception as error:  # Whatever a compiler or a driver raises.
-            self._stop_if_lost(contest.label(entries), error)
-            wrong = _first_line(error)
+            self.stop_if_lost(contest.label(entries), error)
+            wrong = first_line(error)
         return wrong
 
-    def _stop_if_lost(self, candidate: str, error: Exception) -> None:
+    def stop_if_lost(self, candidate: str, error: Exception) -> None:
         """Raise GpuLostError if the GPU fails without the candidate too, as after a bad address."""
         try:
             self.synchronize()
         except Exception:
             raise GpuLostError(
-                f"the GPU fails in every call since it ran {candidate}: {_first_line(error)}"
+                f"the GPU fails in every call since it ran {candidate}: {first_line(error)}"
             ) from error
 
     def _time(self, contest: _Contest, runners: Sequence[Entries]) -> None:
@@ -416,8 +434,8 @@ class Tuner:
             times = self.timer(trials)
         except Exception as error:
             labels = ", ".join(map(contest.label, runners))
-            self._stop_if_lost(f"one of {labels}", error)
-            self.say(f"not timed: {labels}: {_first_line(error)}")
+            self.stop_if_lost(f"one of {labels}", error)
+            self.say(f"not timed: {labels}: {first_line(error)}")
             return
         totals = dict.fromkeys(runners, 0.0)
         for (variant, entries), seconds in zip(places, times, strict=True):
@@ -431,5 +449,6 @@ def _is_fused(entries: Entries) -> bool:
     return entries[0].form == "fused"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]

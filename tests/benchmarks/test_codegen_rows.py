@@ -1,6 +1,7 @@
 """The rows of the codegen report, and the page that is made from them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -89,6 +90,14 @@ def test_issue_time_is_shown_where_a_report_has_it(collected):
     assert "| 7.8 | 24; 6 |" in filled
     assert "| 7.8 |  |" in filled
     assert "issue" not in codegen.fill(page, [(row, provenance) for row in older])
+
+
+def test_the_page_shows_the_newest_report_in_bf16_alone(collected):
+    (row, by), *_ = collected
+    gone = replace(row, case=row.case.replace("conv_fprop_kernel", "gone_kernel"))
+    older = (gone, by | {"date": "2020-01-01T00:00:00+00:00"})
+    other = (gone, by | {"date": "2120-01-01T00:00:00+00:00", "dtype": "fp32-tf32"})
+    assert codegen.fill(PAGE, [older, *collected, other]) == codegen.fill(PAGE, collected)
 
 
 def test_the_page_agrees_with_the_rows(capsys):

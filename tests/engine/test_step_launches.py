@@ -33,21 +33,22 @@ class MetaRuntime(Runtime):
         return nullcontext()
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """Have a fused net on the meta device compute as under autocast of a GPU, in bf16."""
+@pytest.fixture(params=["bf16", "fp16"])
+def precision(request, monkeypatch):
+    """Have a fused net on the meta device compute as under autocast of a GPU."""
+    found = PRECISIONS[request.param]
     for module in (conv_bn, fused_modules):
-        monkeypatch.setattr(module, "cast_dtype", lambda x: torch.bfloat16)
+        monkeypatch.setattr(module, "cast_dtype", lambda x: found.dtype)
     monkeypatch.setattr(conv_bn, "_is_cast", lambda x: x.is_floating_point())
     with force_backend(gpu_backend):
-        yield
+        yield found
 
 
-def launches_of_train_step(network):
+def launches_of_train_step(network, dtype):
     """What one step launches; its inputs are copied as they are for the replay of a graph."""
     runtime = MetaRuntime(
         device=torch.device("meta"),
-        dtype=torch.bfloat16,
+        dtype=dtype,
         channels_last=True,
         route="fused",
         fused_optimizer=True,
@@ -60,24 +61,25 @@ def launches_of_train_step(network):
     step.optimizer.rule._need_device_dtype_check_for_fused = False
     given = torch.empty(BATCH, 3, 32, 32, device="meta", memory_format=torch.channels_last)
     labels = torch.empty(BATCH, dtype=torch.int64, device="meta")
-    # The first step fills the optimizer's table for good.
-    step(0, given.bfloat16(), labels)
+    # The first step fills the optimizer's table for good, and makes the loss scale.
+    step(0, given.to(dtype), labels)
     with recording_all() as launches:
-        inputs = torch.empty_like(given, dtype=torch.bfloat16).copy_(given)
+        inputs = torch.empty_like(given, dtype=dtype).copy_(given)
         step(1, inputs, torch.empty_like(labels).copy_(labels))
     return launches
 
 
 @pytest.mark.parametrize("network", ["resnet20", "resnet18"])
-def test_every_launch_of_the_real_step_is_listed(as_on_a_gpu, network):
-    listed = Counter(map(described, record_update(network, BATCH, PRECISIONS["bf16"])))
-    real = Counter(map(described, launches_of_train_step(network)))
+def test_every_launch_of_the_real_step_is_listed(precision, network):
+    listed = Counter(map(described, record_update(network, BATCH, precision)))
+    real = Counter(map(described, launches_of_train_step(network, precision.dtype)))
     # A graph copies the optimizer's table in each replay; an eager step whose addresses stay, as
     # those on meta do, copies none.
     (table,) = (listed - real).elements()
     assert table[0] == "copy_"
     assert real - listed == Counter()
-    assert real.total() == 7
+    # For fp16 the loss is scaled, gradients are looked at and the scale is moved, in ten launches.
+    assert real.total() == (16 if precision.dtype == torch.float16 else 6)
 
 
 def described(launch):
@@ -109,7 +111,10 @@ def test_bytes_and_arithmetic_of_what_torch_launches():
         x.add_(x)
         x.fill_(1)
         x.float()
-        torch._foreach_add_([torch.empty(3, device="meta") for _ in range(111)], 1)
+        tensors = [torch.empty(3, device="meta") for _ in range(111)]
+        torch._foreach_add_(tensors, 1)
+        scalars = [torch.empty((), device="meta") for _ in range(2)]
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, *scalars)
     found = [(x.name, x.traffic.reads, x.traffic.writes, x.traffic.flops) for x in launches]
     flops = 2 * num_y * 16 * 9
     dw = ("convolution_backward dw", 2 * (num_y + num_x), 2 * num_w, flops)
@@ -123,5 +128,9 @@ def test_bytes_and_arithmetic_of_what_torch_launches():
         ("_to_copy", 2 * num_x, 4 * num_x, 0),
     ]
     # Torch puts at most 110 tensors of one list into a launch.
-    assert [name for name, *_ in found[7:]] == ["_foreach_add_"] * 2
-    assert sum(writes for _, _, writes, _ in found[7:]) == 4 * 3 * 111
+    names = [name for name, *_ in found[7:]]
+    assert names == ["_foreach_add_"] * 2 + ["_amp_foreach_non_finite_check_and_unscale_"] * 2
+    # The second call reads two numbers more, and writes the one that says what it found.
+    for calls, more in ((found[7:9], 0), (found[9:], 1)):
+        assert sum(reads for _, reads, _, _ in calls) == 4 * (3 * 111 + 2 * more)
+        assert sum(writes for _, _, writes, _ in calls) == 4 * (3 * 111 + more)

@@ -7,6 +7,7 @@ from fastres.kernels import block as block_ops
 from fastres.kernels.block import Block
 from fastres.kernels.conv_types import ConvBN, ConvBNGrads
 from fastres.kernels.gpu import backend as gpu_backend
+from fastres.kernels.gpu import counters, last_program
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.launch_table import force_pdl, uses_pdl
 from fastres.kernels.reference import backend as reference_backend
@@ -183,3 +184,39 @@ def test_byte_budget_of_a_basic_block(name):
     rest = total - passes * x.numel() * 2 - filters
     # Partials of statistics, of sums and of split filter gradients, those of groups among them.
     assert 0 < rest <= 0.16 * passes * x.numel() * 2
+
+
+@pytest.mark.usefixtures("strict_memory")
+@pytest.mark.parametrize(
+    ("size", "layer_sizes", "projection_size"),
+    [
+        ((8, 16, 16, 8), [(16, 16, 3, 1), (16, 16, 3, 1)], None),
+        ((5, 16, 9, 8), [(32, 16, 3, 2), (32, 32, 3, 1)], (32, 16, 1, 2)),
+        ((3, 64, 8, 8), [(64, 64, 3, 1), (64, 64, 3, 1)], None),
+    ],
+)
+def test_launches_of_a_stream_share_its_counters_and_leave_zeros(
+    size, layer_sizes, projection_size, monkeypatch
+):
+    """In the forms that the rules choose; a launch that counts twice has counters for each."""
+    generator = torch.Generator().manual_seed(0)
+    x = channels_last(torch.randn(size, generator=generator), torch.bfloat16)
+    layers = [make_layer(*layer, x.dtype, generator) for layer in layer_sizes]
+    projection = projection_size and make_layer(*projection_size, x.dtype, generator)
+    block = Block(layers, projection, "projected" if projection else "input")
+    expected = step(block, x, None, gpu_backend)
+
+    monkeypatch.setattr(counters, "BUFFER_SIZE", 24)
+    monkeypatch.setattr(counters, "_of_stream", {})
+    next_of_stream = counters._next_of_stream
+    monkeypatch.setattr(
+        last_program, "zero_counters", lambda like, count: next_of_stream(like.device, 0, count)
+    )
+    out, dx, grads = step(block, x, None, gpu_backend)
+    (slices,) = counters._of_stream.values()
+    assert slices.used > 0
+    assert not slices.buffer.any()
+    torch.testing.assert_close(out, expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(dx, expected[1], rtol=0, atol=0)
+    for got, want in zip(grads, expected[2], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)

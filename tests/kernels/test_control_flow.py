@@ -245,6 +245,20 @@ def test_the_last_of_a_persistent_program():
     assert count.last_by_depth == (3, 3)
 
 
+def test_each_of_two_results_is_finished_by_a_last_program():
+    """One after the other; in the first, a second level draws a ticket of its own."""
+    level = TICKET + "@P1 BRA joined\nIADD3 R4, R4, R6, RZ\njoined: NOP"
+    first = TICKET + "@P1 BRA next" + LAST + level.strip() + "\nnext: MOV R1, R2"
+    second = TICKET + "@P1 BRA after" + LAST.replace("loop", "again") + "after: MOV R1, R2"
+    source = first + second
+    count = count_program(assembled(source + PADDING))
+    # Twice a ticket, its branch and what follows it.
+    assert count.by_depth == (2 * 9 + 1,)
+    # In both: a load, a store, a loop of three; in the second level a ticket and what it decides.
+    assert count.last_by_depth == (2 + 7 + 3 + 2, 2 * 3)
+    assert count.conditional == 0
+
+
 @pytest.mark.parametrize(
     "changed",
     [

@@ -46,6 +46,8 @@ SHAPES = {
     "odd height": ConvShape(3, 3, 4, 32, 16),
     "one pixel": ConvShape(2, 1, 1, 16, 16),
     "wide": ConvShape(1, 4, 4, 64, 64),
+    "many filters": ConvShape(2, 5, 4, 16, 64),
+    "more filters": ConvShape(2, 4, 7, 32, 64),
     "strided": ConvShape(4, 8, 8, 16, 32, stride=2),
     "strided, odd": ConvShape(3, 5, 7, 16, 32, stride=2),
     "strided, one pixel": ConvShape(2, 1, 1, 16, 16, stride=2),
@@ -153,6 +155,9 @@ WGRAD = [
     ("odd height", BF16, True, True, 4, 2, 1),
     ("one pixel", BF16, True, True, 2, 2, 1),
     ("wide", FP16, False, False, 1, 4, 1),
+    ("many filters", BF16, True, True, 2, 2, 2),
+    ("many filters", FP16, False, False, 1, 8, 1),
+    ("more filters", BF16, True, True, 1, 4, 2),
 ]
 
 
@@ -162,7 +167,9 @@ WGRAD = [
 def test_wgrad(name, dtype, prologue, deferred, patch_h, patch_w, split_k):
     shape = SHAPES[name]
     t = make_tensors(shape, dtype)
-    config = replace(PATCHES, patch_h=patch_h, patch_w=patch_w, split_k=split_k)
+    # All 64 filters are rows of a product that has fewer channels.
+    block_n = 64 if shape.C < shape.K == 64 else 16
+    config = replace(PATCHES, block_n=block_n, patch_h=patch_h, patch_w=patch_w, split_k=split_k)
     with recording() as launches:
         dw = conv_wgrad(
             t.x,

@@ -55,6 +55,7 @@ SHAPES = {
     "one pixel": ConvShape(3, 1, 1, 16, 16),
     "stem": ConvShape(2, 8, 16, 3, 16),
     "odd stem": ConvShape(2, 9, 7, 3, 32),
+    "odd stem of 16": ConvShape(3, 9, 7, 3, 16),
     "one channel": ConvShape(1, 8, 6, 1, 16),
     "four channels": ConvShape(1, 6, 8, 4, 16),
 }
@@ -192,6 +193,8 @@ WGRAD = [
     ("one pixel", BF16, True, True, FLAT),
     ("stem", BF16, False, True, replace(TALL, split_k=2)),
     ("odd stem", FP16, True, True, FLAT),
+    ("odd stem of 16", BF16, True, True, replace(TALL, split_k=3)),
+    ("odd stem of 16", FP16, False, False, FLAT),
     ("one channel", BF16, False, False, TALL),
     ("four channels", BF16, True, True, TALL),
 ]
@@ -247,7 +250,7 @@ def test_padding_stays_zero_although_shifts_are_not(config, in_strips):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name", ["whole", "odd", "stem"])
+@pytest.mark.parametrize("name", ["whole", "odd", "stem", "odd stem of 16"])
 def test_nan_and_inf_come_through_and_stay_in_their_image(name, poison, in_strips):
     shape = SHAPES[name]
     t = make_tensors(shape, BF16)

@@ -1,4 +1,4 @@
-"""The machine code of head, loss, augmentation and SGD, compiled for GPUs that need not be here.
+"""The machine code of head, loss, augmentation and of what else a step launches, without a GPU.
 
 Kernels are interpreted in the test process, so they are compiled in another one, which this file
 is the program of.
@@ -18,6 +18,7 @@ from fastres.kernels.gpu.augment import augment_normalize
 from fastres.kernels.gpu.cross_entropy import smooth_cross_entropy_bwd, smooth_cross_entropy_fwd
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.pool_linear import pool_linear_bwd, pool_linear_fwd
+from fastres.kernels.gpu.running_stats import MAX_AVERAGES, move_running_stats
 from fastres.kernels.gpu.sgd import SGDTensors, SGDUpdate
 from fastres.kernels.gpu.totals import add_to_totals
 from fastres.kernels.tools.machine_code import compile_launch
@@ -58,12 +59,18 @@ def start_augmentation(dtype):
 
 
 def start_step(dtype):
-    """SGD with a copy of one parameter, a whole chunk and a tail, and the sums of an epoch."""
+    """SGD with a copy of one parameter, a whole chunk and a tail; sums; running statistics.
+
+    Of the latter as many as a launch takes, so as many arguments as there are at most.
+    """
     p = meta(1500)
     tensors = SGDTensors(p, p, p, meta(1500, dtype=dtype), 5e-4)
     SGDUpdate([p])([tensors], meta(), momentum=0.9, nesterov=True)
     logits, labels = meta(512, 10, dtype=dtype), meta(512, dtype=torch.int64)
     add_to_totals(meta(4, dtype=torch.float64), meta(), logits, labels)
+    averages, values = ([meta(512) for _ in range(MAX_AVERAGES)] for _ in range(2))
+    counts = [meta(dtype=torch.int64) for _ in range(MAX_AVERAGES)]
+    assert move_running_stats(averages, values, counts, 0.1)
 
 
 GROUPS = {
@@ -114,6 +121,9 @@ def test_machine_code(codes, group):
         if code["kernel"] == "sgd_kernel":
             # Two each of parameter, gradient and buffer in a whole chunk; a tail goes one by one.
             assert code["wide_loads"] >= 6, code
+            assert code["wide_stores"] >= 4, code
+        if code["kernel"] == "running_stats_kernel":
+            assert code["wide_loads"] >= 8, code
             assert code["wide_stores"] >= 4, code
 
 

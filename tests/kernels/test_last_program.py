@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastres.kernels.conv_types import BatchNorm, LayerState
 from fastres.kernels.gpu import counters, last_program
 from fastres.kernels.gpu.counters import own_counters, zero_counters
 from fastres.kernels.gpu.epilogue import channel_stats
@@ -13,8 +14,9 @@ from fastres.kernels.gpu.last_program import (
     allocate_partials,
     finish_batch_norm,
     finish_batch_norm_backward,
+    finish_grads,
+    finish_stats,
     is_last,
-    stats_row,
     store_partial,
     store_stats,
     store_sums,
@@ -40,8 +42,8 @@ def _tickets_kernel(counter_ptr, last_ptr):
 
 @triton.jit
 def _stats_kernel(
-    order_ptr, y_ptr, stats_ptr, counters_ptr, gamma_ptr, beta_ptr, out_ptr, num_rows, num_tiles,
-    eps, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    order_ptr, y_ptr, batch_norm, num_rows, num_tiles, K: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(1)
     program = tl.load(order_ptr + tl.program_id(0))
@@ -55,35 +57,29 @@ def _stats_kernel(
         mean = tl.sum(y, axis=0) / count
         distance = tl.where(mask, y - mean[None, :], 0.0)
         m2 = tl.sum(distance * distance, axis=0)
-        store_stats(stats_ptr, tile, count, mean, m2, offs_k, mask_k, K)
-    finish_batch_norm(
-        stats_ptr, counters_ptr, gamma_ptr, beta_ptr, out_ptr, num_rows, eps, offs_k, mask_k,
-        column, program, tl.num_programs(0), num_tiles, K, GROUP,
-    )  # fmt: skip
+        store_stats(batch_norm.partials_ptr, tile, count, mean, m2, offs_k, mask_k, K)
+    finish_batch_norm(batch_norm, offs_k, column, program, tl.num_programs(0), num_tiles, K)
 
 
 @triton.jit
 def _sums_kernel(
-    sums_in_ptr, sums_ptr, counters_ptr, stats_ptr, gamma_ptr, coefficients_ptr, dgamma_ptr,
-    dbeta_ptr, stats_s_ptr, gamma_s_ptr, coefficients_s_ptr, dgamma_s_ptr, dbeta_s_ptr, num_tiles,
-    num_pixels, C: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
+    sums_ptr, batch_norm, shortcut_batch_norm, num_tiles, C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(1)
     offs_c = column * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        row_ptr = sums_in_ptr + tile * 3 * C + offs_c
+        row_ptr = sums_ptr + tile * 3 * C + offs_c
         g = tl.load(row_ptr, mask=mask_c)
         gy = tl.load(row_ptr + C, mask=mask_c)
-        if stats_s_ptr is not None:
+        if shortcut_batch_norm is not None:
             gy_s = tl.load(row_ptr + 2 * C, mask=mask_c)
-            store_sums(sums_ptr, tile, g, gy, gy_s, offs_c, mask_c, C)
+            store_sums(batch_norm.partials_ptr, tile, g, gy, gy_s, offs_c, mask_c, C)
         else:
-            store_sums(sums_ptr, tile, g, gy, None, offs_c, mask_c, C)
+            store_sums(batch_norm.partials_ptr, tile, g, gy, None, offs_c, mask_c, C)
     finish_batch_norm_backward(
-        sums_ptr, counters_ptr, stats_ptr, gamma_ptr, coefficients_ptr, dgamma_ptr, dbeta_ptr,
-        stats_s_ptr, gamma_s_ptr, coefficients_s_ptr, dgamma_s_ptr, dbeta_s_ptr, num_pixels,
-        offs_c, mask_c, column, tl.program_id(0), tl.num_programs(0), num_tiles, C, GROUP,
+        batch_norm, offs_c, column, tl.program_id(0), tl.num_programs(0), num_tiles, C,
+        shortcut_batch_norm,
     )  # fmt: skip
 
 
@@ -153,17 +149,16 @@ def run_stats(y, num_programs, num_tiles, order=None):
     """Statistics of y (rows, CHANNELS): (5, CHANNELS), and the counters afterwards."""
     rows = triton.cdiv(len(y), num_tiles)
     columns = triton.cdiv(CHANNELS, BLOCK)
-    parts = allocate_partials(
-        y, stats_row(CHANNELS), num_programs, num_tiles=num_tiles, num_columns=columns
+    batch_norm = BatchNorm(normal(CHANNELS, seed=1), normal(CHANNELS, seed=2), EPS)
+    finish, stats = finish_stats(
+        y, batch_norm, num_programs, num_tiles=num_tiles, num_columns=columns
     )
-    out, gamma, beta = y.new_empty(5, CHANNELS), normal(CHANNELS, seed=1), normal(CHANNELS, seed=2)
     order = torch.arange(num_programs) if order is None else order
     _stats_kernel[(num_programs, columns)](
-        order.to(DEVICE, torch.int32), y, parts.buffer, parts.counters, gamma, beta, out, len(y),
-        num_tiles, EPS,
-        K=CHANNELS, ROWS=triton.next_power_of_2(rows), BLOCK_K=BLOCK, GROUP=parts.group,
+        order.to(DEVICE, torch.int32), y, **finish.args, num_rows=len(y), num_tiles=num_tiles,
+        K=CHANNELS, ROWS=triton.next_power_of_2(rows), BLOCK_K=BLOCK,
     )  # fmt: skip
-    return out, parts.counters
+    return stats, finish.args["batch_norm"].counters_ptr
 
 
 def test_one_program_is_the_last():
@@ -249,23 +244,23 @@ def test_nan_and_inf_stay_in_their_channels():
 def test_gradient_sums(num_programs, num_tiles, projected):
     c, columns, num_pixels = CHANNELS, triton.cdiv(CHANNELS, BLOCK), 640
     sums = normal(num_tiles, 3, c)
-    parts = allocate_partials(
-        sums, (3 if projected else 2) * c, num_programs, num_tiles=num_tiles, num_columns=columns
-    )
-    norms = []
-    for seed in range(1, 3):
-        stats, gamma = normal(5, c, seed=seed), normal(c, seed=10 + seed)
-        outputs = sums.new_empty(3, c), sums.new_empty(c), sums.new_empty(c)
-        norms.append((stats, gamma, *outputs))
-    given = norms[1] if projected else [None] * 5
+    g = sums.new_empty(num_pixels // 64, c, 8, 8)
+    layers = {
+        "batch_norm": (LayerState(g, normal(5, c, seed=1)), normal(c, seed=11)),
+        "shortcut_batch_norm": (None, None),
+    }
+    if projected:
+        layers["shortcut_batch_norm"] = LayerState(g, normal(5, c, seed=2)), normal(c, seed=12)
+    finish, grads = finish_grads(g, layers, num_programs, num_tiles=num_tiles, num_columns=columns)
     _sums_kernel[(num_programs, columns)](
-        sums, parts.buffer, parts.counters, *norms[0], *given, num_tiles, num_pixels,
-        C=c, BLOCK_C=BLOCK, GROUP=parts.group,
-    )  # fmt: skip
-    assert not parts.counters.any()
+        sums, **finish.args, num_tiles=num_tiles, C=c, BLOCK_C=BLOCK
+    )
+    assert not finish.args["batch_norm"].counters_ptr.any()
+    assert (grads[1] is not None) == projected
     total, size = sums.double().sum(0), sums.double().abs().sum(0)
-    for i, (stats, gamma, coefficients, dgamma, dbeta) in enumerate(norms[: 1 + projected]):
-        mean, rstd = stats[0].double(), stats[2].double()
+    for i, (state, gamma) in enumerate(list(layers.values())[: 1 + projected]):
+        (_, _, coefficients), dgamma, dbeta = grads[i]
+        mean, rstd = state.stats[0].double(), state.stats[2].double()
         assert_statistics("dbeta", dbeta, total[0], size[0])
         assert_statistics("dgamma", dgamma, total[1 + i] * rstd, size[1 + i] * rstd.abs())
         c0 = gamma.double() * rstd
@@ -317,3 +312,22 @@ def test_launches_inside_own_counters_share_none(monkeypatch):
     slices[0].add_(1)
     assert buffer.tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
     assert not slices[1].any()
+
+
+def test_counters_of_a_stream_go_around_and_never_overlap_in_a_launch(monkeypatch):
+    monkeypatch.setattr(counters, "BUFFER_SIZE", 12)
+    monkeypatch.setattr(counters, "_of_stream", {})
+
+    def first(stream, count):
+        taken = counters._next_of_stream(torch.device("cpu"), stream, count)
+        assert len(taken) == count
+        return taken.storage_offset(), taken.untyped_storage().data_ptr()
+
+    (a, buffer), (b, same), (c, _) = first(1, 3), first(1, 6), first(1, 4)
+    assert (a, b, c) == (0, 3, 0)
+    assert same == buffer
+    assert first(2, 4)[1] != buffer
+    # A buffer holds two of the largest count, or the second of a launch might meet the first.
+    _, larger = first(1, 7)
+    assert larger != buffer
+    assert len(counters._of_stream[torch.device("cpu"), 1].buffer) == 28

@@ -179,7 +179,7 @@ def test_recording_counts_each_operand_once_and_runs_nothing_on_meta():
     fprop, wgrad = (launch.traffic for launch in launches)
     num_y = 4 * 32 * 8 * 8
     # The last program reads the partials of all, those of groups among them.
-    partials = launches[0].args["stats_ptr"].numel()
+    partials = launches[0].args["batch_norm"].partials_ptr.numel()
     assert fprop == Traffic(
         reads=2 * (x.numel() + w.numel()) + 4 * (partials + 2 * 32),
         writes=2 * num_y + 4 * (partials + 5 * 32),
@@ -194,8 +194,30 @@ def test_recording_counts_each_operand_once_and_runs_nothing_on_meta():
     assert nothing == []
 
 
+def test_a_record_looks_inside_named_tuples():
+    x = torch.empty(4, 16, 8, 8, dtype=BF16, device="meta", memory_format=torch.channels_last)
+    w = torch.empty(16, 16, 3, 3, dtype=BF16, device="meta", memory_format=torch.channels_last)
+    gamma, beta = torch.empty(16, device="meta"), torch.empty(16, device="meta")
+    config = ConvConfig(16, 16, 16, 4, 1, form="pixel")
+    with recording() as launches:
+        conv_fprop(x, w, padding=1, batch_norm=BatchNorm(gamma, beta, 0.25), config=config)
+    (made,) = launches
+    assert made.tensors["batch_norm.gamma_ptr"] is gamma
+    assert made.tensors["batch_norm.beta_ptr"] is beta
+    assert {*made.tensors} == {
+        "x_ptr", "w_ptr", "y_ptr", "batch_norm.partials_ptr", "batch_norm.counters_ptr",
+        "batch_norm.gamma_ptr", "batch_norm.beta_ptr", "batch_norm.stats_ptr",
+    }  # fmt: skip
+    assert (made.leaves["SHAPE.H"], made.leaves["SHAPE.WHOLE"]) == (8, True)
+    assert (made.leaves["batch_norm.eps"], made.leaves["batch_norm.GROUP"]) == (0.25, 2)
+    assert made.leaves["batch_norm.num_pixels"] == 4 * 8 * 8
+    assert not {"batch_norm", "SHAPE"} & made.leaves.keys()
+
+
 @pytest.mark.skipif(HAS_GPU, reason="one device is enough to mix with meta")
-def test_tensors_on_two_devices_are_refused():
-    x, w = channels_last(torch.zeros(1, 16, 4, 4)), torch.zeros(16, 16, 1, 1, device="meta")
+@pytest.mark.parametrize(("device_w", "device_gamma"), [("meta", "cpu"), ("cpu", "meta")])
+def test_tensors_on_two_devices_are_refused(device_w, device_gamma):
+    x, w = channels_last(torch.zeros(1, 16, 4, 4)), torch.zeros(16, 16, 1, 1, device=device_w)
+    batch_norm = BatchNorm(torch.ones(16, device=device_gamma), torch.zeros(16))
     with pytest.raises(ValueError, match="all tensors must be on one device"):
-        conv_fprop(x, w)
+        conv_fprop(x, w, batch_norm=batch_norm)

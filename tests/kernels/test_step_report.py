@@ -29,7 +29,7 @@ BOUNDS = {
     "resnet20 inference": 180,
     "resnet18 inference": 880,
 }
-MAX_LAUNCHES = {"resnet20 training": 90, "resnet18 training": 122}
+MAX_LAUNCHES = {"resnet20 training": 90, "resnet18 training": 121}
 
 # A launch has grown when its sum is more than this above what is recorded, in microseconds.
 TOLERANCE = 1.0

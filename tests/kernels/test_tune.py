@@ -1,26 +1,31 @@
 """The tuner: everything but the time that a GPU takes, with a timer that is told the times."""
 
 import fnmatch
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
+import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastres.kernels.conv_shape import ConvShape
 from fastres.kernels.gpu import backend as gpu_backend
-from fastres.kernels.gpu import launch_table
+from fastres.kernels.gpu import counters, launch_table
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.launch_config import ConvConfig
-from fastres.kernels.gpu.launch_rules import tma_config
-from fastres.kernels.gpu.launch_table import gpu_name, load_table
+from fastres.kernels.gpu.launch_rules import pixel_config, tma_config
+from fastres.kernels.gpu.launch_table import assume_entries, gpu_name, load_table
 from fastres.kernels.reference import backend as reference_backend
 from fastres.kernels.tools import graph_timer, tune
 from fastres.kernels.tools.candidates import (
@@ -31,6 +36,7 @@ from fastres.kernels.tools.candidates import (
     heuristic_start,
     im2col_start,
     neighbourhood,
+    product_of,
     start_configs,
 )
 from fastres.kernels.tools.graph_timer import L2, GraphTimer, Trial
@@ -191,8 +197,9 @@ def test_where_cudnn_leads_by_far_no_tiles_are_tried(instant):
         run(timer, [STEM], limit=3)
         return len({label for label in timer.labels if "cudnn" not in label})
 
-    assert tiles_tried(TILE_GAIN * 1.1) == 2
-    assert tiles_tried(TILE_GAIN / 1.1) == 2 + 2 * 3
+    # The start of fprop, and that of wgrad with a dy that is formed or stored.
+    assert tiles_tried(TILE_GAIN * 1.1) == 3
+    assert tiles_tried(TILE_GAIN / 1.1) == 3 + 2 * 3
 
 
 def test_a_form_competes_in_both_passes_and_its_knobs_are_turned(instant, monkeypatch):
@@ -260,7 +267,8 @@ def test_wrong_heuristics_are_replaced_by_what_is_right(monkeypatch):
     honest = gpu_backend.conv_wgrad
 
     def broken(*args, config, **options):
-        return honest(*args, config=config, **options) * (1.05 if config == heuristic else 1)
+        is_wrong = replace(config, stored=False) == heuristic
+        return honest(*args, config=config, **options) * (1.05 if is_wrong else 1)
 
     monkeypatch.setattr(gpu_backend, "conv_wgrad", broken)
     choices, left_out = run(Told(lambda label: 1 + label.count("cudnn")), limit=1)
@@ -509,9 +517,10 @@ def test_tiles_are_distinct_fit_and_are_sorted_by_distance(op, precision):
     itemsize = PRECISIONS[precision].dtype.itemsize
     for network in NETWORKS:
         for product in products(op, PRECISIONS[precision], network):
-            (start,) = start_configs(product, gpu)
+            start, stored = start_configs(product, gpu)
             found = neighbourhood(product, start, gpu)
             assert start == im2col_start(product)
+            assert stored == replace(start, stored=True)
             assert start not in found
             assert len(found) == len(set(found)) >= 12, product
             distances = [distance(config, start) for config in found]
@@ -532,21 +541,22 @@ def test_candidates_by_tma_are_offered_where_a_gpu_has_it(op):
     for product in products(op) + products(op, network="resnet20"):
         start = tma_config(op, product.shape, torch.bfloat16)
         by_tma = [config for config in start_configs(product, gpu) if config.form == "tma"]
-        assert by_tma == ([] if start is None else [start])
+        assert by_tma == ([] if start is None else [start, replace(start, stored=True)])
         assert all(c.form != "tma" for c in start_configs(product, GpuLimits(has_tma=False)))
         if start is None:
             continue
         found = neighbourhood(product, start, gpu)
         assert all(config.tma_tile(op, product.shape) for config in found)
-        tiles = -(-product.shape.gemm(op).m // start.block_m) * -(
-            -product.shape.gemm(op).n // start.block_n
-        )
-        sizes = [size for size in (78, 156, 312) if size < tiles]
+        columns = -(-product.shape.gemm(op).n // start.block_n)
+        tiles = -(-product.shape.gemm(op).m // start.block_m) * columns
+        # Whole multiples: all tiles of a program have the same filters.
+        sizes = [size // columns * columns for size in (78, 156, 312) if size < tiles]
         assert {replace(start, grid_size=size) for size in sizes} <= set(found[: len(sizes) + 8])
 
 
 def knob_values(configs):
-    names = ("block_m", "patch_h", "ahead", "num_warps", "num_stages", "grid_size", "split_k")
+    names = ("block_m", "block_n", "block_k", "patch_h", "patch_w", "ahead", "num_warps")
+    names += ("num_stages", "grid_size", "split_k")
     return {name: {getattr(config, name) for config in configs} for name in names}
 
 
@@ -559,21 +569,23 @@ STAGE1 = ConvShape(512, 32, 32, 16, 16)
         ("strip", "fprop", {0, 2, 3, 4, 6}),
         ("strip", "dgrad", {0, 2, 3, 4, 6}),
         ("strip", "wgrad", {0, 2, 3, 4, 6}),
-        ("pixel", "fprop", {0, 8, 12, 16, 24}),
         ("fused", "dgrad", {0, 2, 3, 4, 6}),
     ],
 )
-def test_the_knobs_of_patches_are_all_turned(form, op, ahead):
+def test_the_knobs_of_strips_are_all_turned(form, op, ahead):
     start = ConvConfig(64, 16, 16, 4, 1, split_k=33 if op == "wgrad" else 1, form=form, patch_h=4)
     programs = {0, 132, 264, 528}
     if form == "fused":
         start, programs = replace(start, grid_size=264), programs - {0}
     found = neighbourhood(Product(op, STAGE1, BF16), start, GpuLimits(multiprocessors=132))
     assert len(found) == len(set(found))
-    assert {(c.form, c.block_n, c.block_k) for c in found} == {(form, 16, 16)}
+    assert {c.form for c in found} == {form}
     assert knob_values(found) == {
         "block_m": {32, 64, 128},
+        "block_n": {16},
+        "block_k": {16},
         "patch_h": {2, 4},
+        "patch_w": {2},
         "ahead": ahead,
         "num_warps": {4, 8},
         "num_stages": {1, 2, 3},
@@ -587,6 +599,61 @@ def test_the_knobs_of_patches_are_all_turned(form, op, ahead):
     assert len(alone) < 24
 
 
+def shape_of(size, c, k=None, window=(3, 3, 1, 1), n=512):
+    return ConvShape(n, size, size, c, k or c, *window)
+
+
+# Of one program a tile: the window has 16 places, and of a strided dgrad 4 or 1.
+@pytest.mark.parametrize(
+    ("op", "shape", "ahead"),
+    [
+        ("fprop", shape_of(16, 32), {0, 1, 2, 4, 8, 15}),
+        ("dgrad", shape_of(16, 32), {0, 1, 2, 4, 8, 15}),
+        ("dgrad", shape_of(32, 16, 32, (3, 3, 2, 1)), {0, 1, 2, 3}),
+        ("dgrad", shape_of(32, 16, 32, (1, 1, 2, 0)), {0}),
+    ],
+)
+def test_of_pixels_only_the_knobs_that_the_kernel_reads_are_turned(op, shape, ahead):
+    start = pixel_config(op, shape, torch.bfloat16)
+    values = knob_values([start, *neighbourhood(Product(op, shape, BF16), start, GPU)])
+    turned = {name: found for name, found in values.items() if len(found) > 1}
+    expected = {"block_m": {32, 64, 128}, "num_warps": {4, 8}, "ahead": ahead}
+    assert turned == {name: found for name, found in expected.items() if len(found) > 1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch"), [(shape_of(8, 64), (1, 8)), (shape_of(32, 64), (2, 2))]
+)
+def test_every_knob_of_a_pixel_wgrad_is_turned_around_the_patch_of_the_rules(shape, patch):
+    start = pixel_config("wgrad", shape, torch.bfloat16)
+    assert (start.patch_h, start.patch_w) == patch
+    found = neighbourhood(Product("wgrad", shape, BF16), start, GPU)
+    near = found[:24]
+    # Each knob alone, all others those of the rules.
+    alone = knob_values([config for config in near if distance(config, start) == 1])
+    num_tiles = shape.N * (shape.H // patch[0]) * (shape.W // patch[1]) // start.block_m
+    splits = {min(start.split_k * times // 2, num_tiles) for times in (1, 2, 4, 8, 16)}
+    assert alone["split_k"] == splits
+    assert len(alone["ahead"]) >= 3
+    assert len(alone["block_m"]) >= 2
+    assert alone["num_warps"] == {4, 8}
+    assert alone["num_stages"] == {1, 2, 3}
+    assert len(alone["block_n"]) >= 2
+    assert len(alone["patch_h"]) * len(alone["patch_w"]) >= 2
+    assert {(c.patch_h, c.patch_w) for c in found} == {(1, 2), (1, 4), (1, 8), (2, 2), (2, 4)}
+    assert {c.block_n for c in found} == {16, 32, 64}
+
+
+def test_parts_are_no_more_than_tiles_of_the_patches_at_hand():
+    shape = shape_of(8, 64, n=8)
+    start = pixel_config("wgrad", shape, torch.bfloat16)
+    # 8 images of 8 patches of one row, or of 16 of two rows by two columns.
+    tiles = {(1, 8): 64, (2, 2): 128}
+    for config in neighbourhood(Product("wgrad", shape, BF16), start, GPU):
+        patches = tiles.get((config.patch_h, config.patch_w))
+        assert patches is None or config.split_k <= -(-patches // config.block_m)
+
+
 def test_patches_that_cannot_fit_the_registers_are_left_out():
     wide = ConvShape(512, 8, 8, 64, 64)
     start = ConvConfig(64, 64, 64, 4, 1, form="pixel")
@@ -595,8 +662,130 @@ def test_patches_that_cannot_fit_the_registers_are_left_out():
     assert not any((c.block_m, c.num_warps) == (128, 4) for c in found)
     assert any((c.block_m, c.num_warps) == (128, 8) for c in found)
     assert any((c.block_m, c.num_warps, c.ahead) == (32, 4, 8) for c in found)
-    # There are 512 * 16 patches: no more programs than tiles.
-    assert max(c.grid_size for c in found if c.block_m == 64) <= 128
+
+
+def test_programs_are_fewer_than_tiles():
+    start = ConvConfig(64, 16, 16, 4, 1, form="strip", patch_h=4)
+    shape = shape_of(16, 16, n=32)
+    found = neighbourhood(Product("fprop", shape, BF16), start, GpuLimits(multiprocessors=8))
+    # There are 32 * 32 patches of 4x2.
+    assert max(c.grid_size for c in found if (c.block_m, c.patch_h) == (64, 4)) == 8
+    assert max(c.grid_size for c in found if (c.block_m, c.patch_h) == (32, 2)) == 32
+
+
+DIFFERENT_LAUNCHES = {
+    "stage 1": shape_of(32, 16),
+    "stage 2": shape_of(16, 32),
+    "stage 3": shape_of(8, 64),
+    "ResNet-18": shape_of(32, 64),
+    "few images": shape_of(8, 16, n=3),
+    "odd": ConvShape(40, 7, 9, 32, 32),
+    "stem": shape_of(32, 3, 16),
+    "strided": shape_of(32, 16, 32, (3, 3, 2, 1)),
+    "projection": shape_of(16, 32, 64, (1, 1, 2, 0)),
+    "wide": shape_of(4, 512, n=64),
+}
+
+
+def case_on_meta(shape):
+    """A case of one image, then of them all without numbers."""
+    one = make_case(replace(shape, N=1), INNER, torch.bfloat16, torch.device("cpu"))
+
+    def of_all(t):
+        is_batch = t.dim() == 4 and t.shape[0] == 1
+        size = (shape.N, *t.shape[1:]) if is_batch else t.shape
+        layout = torch.channels_last if t.dim() == 4 else torch.contiguous_format
+        return torch.empty(size, dtype=t.dtype, device="meta", memory_format=layout)
+
+    return one._map(of_all)
+
+
+def described(value):
+    """An argument as far as it decides which code runs on which tiles."""
+    if isinstance(value, TensorDescriptor):
+        return tuple(value.block_shape)
+    return None if isinstance(value, torch.Tensor) else value
+
+
+def launch_of(case, product, config):
+    """What a pass of a layer launches with one configuration of a product, on meta tensors."""
+    ops = ["fprop"] if product.op == "fprop" else ["dgrad", "wgrad"]
+    entries = {p.key: im2col_start(p) for p in (product._replace(op=op) for op in ops)}
+    with recording() as launches, assume_entries(entries | {product.key: config}):
+        case.run("forward" if product.op == "fprop" else "backward", gpu_backend)
+    return tuple(
+        (
+            launch.name,
+            launch.grid,
+            launch.num_warps,
+            launch.num_stages,
+            *((name, described(value)) for name, value in sorted(launch.args.items())),
+        )
+        for launch in launches
+    )
+
+
+@pytest.mark.parametrize("op", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("name", DIFFERENT_LAUNCHES)
+def test_no_two_candidates_are_the_same_launch(name, op):
+    """Of starts and the neighbours of each: kernel, grid, compile-time arguments, warps, stages."""
+    shape = DIFFERENT_LAUNCHES[name]
+    product, gpu = Product(op, shape, BF16), GpuLimits(multiprocessors=5)
+    case = case_on_meta(shape)
+    starts = start_configs(product, gpu)
+    found = {config: launch_of(case, product, config) for config in starts}
+    assert len(set(found.values())) == len(starts)
+    for config, launches in found.items():
+        kernel = {"im2col": f"conv_{op}_kernel", "fused": "conv_backward"}.get(config.form)
+        assert any((kernel or config.form) in name for name, *_ in launches)
+    for start in starts:
+        # What is stored is another kernel's, and the tiles are the same.
+        near = [] if start.stored else neighbourhood(product, start, gpu)
+        some = [*near[:96], *near[96 :: max(len(near) // 100, 1)]]
+        launches = [launch_of(case, product, config) for config in (start, *some)]
+        twice = [
+            c.label for c, made in zip(some, launches[1:], strict=True) if launches.count(made) > 1
+        ]
+        assert twice == []
+
+
+@pytest.mark.parametrize(
+    ("op", "c"), [("fprop", 256), ("dgrad", 256), ("wgrad", 256), ("dgrad", 64)]
+)
+def test_an_operand_is_formed_or_stored_in_round_one_and_stays_so_in_round_two(op, c):
+    product = Product(op, shape_of(8, c), BF16)
+    starts = start_configs(product, GPU)
+    for form in {config.form for config in starts}:
+        stored = {config.stored for config in starts if config.form == form}
+        assert stored == ({False, True} if form in ("im2col", "tma") else {False})
+    for start in starts:
+        found = neighbourhood(product, start, GPU)
+        assert {config.stored for config in found} == {start.stored}
+    # Nothing could be stored for an fprop without a prologue.
+    assert not any(c.stored for c in start_configs(product._replace(has_prologue=False), GPU))
+
+
+def test_what_the_rules_store_is_raced_formed_and_stored_and_on_cudnn(instant):
+    """A wide layer, whose rules store operands: round two keeps what the fastest does."""
+    workload = ConvWorkload(shape_of(8, 128), BF16, {INNER: 1}, bytes=1)
+    assert heuristic_start(product_of("fprop", workload)).stored
+    for fast, other in (("stored=True", "stored=False"), ("stored=False", "stored=True")):
+        timer = Told(lambda label, fast=fast: 0.5 if fast in label and "cudnn" not in label else 1)
+        choices, _ = run(timer, [workload], limit=3)
+        labels = [label for label in timer.labels if label.startswith("forward")]
+        assert any("cudnn" in label for label in labels)
+        tried = list(dict.fromkeys(label for label in labels if "cudnn" not in label))
+        # Starts by pointers and by TMA, each in both ways, then three neighbours.
+        assert sum(fast in label for label in tried) == 2 + 3
+        assert sum(other in label for label in tried) == 2
+        assert choices["fprop"].config.stored == (fast == "stored=True")
+
+
+def test_a_stem_has_nothing_to_store():
+    image = product_of("fprop", STEM)
+    assert not any(config.stored for config in start_configs(image, GPU))
+    assert any(config.stored for config in start_configs(product_of("wgrad", STEM), GPU))
+    assert any(config.stored for config in start_configs(product_of("fprop", WORKLOAD), GPU))
 
 
 def test_a_winner_by_tma_is_chosen_kept_and_served(instant, tmp_path, monkeypatch):
@@ -684,7 +873,8 @@ def test_tuning_this_gpu_writes_a_table_that_training_reads(tmp_path, monkeypatc
     workloads = [ConvWorkload(ConvShape(8, 8, 8, 16, 16), BF16, {FIRST: 1, INNER: 1}, bytes=1)]
     monkeypatch.setattr(tune, "_workloads", lambda options: workloads)
     path = tmp_path / "table.json"
-    assert tune.main(["--out", str(path), "--candidates", "3"]) == 0
+    argv = ["--out", str(path), "--candidates", "3", "--models", "resnet20", "--batches", "8"]
+    assert tune.main(argv) == 0
     table = load_table(path)[gpu_name(torch.device("cuda", 0))]
     assert {key.partition("/")[0] for key in table} == {"fprop", "dgrad", "wgrad"}
     assert "heuristics" in capsys.readouterr().out
@@ -739,6 +929,46 @@ def test_the_graph_timer_takes_medians_of_turns(l2, states, times, monkeypatch):
     one_round = [(call, cold) for call in (1.0, 2.0) for cold in states]
     assert turns == one_round * (len(turns) // len(one_round))
     assert len(turns) >= 10 * len(one_round)
+
+
+def stand_in_for_cuda(events):
+    """A torch.cuda that does nothing, in which a capture notes whose counters it has."""
+
+    @contextmanager
+    def graph(*_, **__):
+        events.append("own counters" if counters._own.value else "counters of a stream")
+        yield
+
+    cuda = MagicMock(graph=graph)
+    cuda.get_device_properties.return_value.L2_cache_size = 64
+    cuda.Event.return_value.elapsed_time.return_value = 24.0
+    return cuda
+
+
+@pytest.mark.parametrize(("cold", "num_calls"), [(True, 1), (False, 8)])
+def test_captured_launches_draw_tickets_from_a_buffer_that_lives_with_the_graph(
+    cold, num_calls, monkeypatch
+):
+    """So that no memset is timed that a training step has not; without a GPU, by a stand-in."""
+    events, buffers = [], []
+    monkeypatch.setattr(torch, "cuda", stand_in_for_cuda(events))
+    sampler = graph_timer.GraphSampler(torch.device("cpu"), cold=cold)
+
+    def call():
+        drawn = counters.zero_counters(torch.empty(0), 3)
+        if counters._own.value:
+            events.append(drawn.storage_offset())
+            buffers.append(weakref.ref(drawn._base))
+
+    seconds = sampler.sample(call)
+    assert events == ["own counters", *(3 * i for i in range(num_calls))]
+    assert counters._own.value is None
+    gc.collect()
+    assert all(buffer() is not None for buffer in buffers)
+    assert seconds() == pytest.approx(24e-3 / num_calls)
+    del seconds
+    gc.collect()
+    assert not any(buffer() for buffer in buffers)
 
 
 def test_the_default_of_the_l2_is_both():

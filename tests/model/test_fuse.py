@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastres.model.conv_bn import ConvBNModules, batched_running_stats, conv_bn
+from fastres.model.conv_bn import ConvBNModules, conv_bn
 from fastres.model.fuse import fuse
 from fastres.model.fused_modules import (
     FusedBasicBlock,
@@ -17,6 +17,7 @@ from fastres.model.fused_modules import (
     FusedSequential,
 )
 from fastres.model.resnet import Bottleneck, create_model
+from fastres.model.running_stats import batched_running_stats
 from tests.helpers.interpreter import DEVICE
 from tests.helpers.numerics import assert_like_eager
 
