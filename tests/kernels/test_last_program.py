@@ -105,21 +105,14 @@ def _partials_kernel(
 
 
 @triton.jit
-def _merge_kernel(
-    rows_ptr, stats_ptr, counters_ptr, gamma_ptr, beta_ptr, out_ptr, num_pixels, eps,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+def _merge_kernel(rows_ptr, batch_norm, K: tl.constexpr):
     program, num_programs = tl.program_id(0), tl.num_programs(0)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_k = offs_k < K
+    offs_k = tl.arange(0, K)
     row_ptr = rows_ptr + program * (2 * K + 1)
-    mean = tl.load(row_ptr + offs_k, mask=mask_k)
-    m2 = tl.load(row_ptr + K + offs_k, mask=mask_k)
-    store_stats(stats_ptr, program, tl.load(row_ptr + 2 * K), mean, m2, offs_k, mask_k, K)
-    finish_batch_norm(
-        stats_ptr, counters_ptr, gamma_ptr, beta_ptr, out_ptr, num_pixels, eps, offs_k, mask_k,
-        0, program, num_programs, num_programs, K, GROUP,
-    )  # fmt: skip
+    mean, m2 = tl.load(row_ptr + offs_k), tl.load(row_ptr + K + offs_k)
+    count = tl.load(row_ptr + 2 * K)
+    store_stats(batch_norm.partials_ptr, program, count, mean, m2, offs_k, offs_k < K, K)
+    finish_batch_norm(batch_norm, offs_k, 0, program, num_programs, num_programs, K)
 
 
 @triton.jit
@@ -189,21 +182,18 @@ def test_statistics(num_programs, num_tiles, few_numbers, monkeypatch):
 
 def test_merged_statistics_keep_a_small_spread_beside_a_large_mean():
     """Means of tiles are added up as distances from one of them: sums from 0 would lose it."""
-    # One group: a second merge would add the roundings of the first one's means.
     k, num_programs = 16, 64
     counts = torch.arange(num_programs) % 7 + 90
-    means = (1000 + 1e-3 * normal(num_programs, k).cpu()).float()
+    means = 1000 + 1e-3 * normal(num_programs, k).cpu()
     rows = torch.cat([means, torch.zeros_like(means), counts[:, None].float()], dim=1)
-    parts = allocate_partials(rows.to(DEVICE), stats_row(k), num_programs)
-    out, ones = torch.empty(5, k, device=DEVICE), torch.ones(k, device=DEVICE)
-    num_pixels = int(counts.sum())
-    _merge_kernel[(num_programs,)](
-        rows.to(DEVICE), parts.buffer, parts.counters, ones, ones, out, num_pixels, EPS,
-        K=k, BLOCK_K=k, GROUP=num_programs,
-    )  # fmt: skip
-    pixels = means.double().repeat_interleave(counts, dim=0)
-    var = out[1].cpu().double() * (num_pixels - 1) / num_pixels
-    assert_keeps_small_spread(out[0].cpu(), var, pixels)
+    pixels = means.repeat_interleave(counts, dim=0)
+    ones = torch.ones(k, device=DEVICE)
+    finish, stats = finish_stats(pixels.to(DEVICE), BatchNorm(ones, ones, EPS), num_programs)
+    # One group: a second merge would add the roundings of the first one's means.
+    batch_norm = finish.args["batch_norm"]._replace(GROUP=tl.constexpr(num_programs))
+    _merge_kernel[(num_programs,)](rows.to(DEVICE), batch_norm, K=k)
+    var = stats[1].cpu().double() * (len(pixels) - 1) / len(pixels)
+    assert_keeps_small_spread(stats[0].cpu(), var, pixels)
 
 
 @pytest.mark.parametrize(("num_rows", "whole"), [(64, True), (57, False)])
