@@ -39,6 +39,12 @@ WHOLE, ODD, STEM = ConvShape(2, 8, 8, 16, 16), ConvShape(2, 5, 7, 16, 16), ConvS
 PLACES = [(WHOLE, 4, 2), (WHOLE, 0, 7), (ODD, 2, 3), (ODD, 4, 6)]
 
 
+def cases(*configs, stem):
+    """Every configuration with every place, and strips with a stem."""
+    found = [(config, *place) for config in configs for place in PLACES]
+    return found + ([(STRIP, STEM, 4, 6)] if stem else [])
+
+
 def poisoned(shape, poison, h, w, operand):
     """One number of x or of g, of the second image, is not finite."""
     t = make_tensors(shape, BF16)
@@ -76,11 +82,8 @@ def check(name, found, eager, truth, expected):
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-@pytest.mark.parametrize(("shape", "h", "w"), [*PLACES, (STEM, 4, 6)])
-@pytest.mark.parametrize("config", [STRIP, PIXEL], ids=["strip", "pixel"])
+@pytest.mark.parametrize(("config", "shape", "h", "w"), cases(STRIP, PIXEL, stem=True))
 def test_fprop(config, shape, h, w, poison):
-    if config is PIXEL and shape is STEM:
-        config = STRIP
     t = poisoned(shape, poison, h, w, "x")
     options = {"scale_shift": t.scale_shift, "batch_norm": t.batch_norm, "config": config}
     with recording() as launches:
@@ -94,8 +97,7 @@ def test_fprop(config, shape, h, w, poison):
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-@pytest.mark.parametrize(("shape", "h", "w"), PLACES)
-@pytest.mark.parametrize("config", [STRIP, PIXEL, FUSED], ids=["strip", "pixel", "fused"])
+@pytest.mark.parametrize(("config", "shape", "h", "w"), cases(STRIP, PIXEL, FUSED, stem=False))
 def test_dgrad(config, shape, h, w, poison):
     t = poisoned(shape, poison, h, w, "g")
     if config is FUSED:
@@ -114,11 +116,8 @@ def test_dgrad(config, shape, h, w, poison):
 
 
 @pytest.mark.parametrize("operand", ["x", "g"])
-@pytest.mark.parametrize(("shape", "h", "w"), [*PLACES, (STEM, 4, 6)])
-@pytest.mark.parametrize("config", [STRIP, PIXEL, FLAT], ids=["strip", "pixel", "flat pixel"])
+@pytest.mark.parametrize(("config", "shape", "h", "w"), cases(STRIP, PIXEL, FLAT, stem=True))
 def test_wgrad(config, shape, h, w, operand):
-    if config.form == "pixel" and shape is STEM:
-        config = STRIP
     t = poisoned(shape, torch.inf, h, w, operand)
     options = {"scale_shift": t.scale_shift, "config": config}
     with recording() as launches:
