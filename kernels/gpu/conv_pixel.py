@@ -31,7 +31,8 @@ for wgrad 8 bytes a filter element and split.
 Limits: channels in {16, 32, 64}, bf16 and fp16, tensors without gaps; all else is im2col's.
 
 Numerics: those of conv_fprop.py, conv_dgrad.py and conv_wgrad.py; only the order of the sum
-differs. Deterministic. Source: own derivation.
+differs. Nothing else is non-finite than should be, but dw of a tap that joins a non-finite window
+pixel with an output beyond the border, which counts as 0. Deterministic. Source: own derivation.
 """
 
 from typing import Any

@@ -14,7 +14,8 @@ four of 64 x 16, and takes every split_k-th tile. Adding up the pixels costs it 
 instructions, so one or two programs a multiprocessor are enough, which also makes few partials:
 4 * 9 * C * K bytes each, written and read once.
 
-Numerics: operands rounded to their dtype before the product, sums in fp32, dw rounded once.
+Numerics: operands rounded to their dtype before the product, sums in fp32, dw rounded once. A tap
+that joins a non-finite x with an output beyond the border, whose dy counts as 0, is NaN.
 Deterministic. Source: own derivation.
 """
 

@@ -21,6 +21,10 @@ those that are needed. A window row is loaded and formed once for all rows of th
 formed (PATCH_H + 2) / PATCH_H * 2 times, 3 for PATCH_H = 4 and 4 for 2, where im2col forms it 9
 times. The filters are spread while they are loaded, once a program.
 
+NaN and inf: the zeros of T are multiplied too, so both outputs of a patch's row are non-finite if
+one of them should be. Of dT only products of taps are added up, among them those of a window pixel
+with an output beyond the border, whose 0 makes NaN of inf.
+
 Letters: C channels go in, K come out. Fewer than four channels stand in the lanes of four, so that
 a window row has at least 16 lanes, the least of a tensor-core product. Source: own derivation.
 """

@@ -19,10 +19,11 @@ from tests.helpers.kernel_cases import ConvTensors, geometry
 
 __all__ = ["FORMS", "Form", "all_tensors", "map_tensors"]
 
-IM2COL = ConvConfig(32, 16, 16, num_warps=4, num_stages=2, split_k=2)
-TMA = replace(IM2COL, form="tma", split_k=1)
-STRIP = ConvConfig(16, 16, 16, 4, 1, form="strip", patch_h=4, ahead=2, split_k=2, grid_size=2)
-PIXEL = ConvConfig(16, 16, 16, 4, 1, form="pixel", ahead=2, split_k=2)
+# Few programs, for the interpreter. Strips and pixels use no block_k; im2col in their place does.
+IM2COL = ConvConfig(64, 16, 64, num_warps=4, num_stages=2, split_k=2)
+TMA = replace(IM2COL, form="tma", block_k=16, split_k=1)
+STRIP = ConvConfig(16, 16, 64, 4, 1, form="strip", patch_h=4, ahead=2, split_k=2, grid_size=2)
+PIXEL = ConvConfig(16, 16, 64, 4, 1, form="pixel", ahead=2, split_k=2)
 FUSED = replace(STRIP, form="fused", split_k=1)
 
 # Four images of 8 x 8 pixels, 16 channels each way: of every form whole tiles, and more than one.

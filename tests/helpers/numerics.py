@@ -88,6 +88,25 @@ def assert_statistics(
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
+def assert_keeps_small_spread(
+    mean: torch.Tensor, var: torch.Tensor, rows: torch.Tensor, num_merges: int = 0
+) -> None:
+    """Fail unless fp32 statistics keep the spread of rows [pixels, channels] beside a large mean.
+
+    The mean of a set is rounded twice, once more in each merge with another set. The biased
+    variance is that about such a mean, e from the right one: it exceeds by e^2, and where sets are
+    merged whose own means are d apart from theirs by 2 d e, d the standard deviation at most.
+    """
+    rows = rows.double()
+    truth, exact = rows.mean(0), rows.var(0, unbiased=False)
+    unit = UNIT_ROUNDOFF[torch.float32] * truth.abs()
+    assert ((mean.double() - truth).abs() <= (2 + num_merges) * unit).all()
+    e = (1 + num_merges) * unit
+    apart = exact.sqrt() if num_merges else 0.0
+    allowed = statistics_rtol() * exact + e.square() + 2 * apart * e
+    assert ((var.double() - exact).abs() <= allowed).all()
+
+
 def away_from_ties(z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Where the fp64 pre-activation is too far from 0 for two correct ReLU masks to differ."""
     near = z.abs() <= 4 * UNIT_ROUNDOFF[dtype] * z.abs().max()

@@ -8,6 +8,7 @@ import triton.language as tl
 from fastres.kernels.conv_types import BatchNorm, LayerState
 from fastres.kernels.gpu import counters, last_program
 from fastres.kernels.gpu.counters import own_counters, zero_counters
+from fastres.kernels.gpu.epilogue import channel_stats
 from fastres.kernels.gpu.last_program import (
     add_partials,
     allocate_partials,
@@ -21,7 +22,7 @@ from fastres.kernels.gpu.last_program import (
     store_sums,
 )
 from tests.helpers.interpreter import DEVICE, strict_memory  # noqa: F401
-from tests.helpers.numerics import assert_statistics
+from tests.helpers.numerics import assert_keeps_small_spread, assert_statistics
 
 pytestmark = pytest.mark.usefixtures("strict_memory")
 
@@ -103,6 +104,36 @@ def _partials_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _merge_kernel(rows_ptr, batch_norm, K: tl.constexpr):
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    offs_k = tl.arange(0, K)
+    row_ptr = rows_ptr + program * (2 * K + 1)
+    mean, m2 = tl.load(row_ptr + offs_k), tl.load(row_ptr + K + offs_k)
+    count = tl.load(row_ptr + 2 * K)
+    store_stats(batch_norm.partials_ptr, program, count, mean, m2, offs_k, offs_k < K, K)
+    finish_batch_norm(batch_norm, offs_k, 0, program, num_programs, num_programs, K)
+
+
+@triton.jit
+def _tile_kernel(
+    y_ptr, out_ptr, num_rows, K: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, 2 * K)
+    tiles: tl.tuple = ()
+    masks: tl.tuple = ()
+    for i in tl.static_range(TILES):
+        rows = i * ROWS + tl.arange(0, ROWS)
+        mask = (rows < num_rows)[:, None] & (column >= 0)[None, :]
+        masks += (mask,)
+        offs = rows[:, None] * (2 * K) + column[None, :]
+        tiles += (tl.load(y_ptr + offs, mask=mask, other=0.0),)
+    mean, m2 = channel_stats(tiles, masks, num_rows * 2.0, K, WHOLE)
+    tl.store(out_ptr + tl.arange(0, K), mean)
+    tl.store(out_ptr + K + tl.arange(0, K), m2)
+
+
 def normal(*size, seed=0):
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
@@ -147,6 +178,34 @@ def test_statistics(num_programs, num_tiles, few_numbers, monkeypatch):
     torch.testing.assert_close(out[3], gamma * out[2], rtol=1e-6, atol=0)
     torch.testing.assert_close(out[4], beta - out[0] * out[3], rtol=1e-5, atol=1e-5)
     assert not left.any()
+
+
+def test_merged_statistics_keep_a_small_spread_beside_a_large_mean():
+    """Means of tiles are added up as distances from one of them: sums from 0 would lose it."""
+    k, num_programs = 16, 64
+    counts = torch.arange(num_programs) % 7 + 90
+    means = 1000 + 1e-3 * normal(num_programs, k).cpu()
+    rows = torch.cat([means, torch.zeros_like(means), counts[:, None].float()], dim=1)
+    pixels = means.repeat_interleave(counts, dim=0)
+    ones = torch.ones(k, device=DEVICE)
+    finish, stats = finish_stats(pixels.to(DEVICE), BatchNorm(ones, ones, EPS), num_programs)
+    # One group: a second merge would add the roundings of the first one's means.
+    batch_norm = finish.args["batch_norm"]._replace(GROUP=tl.constexpr(num_programs))
+    _merge_kernel[(num_programs,)](rows.to(DEVICE), batch_norm, K=k)
+    var = stats[1].cpu().double() * (len(pixels) - 1) / len(pixels)
+    assert_keeps_small_spread(stats[0].cpu(), var, pixels)
+
+
+@pytest.mark.parametrize(("num_rows", "whole"), [(64, True), (57, False)])
+def test_statistics_of_a_tile_keep_a_small_spread_beside_a_large_mean(num_rows, whole):
+    """The second pass over a tile corrects what rounding left out of the mean, and M2 by that."""
+    k = 16
+    y = 1000 + 1e-3 * normal(num_rows, 2 * k)
+    out = torch.empty(2, k, device=DEVICE)
+    _tile_kernel[(1,)](y, out, num_rows, K=k, TILES=2, ROWS=32, WHOLE=whole)
+    rows = y.cpu().double().reshape(-1, k)
+    mean, m2 = out.cpu().double()
+    assert_keeps_small_spread(mean, m2 / len(rows), rows)
 
 
 def test_statistics_do_not_depend_on_who_is_last():
