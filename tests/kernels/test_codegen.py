@@ -83,6 +83,7 @@ KERNELS = {
     "conv_wgrad_pixel",
     "pool_linear_bwd",
     "pool_linear_fwd",
+    "running_stats",
     "sgd",
     "smooth_cross_entropy_bwd",
     "smooth_cross_entropy_fwd",
