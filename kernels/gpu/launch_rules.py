@@ -253,11 +253,11 @@ def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:
         # Both operands are computed in registers, so blocks are shallow; but 16 channels of dy give
         # each thread 16 bytes to load only in a block twice as deep.
         block_m, block_n = 64, _tile(gemm.m, 128)
-        block_k, num_stages = (64, 2) if block_n == 16 else (32, 3)
+        block_k = 64 if block_n == 16 else 32
         num_warps = 8 if block_n >= 64 else 4
-        # The addresses of a third stage of the widest tile do not fit the registers of sm_80.
-        if block_n == 128:
-            num_stages = 2
+        # On sm_80 the addresses of a third stage of these tiles do not fit the registers, and with
+        # two of the narrowest the compiler spills to fit one more program.
+        num_stages = 2 if block_n in (32, 128) else 3
     else:
         block_m, block_n, block_k = 32, _tile(gemm.m, 32), 32
         num_warps, num_stages = 4 if block_n == 16 else 8, 2

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from fastres.kernels.gpu import backend as gpu_backend
 from tests.helpers import property_cases
 from tests.helpers.interpreter import HAS_GPU
+from tests.helpers.memcheck import checked_memory  # noqa: F401
 from tests.helpers.property_cases import Case, LayerSize, cases, judge
 
 EXAMPLES = int(os.environ.get("FASTRES_EXAMPLES", "2000"))
@@ -37,7 +38,7 @@ OPS = {
 
 
 @pytest.fixture
-def check(monkeypatch):
+def check(monkeypatch, checked_memory):  # noqa: F811
     """Judge a case on the Triton kernels with its own tiles and routes."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
