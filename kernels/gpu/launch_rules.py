@@ -234,13 +234,20 @@ def pixel_config(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> ConvConfig
             block_m = 16 if (shape.C, block_n) == (32, 64) else 32
             config = replace(config, block_m=block_m, ahead=1)
         config = replace(config, block_n=block_n, split_k=NUM_SMS // blocks)
-    elif op == "fprop" and shape.C == shape.K == 64 and (shape.H % 2 or shape.W % 2):
-        # The masks of patches that hang over an image do not fit beside the four sums.
+    elif shape.C == 64 and (shape.H % 2 or shape.W % 2) and _lacks_registers(op, shape, dtype):
         config = replace(config, num_warps=8)
     elif shape.stride == 2 and shape.C == 16:
         # Four sums of 16 channels are small: twice the patches share the filters.
         config = replace(config, block_m=128)
     return config
+
+
+def _lacks_registers(op: ConvOp, shape: ConvShape, dtype: torch.dtype) -> bool:
+    """Whether masks of patches that hang over an image do not fit beside four sums of 64 channels.
+
+    In dgrads they fit in bf16, whose mask of a ReLU is packed.
+    """
+    return shape.K == 64 if op == "fprop" else dtype == torch.float16
 
 
 def _wgrad_config(shape: ConvShape, on_tensor_cores: bool) -> ConvConfig:
