@@ -22,7 +22,7 @@ bench-check:  ## measure, and fail where a row is slower than recorded on this m
 roofline:  ## what this machine can do, and how much of it a training step does
 	$(PYTHON) -m benchmarks.roofline $(ARGS)
 
-prove:  ## all evidence in one command: make prove OUT=DIR [ARGS="--budget 540 --data-dir D"]
+prove:  ## all evidence in one command: make prove OUT=DIR [ARGS="--stage look --data-dir D"]
 	$(PYTHON) -m benchmarks.prove --out $(OUT) $(ARGS)
 
 report:  ## write the tables and plots of the documents from benchmarks/results

@@ -1,6 +1,7 @@
 """All evidence in one command: `python -m benchmarks.prove`.
 
-proof.py runs the steps of parts.py inside a budget, each as a process of its own; environment.py
-says what the machine is and lacks. compare.py measures this tree against another revision, check.py
-against the recorded rows.
+proof.py runs the parts of a stage inside a budget, each as a process of its own (parts.py);
+stages.py lists them: look, measure, confirm. environment.py says what the machine is and lacks,
+choose_tests.py which tests it can run, sanitize.py runs kernels under compute-sanitizer. compare.py
+measures this tree against another revision, check.py against the recorded rows.
 """

@@ -1,9 +1,11 @@
-"""All evidence in one command: `python -m benchmarks.prove --budget 540 --out DIR [--data-dir D]`.
+"""All evidence in one command: `python -m benchmarks.prove --out DIR [--stage look]`.
 
-Checks the machine, tests parity, tunes the launch table on a GPU, then measures operators, steps,
-loaders, start-up and time to accuracy, the most valuable first. Every part is a process of its own
-with its share of the remaining time; it writes its rows into DIR the moment it ends. When the
-budget is spent, what is left is named and left out.
+Checks the machine, then runs the parts of a stage, the most valuable first (see stages.py). Every
+part is a process of its own with its time box and its log; it writes its rows into DIR the moment
+it ends. When the budget is spent, what is left is named and left out. Without --stage a GPU has
+look, measure and confirm in turn, the later ones only if nothing before them was red; a machine
+without one measures what a CPU can prove. A stage of the GPU is rehearsed there: the same commands
+at small sizes, kernels interpreted.
 
 Exit codes: 0 nothing was red, 1 something was, 2 bad use, 130 interrupted.
 """
@@ -11,8 +13,10 @@ Exit codes: 0 nothing was red, 1 something was, 2 bad use, 130 interrupted.
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +29,8 @@ from typing import Any
 
 from benchmarks.harness.rows import write_results
 from benchmarks.prove.environment import is_installed
-from benchmarks.prove.parts import ROOT, Part, plan_parts
+from benchmarks.prove.parts import ROOT, Part
+from benchmarks.prove.stages import STAGES, Stage, machine_part
 from benchmarks.report.collect import rows_of_report
 from fastres import strict_json
 from fastres.output import reader_may_leave
@@ -34,6 +39,8 @@ __all__ = ["Outcome", "judge", "main"]
 
 # A part that was told to stop has this long to write down what it has.
 _GRACE_S = 6.0
+# What a machine may take to describe itself where no budget is given.
+_MACHINE_S = 60.0
 _WORDS = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
 # Of pytest alone, and of the workers of pytest-xdist.
 _TEST_LINES = (
@@ -66,7 +73,7 @@ def judge(code: int, cut: bool, log: str) -> tuple[str, str]:
     if cut:
         return "cut", "; ".join(filter(None, ["its time was over", said]))
     if code == _NOTHING_COLLECTED:
-        return "left out", "nothing to run on this machine"
+        return "left out", last if last.startswith("nothing to run") else "nothing to run here"
     if code:
         return "failed", f"exit code {code}: {last[:160]}"
     if set(counts) == {"SKIPPED"}:
@@ -89,7 +96,7 @@ class Proof:
         self.outcomes: list[Outcome] = []
         self._env = {**os.environ, "PYTHONUNBUFFERED": "1", "FASTRES_OFFLINE": "1"}
         if data_dir is not None:
-            self._env["FASTRES_DATA"] = str(data_dir.resolve())
+            self._env["FASTRES_DATA"] = str(data_dir)
         self._left: list[Part] = []
 
     @property
@@ -97,12 +104,16 @@ class Proof:
         """Seconds until the budget is spent."""
         return self.budget - (time.monotonic() - self._started)
 
-    def run(self, parts: Sequence[Part]) -> None:
-        """Run `parts` in order; what does not fit any more is left out."""
+    def run(self, parts: Sequence[Part], behind: float = 0.0) -> None:
+        """Run `parts` in order; what does not fit any more is left out.
+
+        behind: seconds of time boxes that are still to come after them.
+        """
         for number, part in enumerate(parts):
             self._left = list(parts[number:])
             print(f"{part.name}: {max(0, self.remaining):.0f} s left", flush=True)
-            outcome = self._why_not(part) or self._run(part, self._limit(parts[number:]))
+            limit = self._limit(parts[number:], behind)
+            outcome = self._why_not(part) or self._run(part, limit)
             outcome.notes += part.notes
             self.add(outcome)
         self._left = []
@@ -115,19 +126,32 @@ class Proof:
             print(f"  {note}", flush=True)
         self.write_summary()
 
-    def leave_out(self, why: str) -> None:
-        """Record that the parts which have not run yet never will."""
-        for part in self._left:
+    def leave_out(self, parts: Sequence[Part], why: str) -> None:
+        """Record that parts which have not run yet never will."""
+        for part in parts:
             self.outcomes.append(Outcome(part.name, "left out", why))
         self.write_summary()
 
-    def _limit(self, parts: Sequence[Part]) -> float:
+    def interrupt(self) -> None:
+        """Record that what was running, and what should have followed, did not end."""
+        self.leave_out(self._left, "interrupted")
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the parts that were red."""
+        return [outcome.name for outcome in self.outcomes if outcome.status == "failed"]
+
+    def _limit(self, parts: Sequence[Part], behind: float = 0.0) -> float:
         """Seconds for the first of `parts`, so that the others keep theirs."""
         free = self.remaining - _GRACE_S
-        return max(parts[0].least, free * parts[0].weight / sum(part.weight for part in parts))
+        boxes = behind + sum(part.seconds for part in parts)
+        return max(parts[0].least, free * parts[0].seconds / boxes)
 
     def _why_not(self, part: Part) -> Outcome | None:
+        if part.obstacle:
+            return Outcome(part.name, "left out", part.obstacle)
         missing = [name for name in part.needs if not is_installed(name)]
+        missing += [name for name in part.programs if shutil.which(name) is None]
         if missing:
             return Outcome(part.name, "left out", f"{', '.join(missing)} is not installed")
         left = max(0.0, self.remaining - _GRACE_S)
@@ -137,39 +161,36 @@ class Proof:
         return None
 
     def _run(self, part: Part, limit: float) -> Outcome:
-        log = self.out / f"{part.name.replace(' ', '_').replace(',', '')}.log"
+        log = self.out / f"{part.file_name}.log"
         command = [sys.executable, "-m", *part.arguments(self.out, limit)]
         before = set(self.out.glob("*.csv"))
         if part.suite:
-            self._report_of(part.suite).unlink(missing_ok=True)
+            (self.out / part.report_name).unlink(missing_ok=True)
         started = time.monotonic()
         with log.open("w") as stream:
             stream.write(f"+ {' '.join(command)}\n")
             stream.flush()
-            code, cut = _run_limited(command, stream, self._environment(), limit)
+            code, cut = _run_limited(command, stream, self._environment(part), limit)
         seconds = round(time.monotonic() - started, 1)
         status, detail = judge(code, cut, log.read_text(errors="replace"))
         outcome = Outcome(part.name, status, detail, seconds, round(limit, 1))
         if part.suite:
-            self._collect(part.suite, outcome)
+            self._collect(part.suite, self.out / part.report_name, outcome)
         outcome.rows = sorted(path.name for path in set(self.out.glob("*.csv")) - before)
         outcome.notes += [f"rows: {name}" for name in outcome.rows]
         return outcome
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, part: Part) -> dict[str, str]:
         """The environment of a part: after tuning, the tuned launch table."""
         table = self.out / "launch_table.json"
         tuned = {"FASTRES_LAUNCH_TABLE": str(table.resolve())} if table.exists() else {}
-        return self._env | tuned
+        interpreted = {"TRITON_INTERPRET": "1"} if part.is_interpreted else {}
+        return self._env | tuned | interpreted
 
-    def _report_of(self, suite: str) -> Path:
-        """Where pytest-benchmark puts what a suite measured."""
-        return self.out / f"bench_{suite}.json"
-
-    def _collect(self, suite: str, outcome: Outcome) -> None:
+    def _collect(self, suite: str, report: Path, outcome: Outcome) -> None:
         """Turn the report of a suite into rows; a test that failed has left nothing in it."""
         try:
-            content = json.loads(self._report_of(suite).read_text())
+            content = json.loads(report.read_text())
         except (OSError, ValueError):
             outcome.notes.append("no report, so no rows")
             return
@@ -236,11 +257,34 @@ def _check_machine(proof: Proof) -> dict[str, Any] | None:
     """Describe the machine; None where nothing can run on it."""
     description = proof.out / "machine.json"
     description.unlink(missing_ok=True)
-    command = ("benchmarks.prove.environment", "--out", str(description))
-    proof.run([Part("machine", command, weight=1, least=3)])
+    proof.run([machine_part()])
     if proof.outcomes[-1].status != "ok":
         return None
     return json.loads(description.read_text())
+
+
+def _stages(asked: str | None, *, on_gpu: bool) -> list[str]:
+    """The stages to run, in order."""
+    if asked is not None:
+        return [asked]
+    return [name for name in STAGES if name != "cpu"] if on_gpu else ["cpu"]
+
+
+def _parts(name: str, stage: Stage, data_dir: Path | None, *, on_gpu: bool) -> list[Part]:
+    """The parts of a stage as this machine runs them."""
+    parts = stage.parts(data_dir)
+    return parts if on_gpu or name == "cpu" else [part.rehearsed() for part in parts]
+
+
+def _run_stages(proof: Proof, stages: Sequence[list[Part]]) -> None:
+    """Run stages in turn; a number is worth nothing while a stage before it is red."""
+    for number, parts in enumerate(stages):
+        later = [part for parts_of_one in stages[number + 1 :] for part in parts_of_one]
+        if number and proof.failed:
+            why = f"repair what was red first: {', '.join(proof.failed)}"
+            proof.leave_out([*parts, *later], why)
+            return
+        proof.run(parts, behind=sum(part.seconds for part in later))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -249,40 +293,52 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
+    budgets = ", ".join(f"{name} {stage.budget:g}" for name, stage in STAGES.items())
+    parser.add_argument("--stage", choices=STAGES, help="one stage alone")
+    parser.add_argument("--budget", type=float, help=f"seconds for everything; default: {budgets}")
     parser.add_argument("--out", type=Path, required=True, help="folder for rows and logs")
     parser.add_argument("--data-dir", type=Path, help="images; default: the synthetic set")
     return parser
+
+
+def _obstacle(options: argparse.Namespace) -> str | None:
+    """Why there is nothing to run, or None."""
+    if options.budget is not None and not 10 <= options.budget < math.inf:
+        return f"--budget must be at least 10 s, got {options.budget:g}"
+    if options.data_dir is not None and not options.data_dir.is_dir():
+        return f"--data-dir {options.data_dir} is no folder"
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"--out {options.out}: {error.strerror}"
+    return None
 
 
 @reader_may_leave(result_is_printed=False)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the proof and return its exit code."""
     options = _parser().parse_args(argv)
-    if options.budget < 10:
-        print(f"error: --budget must be at least 10 s, got {options.budget:g}", file=sys.stderr)
-        return 2
-    if options.data_dir is not None and not options.data_dir.is_dir():
-        print(f"error: --data-dir {options.data_dir} is no folder", file=sys.stderr)
-        return 2
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"error: --out {options.out}: {error.strerror}", file=sys.stderr)
+    reason = _obstacle(options)
+    if reason is not None:
+        print(f"error: {reason}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    proof = Proof(options.out.resolve(), options.budget, options.data_dir)
+    data_dir = None if options.data_dir is None else options.data_dir.resolve()
+    proof = Proof(options.out.resolve(), options.budget or _MACHINE_S, data_dir)
     interrupted = False
     try:
         machine = _check_machine(proof)
         if machine is not None:
-            proof.run(plan_parts(on_gpu=machine["gpu"] is not None, data_dir=options.data_dir))
+            on_gpu = machine["gpu"] is not None
+            names = _stages(options.stage, on_gpu=on_gpu)
+            proof.budget = options.budget or sum(STAGES[name].budget for name in names)
+            stages = [_parts(name, STAGES[name], data_dir, on_gpu=on_gpu) for name in names]
+            _run_stages(proof, stages)
     except KeyboardInterrupt:
         interrupted = True
-        proof.leave_out("interrupted")
+        proof.interrupt()
     print(f"\n{proof.table()}\n")
-    failed = [outcome.name for outcome in proof.outcomes if outcome.status == "failed"]
     spent = proof.budget - proof.remaining
-    verdict = f"red: {', '.join(failed)}" if failed else "nothing was red"
+    verdict = f"red: {', '.join(proof.failed)}" if proof.failed else "nothing was red"
     print(f"{verdict}; {spent:.0f} of {proof.budget:g} s; {options.out}/summary.json")
-    return 130 if interrupted else 1 if failed else 0
+    return 130 if interrupted else 1 if proof.failed else 0

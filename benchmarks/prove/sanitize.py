@@ -1,0 +1,67 @@
+"""Kernels under NVIDIA's compute-sanitizer: `python -m benchmarks.prove.sanitize --tool memcheck`.
+
+Runs `fastres.kernels.tools.parity` under it, on a few images. With --all every product of
+ResNet-20; else what failed in the reports of that command in --reports, the last of it first, which
+is where a run ended that crashed. Exit codes: 0 nothing was found, 1 something was, 2 bad use, 5
+nothing to run.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastres.output import reader_may_leave
+
+__all__ = ["failed_products", "main"]
+
+_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+_NOTHING_TO_RUN = 5
+# So slow is every access under it that few images have to be enough.
+_PARITY = ("fastres.kernels.tools.parity", "--batch", "4", "--models", "resnet20")
+
+
+def failed_products(reports: Path) -> list[str]:
+    """Return the names of what failed, the last first; whatever began and did not end failed."""
+    failed: dict[str, bool] = {}
+    for path in sorted(reports.glob("parity*.jsonl")):
+        for line in path.read_text().splitlines():
+            found = json.loads(line)
+            failed[found["name"]] = found["verdict"] == "FAILED"
+    return [name for name, has_failed in reversed(failed.items()) if has_failed]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.prove.sanitize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tool", choices=_TOOLS, default="memcheck")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--all", action="store_true", help="every product of ResNet-20")
+    which.add_argument("--reports", type=Path, help="folder of parity's reports")
+    return parser
+
+
+@reader_may_leave()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    options = _parser().parse_args(argv)
+    if shutil.which("compute-sanitizer") is None:
+        print("nothing to run on this machine: there is no compute-sanitizer")
+        return _NOTHING_TO_RUN
+    chosen: tuple[str, ...] = ()
+    if not options.all:
+        failed = failed_products(options.reports)
+        if not failed:
+            print("nothing to run: no kernel failed")
+            return _NOTHING_TO_RUN
+        chosen = ("resnet18", "--only", failed[0])
+    sanitizer = ("compute-sanitizer", "--tool", options.tool, "--error-exitcode", "1")
+    command = [*sanitizer, sys.executable, "-m", *_PARITY, *chosen]
+    print("+", *command, flush=True)
+    return min(subprocess.run(command).returncode & 0xFF, 1)

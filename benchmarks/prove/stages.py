@@ -1,0 +1,270 @@
+"""The parts of each stage of a proof, the most valuable first.
+
+A first run on a GPU finds faults, and one that shows in minute 2 should not cost the others:
+
+    look      what starts, what is right, where the time goes
+    measure   routes and tiles, then the rows of the claims with what was chosen
+    confirm   tests, other precisions, memory checks, whole trainings
+
+Between them is time to repair and to choose. `cpu` is what a machine without a GPU can prove.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.prove.choose_tests import marked_for_gpus, usable_test_files
+from benchmarks.prove.environment import is_installed
+from benchmarks.prove.parts import PYTEST, ROOT, Part, Rehearsal, suite_part
+from fastres.host import usable_cores
+
+__all__ = ["STAGES", "Stage", "machine_part"]
+
+NETWORKS = ("resnet20", "resnet18")
+BATCH_SIZE = "512"
+# The denominators of the claims, and what the fused step is built from.
+_COMPARED = ("fast", "compile", "peer_compiled", "peer_amp", "amp", "eager", "fast_uncompiled")
+# One file that cannot be imported here must not void the others.
+_TESTS = (*PYTEST, "--continue-on-collection-errors")
+_KERNEL_TESTS = ("tests/kernels/", "tests/model/test_fuse", "tests/engine/test_step")
+_ROOFLINE_NEEDS = ("rich", "matplotlib", "tyro")
+
+
+class Stage(NamedTuple):
+    """One run: seconds that it states for all its parts together, and what makes them.
+
+    parts takes the folder of the images, or None for the synthetic set.
+    """
+
+    budget: float
+    parts: Callable[[Path | None], list[Part]]
+
+
+def machine_part() -> Part:
+    """What the machine is: in every stage, before its parts."""
+    command = ("benchmarks.prove.environment", "--out", "{OUT}/machine.json")
+    return Part("machine", command, seconds=5, least=3)
+
+
+def _warm(seconds: float) -> Part:
+    """Every kernel of both networks, in as many processes as cores; nothing is timed beside it."""
+    command = ("fastres.kernels.tools.warm", "--budget", "{SECONDS}", "--jobs")
+    return Part(
+        "compile kernels",
+        (*command, str(max(1, usable_cores() - 2)), "--models", *NETWORKS),
+        seconds,
+        8,
+        rehearsal=Rehearsal((*command, "2", "--models", "resnet20", "--arch", "sm_90")),
+        needs=("triton",),
+    )
+
+
+def _parity(name: str, seconds: float, *words: str) -> Part:
+    """Every product and every other kernel alone, against fp64 and twice."""
+    report = ("--budget", "{SECONDS}", "--json", f"{{OUT}}/{name.replace(' ', '_')}.jsonl")
+    small = ("--models", "resnet20", "--batch", "2", "--only", "stage3")
+    return Part(
+        name,
+        ("fastres.kernels.tools.parity", *words, *report),
+        seconds,
+        10,
+        rehearsal=Rehearsal(("fastres.kernels.tools.parity", *small, *report), True),
+        needs=("triton",),
+    )
+
+
+def _step_parity(network: str, seconds: float) -> Part:
+    command = ("benchmarks.prove.step_parity", "--model")
+    return Part(
+        f"step parity {network}",
+        (*command, network, "--batch-size", BATCH_SIZE, "--compile", "off"),
+        seconds,
+        8,
+        rehearsal=Rehearsal((*command, "resnet8", "--batch-size", "4", "--steps", "2")),
+    )
+
+
+def _kernel_table(network: str, seconds: float) -> Part:
+    command = ("benchmarks.roofline.kernel_table", "--out", "{OUT}", "--model")
+    return Part(
+        f"kernel table {network}",
+        (*command, network, "--batch-size", BATCH_SIZE, "--compile", "off"),
+        seconds,
+        8,
+        rehearsal=Rehearsal((*command, "resnet8", "--batch-size", "4", "--steps", "2")),
+    )
+
+
+def _sanitize(tool: str, seconds: float, *words: str) -> Part:
+    """Kernels under compute-sanitizer: what failed in this stage, or what `words` choose."""
+    command = ("benchmarks.prove.sanitize", "--tool", tool, *(words or ("--reports", "{OUT}")))
+    name = tool if words else f"{tool} of what failed"
+    return Part(name, command, seconds, 10, programs=("compute-sanitizer",))
+
+
+def _step_times(network: str, seconds: float) -> Part:
+    """The step in turns with torch.compile's and the plain ones; the fused one compiles last."""
+    case = f"bench_step[{network} batch {BATCH_SIZE}"
+    providers = ("fast_uncompiled", "compile", "amp", "eager")
+    return suite_part(
+        "model",
+        seconds,
+        15,
+        name=f"step times {network}",
+        cases=tuple(f"{case}-{provider}]" for provider in providers),
+        rehearsal=("-k", "bench_step and (eager or fast)"),
+    )
+
+
+def _look(_data_dir: Path | None) -> list[Part]:
+    return [
+        _warm(25),
+        _parity("parity resnet20", 25, "--models", "resnet20"),
+        _parity("parity resnet18", 25, "--models", "resnet18"),
+        _sanitize("memcheck", 10),
+        _step_parity("resnet20", 15),
+        _step_parity("resnet18", 15),
+        _step_times("resnet20", 25),
+        _step_times("resnet18", 30),
+        _kernel_table("resnet20", 12),
+        _kernel_table("resnet18", 13),
+    ]
+
+
+def _ablation(network: str, seconds: float) -> Part:
+    cases = tuple(f"bench_ablation[cuda {network}-{provider}]" for provider in _COMPARED)
+    return suite_part(
+        "model",
+        seconds,
+        20,
+        name=f"ablation {network}",
+        cases=cases,
+        rehearsal=("-k", "bench_ablation"),
+    )
+
+
+def _inference(seconds: float) -> Part:
+    providers = ("fast", "compile", "amp")
+    cases = [f"bench_inference[{n} batch 500-{p}]" for n in reversed(NETWORKS) for p in providers]
+    return suite_part(
+        "model",
+        seconds,
+        15,
+        name="inference",
+        cases=tuple(cases),
+        rehearsal=("-k", "bench_inference and (eager or fast)"),
+    )
+
+
+def _measure(_data_dir: Path | None) -> list[Part]:
+    tune = ("fastres.kernels.tools.tune", "--budget", "{SECONDS}")
+    return [
+        _warm(15),
+        Part(
+            "tune",
+            (*tune, "--out", "{OUT}/launch_table.json"),
+            65,
+            25,
+            rehearsal=Rehearsal((*tune, "--dry-run", "--models", "resnet20")),
+            needs=("triton",),
+        ),
+        _ablation("resnet20", 40),
+        _ablation("resnet18", 40),
+        _kernel_table("resnet20", 12),
+        _kernel_table("resnet18", 13),
+        _inference(20),
+        suite_part("ops", 20, 15, rehearsal=("-k", "bench_")),
+    ]
+
+
+def _gpu_tests(seconds: float) -> Part:
+    files, notes = usable_test_files(ROOT / "tests")
+    names = [path.relative_to(ROOT).as_posix() for path in files if marked_for_gpus(path)]
+    # Compiling kernels takes most of their time, and shares the GPU well.
+    workers = ("-n", str(max(1, usable_cores() - 2)), "--dist", "worksteal")
+    chosen = (*(workers if is_installed("xdist") else ()), "-m", "gpu and not slow")
+    # Without a GPU every one of them skips itself.
+    rehearsal = Rehearsal((*_TESTS, "-m", "gpu and not slow", "tests/kernels/test_block.py"))
+    return Part("GPU tests", (*_TESTS, *chosen, *names), seconds, 20, rehearsal, notes=notes)
+
+
+def _train(name: str, seconds: float, data_dir: Path | None, *words: str) -> Part:
+    """A whole training, with its run folder among the results."""
+    source = ("--dataset", "synthetic") if data_dir is None else ("--data-dir", str(data_dir))
+    command = ("fastres.train", "--fast", *source, "--out", f"{{OUT}}/runs/{name}")
+    small = ("--model", "resnet8", "--limit-train", "100", "--epochs", "1", "--batch-size", "50")
+    rehearsal = Rehearsal((*command, *small))
+    return Part(f"train {name}", (*command, *words), seconds, 15, rehearsal, needs=("tyro",))
+
+
+def _decode(seconds: float, data_dir: Path | None) -> list[Part]:
+    """Images are read once beforehand, so that no measurement waits for them."""
+    if data_dir is None:
+        return []
+    command = ("fastres.train", "--dry-run", "--data-dir", str(data_dir))
+    return [Part("data", command, seconds, 10, rehearsal=Rehearsal(command), needs=("tyro",))]
+
+
+def _confirm(data_dir: Path | None) -> list[Part]:
+    curves = ("benchmarks.prove.loss_curves", "--out", "{OUT}", "--model")
+    images = () if data_dir is None else ("--data-dir", str(data_dir))
+    return [
+        *_decode(15, data_dir),
+        _gpu_tests(45),
+        Part(
+            "loss curves",
+            (*curves, "resnet20", "--steps", "200", "--batch-size", BATCH_SIZE, *images),
+            20,
+            10,
+            rehearsal=Rehearsal((*curves, "resnet8", "--steps", "4", "--batch-size", "8", *images)),
+        ),
+        suite_part(
+            "train",
+            30,
+            20,
+            name="time to accuracy",
+            cases=("bench_time_to_accuracy[fast]",),
+            rehearsal=("-k", "bench_time_to_accuracy and fast"),
+        ),
+        _train("standard", 20, data_dir, "--recipe", "standard"),
+        # A quarter of the recipe's epochs: the whole of it takes minutes.
+        _train("accurate", 45, data_dir, "--recipe", "accurate", "--epochs", "50"),
+        _parity("parity fp16 fp32", 20, "--models", "resnet20", "--dtypes", "fp16", "tf32", "fp32"),
+        _sanitize("memcheck", 15, "--all"),
+        _sanitize("racecheck", 15, "--all"),
+        suite_part("loaders", 10, 10, rehearsal=("-k", "bench_")),
+    ]
+
+
+def _roofline(model: str, batch_size: int, seconds: float) -> Part:
+    """The roofline of an ablation's case; a suite's share of it is counted from its peak rates."""
+    case = ("--model", model, "--batch-size", str(batch_size), "--seconds", "{SECONDS}")
+    files = ("--results", "{OUT}", "--out", f"{{OUT}}/roofline_{model}.png")
+    command = ("benchmarks.roofline", *case, *files)
+    return Part(f"roofline {model}", command, seconds, 15, needs=_ROOFLINE_NEEDS)
+
+
+def _cpu(data_dir: Path | None) -> list[Part]:
+    files, notes = usable_test_files(ROOT / "tests")
+    names = [path.relative_to(ROOT).as_posix() for path in files]
+    kernels = [name for name in names if name.startswith(_KERNEL_TESTS)]
+    parity = (*_TESTS, "-m", "not gpu and not slow", *kernels)
+    return [
+        *_decode(45, data_dir),
+        Part("parity", parity, 65, 8, notes=notes),
+        _roofline("resnet20", 128, 45),
+        suite_part("model", 130, 20, quick_below=90),
+        suite_part("ops", 85, 20, quick_below=60),
+        suite_part("loaders", 45, 15, quick_below=40),
+        suite_part("train", 85, 25, quick_below=90),
+        _roofline("resnet18", 64, 45),
+    ]
+
+
+# In the order in which they run.
+STAGES = {
+    "look": Stage(200, _look),
+    "measure": Stage(230, _measure),
+    "confirm": Stage(240, _confirm),
+    "cpu": Stage(550, _cpu),
+}
