@@ -23,6 +23,10 @@ __all__ = ["own_counters", "zero_counters"]
 # What one stream's buffer holds: many times what a launch of a ResNet-18 takes.
 BUFFER_SIZE = 2**16
 
+# Counters in 16 bytes. Triton compiles a kernel anew for an address that is no multiple of 16, and
+# inside the capture of a CUDA graph it may not: no launch meets another alignment than its warm-up.
+ALIGNMENT = 4
+
 
 class _Slices:
     """A buffer of zeros that is given out slice by slice."""
@@ -33,10 +37,16 @@ class _Slices:
 
     def take(self, count: int) -> torch.Tensor | None:
         """Return the next `count` counters, or None where fewer are left."""
-        if self.used + count > len(self.buffer):
+        first, end = self.used, self.used + count
+        if end > len(self.buffer):
             return None
-        self.used += count
-        return self.buffer[self.used - count : self.used]
+        self.used = first + _whole(count)
+        return self.buffer[first:end]
+
+
+def _whole(count: int) -> int:
+    """What `count` counters take up, so that the next ones are aligned too."""
+    return -(-count // ALIGNMENT) * ALIGNMENT
 
 
 _of_stream: dict[tuple[torch.device, int], _Slices] = {}
@@ -80,8 +90,8 @@ def zero_counters(like: torch.Tensor, count: int) -> torch.Tensor:
 def _next_of_stream(device: torch.device, stream: int, count: int) -> torch.Tensor:
     """The next counters of a stream's buffer; from its beginning where they do not fit its end."""
     slices = _of_stream.get((device, stream))
-    if slices is None or 2 * count > len(slices.buffer):
-        slices = _of_stream[device, stream] = _Slices(max(BUFFER_SIZE, 4 * count), device)
+    if slices is None or 2 * _whole(count) > len(slices.buffer):
+        slices = _of_stream[device, stream] = _Slices(max(BUFFER_SIZE, 4 * _whole(count)), device)
     counters = slices.take(count)
     if counters is None:
         slices.used = 0
