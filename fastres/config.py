@@ -127,7 +127,8 @@ class MachineOptions:
     threads: int | None = None
     """CPU threads of torch; default: all cores."""
     loader: Literal["auto", LoaderName] = "auto"
-    """Who prepares batches: NVIDIA DALI, the set resident on the device, torch's DataLoader."""
+    """Who prepares batches: NVIDIA DALI, the set resident on the device, torch's DataLoader; auto
+    takes the resident one with --fast, else torch's."""
     workers: int | None = None
     """Processes of the torch loader, threads of DALI; default: what suits the machine."""
     eval_batch_size: int = 1000

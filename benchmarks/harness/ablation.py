@@ -8,6 +8,9 @@
     graph          fused + the step as one CUDA graph
     fast           what `--fast` chooses on this machine
 
+`fast_uncompiled` stands beside `fast` on a GPU, where that has torch.compile around the fused
+kernels: the same with `--compile off`.
+
 What is timed is what trains: every configuration is a Config, resolved by the engine, in its
 TrainStep.
 """
@@ -40,7 +43,10 @@ __all__ = [
     "why_not",
 ]
 
-CONFIGURATIONS = ("eager", "channels_last", "amp", "compile", "fused", "graph", "fast")
+CONFIGURATIONS = (
+    *("eager", "channels_last", "amp", "compile", "fused", "graph"),
+    *("fast", "fast_uncompiled"),
+)
 # Long enough that no measurement reaches its end, where the schedule is over.
 _TOTAL_STEPS = 10**6
 
@@ -71,6 +77,8 @@ def why_not(configuration: str, device: torch.device) -> str | None:
     """Say why a configuration cannot be had on `device`, or return None."""
     if configuration == "graph" and device.type != "cuda":
         return "CUDA graphs need an NVIDIA GPU"
+    if configuration == "fast_uncompiled" and device.type != "cuda":
+        return "on a CPU --fast compiles nothing: it is `fast`"
     if configuration == "compile" and machine.cxx_compiler() is None:
         return "torch.compile needs a C++ compiler"
     return None
@@ -87,6 +95,8 @@ def make_config(configuration: str, device: torch.device, **options: Any) -> Con
         raise Unavailable(reason)
     if configuration == "fast":
         changes: dict[str, Any] = {"fast": True}
+    elif configuration == "fast_uncompiled":
+        changes = {"fast": True, "compile": "off"}
     else:
         changes = {"channels_last": "off" if configuration == "eager" else "on"}
         if configuration not in ("eager", "channels_last"):

@@ -37,6 +37,7 @@ _COLOURS = {
     "fused": "#fd8d3c",
     "graph": "#e6550d",
     "fast": "#d7301f",
+    "fast_uncompiled": "#99000d",
     "none": "#b0b0b0",
     "torchvision": "#8c8c8c",
     "torch": "#9ecae1",

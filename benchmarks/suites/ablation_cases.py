@@ -17,8 +17,11 @@ PEERS = {
     "peer_amp": "benchmarks.peers.eager_amp",
     "peer_compiled": "benchmarks.peers.compiled",
 }
-# The pairs whose ratio is claimed somewhere: they train in every turn, the others in every third.
-OFTEN = ("peer_fp32", "amp", "fast")
+# Those whose ratio is claimed somewhere: they train in every turn, the others in every third.
+OFTEN = {
+    "cpu": ("peer_fp32", "amp", "fast"),
+    "cuda": ("fast", "compile", "peer_compiled", "amp"),
+}
 _ALL = (*PEERS, *ablation.CONFIGURATIONS)
 _COMPILED = ("peer_compiled", "compile")
 
@@ -81,7 +84,7 @@ CASES = (
         ("peer_fp32", "amp", *_COMPILED, "fast"), slow=True,
     ),
     AblationCase("cuda resnet20", "cuda", "resnet20", 512, 40, 45, _ALL),
-    AblationCase("cuda resnet18", "cuda", "resnet18", 256, 20, 45, _ALL),
+    AblationCase("cuda resnet18", "cuda", "resnet18", 512, 20, 45, _ALL),
     AblationCase("resnet8", here().type, "resnet8", 64, 2, 10, ("peer_fp32", "fast"), quick=True),
 )  # fmt: skip
 

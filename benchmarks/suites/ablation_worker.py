@@ -74,7 +74,7 @@ def _parse(argv: Sequence[str] | None) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Build the configuration and serve rounds."""
     options = _parse(argv)
-    if options.configuration == "fast":
+    if options.configuration in ("fast", "fast_uncompiled"):
         machine.keep_freed_memory()
     device = torch.device(options.device)
     source = "auto" if options.data_dir else "synthetic"

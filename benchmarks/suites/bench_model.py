@@ -100,7 +100,8 @@ class _Ablation:
             "data": worker.hello["data"],
             "choices": worker.hello.get("choices", {}),
         }
-        return Prepared(worker.sample, info, worker.close, every=1 if provider in OFTEN else 3)
+        every = 1 if provider in OFTEN[case.device] else 3
+        return Prepared(worker.sample, info, worker.close, every=every)
 
 
 @functools.lru_cache
@@ -154,12 +155,15 @@ def _check_step(name: str, model: str, batch_size: int, built: ablation.Configur
 
 
 def _prepare_step(suite: str, model: str, batch_size: int, provider: str) -> Prepared:
-    if provider == "compile" and (model, batch_size) not in _COMPILED:
-        where = "a few cases" if ON_GPU else "the ladder"
-        raise Unavailable(f"compiled in {where} alone, for the time that it takes")
-    machine.keep_freed_memory()
+    reason = ablation.why_not(provider, DEVICE)
     # On a GPU --fast compiles around the fused ops too, which is measured in the same few cases.
     is_compiled = (model, batch_size) in _COMPILED or not ON_GPU
+    if provider in ("compile", "fast_uncompiled") and (model, batch_size) not in _COMPILED:
+        where = "a few cases" if ON_GPU else "the ladder"
+        reason = reason or f"compiled in {where} alone, for the time that it takes"
+    if reason:
+        raise Unavailable(reason)
+    machine.keep_freed_memory()
     options: dict[str, Any] = {} if is_compiled else {"compile": "off"}
     built = ablation.build(provider, model, batch_size, DEVICE, **options)
     _check_step(provider, model, batch_size, built)
@@ -256,7 +260,7 @@ def _prepare_inference(model: str, batch_size: int, provider: str) -> Prepared:
 
 @pytest.mark.parametrize(
     "provider",
-    [name for name in ablation.CONFIGURATIONS if name != "graph"],
+    [name for name in ablation.CONFIGURATIONS if name not in ("graph", "fast_uncompiled")],
 )
 @pytest.mark.parametrize(("model", "batch_size"), _sized_params(_INFERENCE_BATCHES))
 def bench_inference(measure, model, batch_size, provider):

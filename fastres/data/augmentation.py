@@ -18,16 +18,31 @@ class TensorPlan:
     Args:
         plan: the rows to upload.
         device: where the images are.
+
+    Attributes:
+        index, crop, flip, cutout, padding: those of the plan. What changes no image is None, and
+            is not uploaded.
     """
 
     def __init__(self, plan: Plan, device: torch.device):
+        has_cutout = (plan.cutout[:, 2] > plan.cutout[:, 0]).any()
         self.padding = plan.padding
-        self.has_flip = bool(plan.flip.any())
-        self.has_cutout = bool((plan.cutout[:, 2] > plan.cutout[:, 0]).any())
-        self.index, self.crop, self.flip, self.cutout = (
-            torch.from_numpy(array).to(device, non_blocking=True)
-            for array in (plan.index, plan.crop, plan.flip, plan.cutout)
-        )
+        self.index = _upload(plan.index, device)
+        self.crop = _upload(plan.crop, device) if plan.padding else None
+        self.flip = _upload(plan.flip, device) if plan.flip.any() else None
+        self.cutout = _upload(plan.cutout, device) if has_cutout else None
+
+
+def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a device, behind whatever a GPU has queued and without waiting for it.
+
+    That takes pinned memory: torch reuses a buffer of its own only after the copy out of it, while
+    a copy of pageable memory would block.
+    """
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def shared_tensor(array: np.ndarray) -> Tensor:
@@ -93,11 +108,11 @@ def augment(images: Tensor, plan: TensorPlan, rows: slice, colour: Tensor) -> Te
     """
     # Not `images[index]`, which copies single bytes; `index_select` copies whole images.
     out = images.index_select(0, plan.index[rows])
-    if plan.padding:
+    if plan.crop is not None:
         out = _crop(out, plan.crop[rows], plan.padding)
-    if plan.has_flip:
+    if plan.flip is not None:
         out = _flip(out, plan.flip[rows])
-    if plan.has_cutout:
+    if plan.cutout is not None:
         out = _cutout(out, plan.cutout[rows], colour)
     return out
 

@@ -264,7 +264,6 @@ def _choose_loader(config: Config, runtime: Runtime) -> None:
         runtime.note("loader", config.loader, "as asked")
     elif config.fast:
         runtime.loader, reason = choose_loader(runtime.device)
-        fallback = runtime.device.type == "cuda" and runtime.loader != "dali"
-        runtime.note("loader", runtime.loader, reason, fallback=fallback)
+        runtime.note("loader", runtime.loader, reason)
     else:
         runtime.note("loader", "torch", "the reference")

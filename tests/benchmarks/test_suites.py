@@ -14,14 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import conftest
 from benchmarks.harness import ablation, error_bound, timing
 from benchmarks.harness.rows import read_results, write_results
 from benchmarks.harness.scheduler import Measured, Prepared, Scheduler
 from benchmarks.harness.worker_pool import WorkerPool
 from benchmarks.peers import common, compiled, eager_amp, eager_fp32
 from benchmarks.report import collect
-from benchmarks.suites import bench_model, bench_ops, op_cases
+from benchmarks.suites import ablation_cases, bench_model, bench_ops, op_cases
 from fastres import host
+from fastres.engine.runtime import Runtime, _choose_route
 from fastres.kernels import dispatch
 from tests.helpers.data_fixtures import image_folder
 from tests.helpers.interpreter import DEVICE
@@ -275,7 +277,12 @@ def test_a_wrong_step_is_not_timed():
 
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize(
-    "configuration", [r for r in ablation.CONFIGURATIONS if r not in ("compile", "graph")]
+    "configuration",
+    [
+        name
+        for name in ablation.CONFIGURATIONS
+        if name not in ("compile", "graph") and ablation.why_not(name, DEVICE) is None
+    ],
 )
 def test_every_rung_trains_what_its_name_says(configuration):
     if (
@@ -289,18 +296,50 @@ def test_every_rung_trains_what_its_name_says(configuration):
     built = ablation.build(configuration, "resnet8", 8, DEVICE)
     built.train()
     assert built.runtime.channels_last == (configuration != "eager")
-    if configuration != "fast":
+    if not configuration.startswith("fast"):
         is_low = built.runtime.dtype != torch.float32
         assert is_low == (configuration in ("amp", "fused"))
     is_fused = type(built.model).__name__ == "FusedResNet"
     assert is_fused or configuration not in ("fused",)
-    assert not is_fused or configuration in ("fused", "fast")
+    assert not is_fused or configuration in ("fused", "fast", "fast_uncompiled")
 
 
 def test_what_a_machine_lacks_is_said():
     cpu = torch.device("cpu")
     with pytest.raises(ablation.Unavailable, match="CUDA graphs need an NVIDIA GPU"):
         ablation.make_config("graph", cpu)
+    with pytest.raises(ablation.Unavailable, match="on a CPU --fast compiles nothing"):
+        ablation.make_config("fast_uncompiled", cpu)
+
+
+def test_fast_uncompiled_is_fast_without_the_compiler(monkeypatch):
+    monkeypatch.setattr("fastres.engine.machine.cxx_compiler", lambda: "g++")
+    cuda = torch.device("cuda")
+    configs = [ablation.make_config(name, cuda) for name in ("fast", "fast_uncompiled")]
+    assert configs[0] == configs[1].replace(compile="auto")
+    runtimes = [Runtime(device=cuda, dtype=torch.bfloat16) for _ in configs]
+    for config, runtime in zip(configs, runtimes, strict=True):
+        _choose_route(config, runtime)
+    assert [(found.route, found.compiled) for found in runtimes] == [
+        ("fused", True),
+        ("fused", False),
+    ]
+
+
+def test_on_a_gpu_the_compiler_is_the_first_rival_and_trains_as_often():
+    ladders = {case.name: case for case in ablation_cases.CASES}
+    orders = {
+        device: conftest._in_order(
+            list(ladders[f"{device} resnet20"].providers), torch.device(device)
+        )
+        for device in ("cpu", "cuda")
+    }
+    rivals = ["fast", "compile", "peer_compiled", "peer_amp", "amp", "eager", "peer_fp32"]
+    assert orders["cuda"][:7] == rivals
+    assert sorted(orders["cuda"][7:]) == ["channels_last", "fast_uncompiled", "fused", "graph"]
+    assert orders["cpu"][:5] == ["peer_fp32", "fast", "eager", "amp", "peer_amp"]
+    assert {"fast", "compile", "peer_compiled"} <= set(ablation_cases.OFTEN["cuda"])
+    assert {ladders[f"cuda {net}"].batch_size for net in ("resnet20", "resnet18")} == {512}
 
 
 @pytest.mark.parametrize("peer", [eager_fp32, eager_amp, compiled])

@@ -8,9 +8,11 @@ import torch
 from PIL import Image, ImageOps
 
 import fastres
+from fastres.config import Config
 from fastres.data.dataset import Dataset, ImageSet
 from fastres.data.loaders import LOADERS, choose_loader, dali_missing
 from fastres.data.plan import Augmentation, plan_epoch
+from fastres.engine.runtime import Runtime, _choose_loader
 from fastres.errors import UsageError
 
 needs_dali = pytest.mark.skipif(dali_missing() is not None, reason=str(dali_missing()))
@@ -200,21 +202,21 @@ def test_val_without_a_number_says_that_it_overlaps(data):
     assert len(val.spec.images) == 10
 
 
-def test_without_dali_another_takes_its_place_on_a_gpu(data, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_auto_is_the_resident_loader_and_lacks_nothing(data, device, monkeypatch):
+    """With DALI or without it, which has to be asked for."""
+    runtime = Runtime(device=torch.device(device))
+    _choose_loader(Config(fast=True), runtime)
+    (setting,) = runtime.settings
+    assert (runtime.loader, setting.value, setting.fallback) == ("resident", "resident", False)
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if "dali" in name else found(name)
     )
-    name, reason = choose_loader(torch.device("cuda"))
-    assert (name, reason.endswith("the resident loader takes its place")) == ("resident", True)
+    assert choose_loader(torch.device(device)) == ("resident", setting.reason)
+    assert load(data, "auto").name == "resident"
     with pytest.raises(UsageError, match="DALI is not installed"):
         load(data, "dali")
-
-
-@needs_dali
-def test_auto_takes_dali_on_a_gpu_and_the_resident_loader_on_a_cpu(data):
-    assert choose_loader(torch.device("cuda"))[0] == "dali"
-    assert load(data, "auto").name == "resident"
 
 
 @pytest.mark.parametrize(

@@ -62,11 +62,11 @@ class Batch:
             plan.index[rows],
             self.mean,
             1.0 / self.std,
-            crop=plan.crop[rows] if plan.padding else None,
+            crop=None if plan.crop is None else plan.crop[rows],
             padding=plan.padding,
-            flip=plan.flip[rows] if plan.has_flip else None,
-            cutout=plan.cutout[rows] if plan.has_cutout else None,
-            colour=self.colour if plan.has_cutout else None,
+            flip=None if plan.flip is None else plan.flip[rows],
+            cutout=None if plan.cutout is None else plan.cutout[rows],
+            colour=None if plan.cutout is None else self.colour,
             dtype=dtype,
         )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastres.data.augmentation import shared_tensor
 from fastres.data.loaders.base import BatchSpec, Loader
+from fastres.data.loaders.plan_ahead import PlanAhead
 from fastres.data.plan import IMAGE_SIZE, Plan
 
 __all__ = ["DaliLoader"]
@@ -174,6 +175,7 @@ class DaliLoader(Loader):
         self.detail = f"DALI pipeline, {back_end}, {threads} CPU threads"
         self.threads = threads
         self.labels = shared_tensor(spec.images.labels)
+        self._plans = PlanAhead(spec)
         self._idle: list[_PlannedPipeline] = []
 
     def serve(self, epoch: int, start_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -183,7 +185,7 @@ class DaliLoader(Loader):
         it over. It prefetches: a pass that is left early drops it with the batches in it, and a
         pass that begins beside another one builds its own.
         """
-        plan = self.spec.plan(epoch)
+        plan = self._plans.take(epoch)
         planned = (
             self._idle.pop()
             if self._idle
@@ -193,6 +195,8 @@ class DaliLoader(Loader):
         labels = self.labels[torch.from_numpy(plan.index)].to(self.device, non_blocking=True)
         for batch in range(start_batch, len(self)):
             yield planned.run().permute(0, 3, 1, 2), labels[self.spec.rows(batch)]
+            if batch == start_batch:
+                self._plans.prepare_after(epoch)
         planned.drain()
         self._idle = [planned]
 
