@@ -2,8 +2,8 @@
 
 A `Check` says how its inputs are made, what the kernels compute of them and what plain torch does.
 `ParityRun` runs one after the other and says of each whether it is right (error_check.py), whether
-two runs are the same bits, or how it failed. Nothing is run after a check since which
-the GPU fails in every call.
+two runs are the same bits, or how it failed. A check since which the GPU fails in every call is the
+last one that is run.
 """
 
 import functools

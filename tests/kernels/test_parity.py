@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +14,13 @@ from fastres.kernels.gpu import primitives
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.launch_table import assume_entries
 from fastres.kernels.tools import parity, parity_check, parity_kernels
+from fastres.kernels.tools.candidates import im2col_start, product_of
 from fastres.kernels.tools.error_check import Deviation, deviations, same_bits
 from fastres.kernels.tools.networks import PRECISIONS
 from fastres.kernels.tools.parity_check import Check, ParityRun
 from fastres.kernels.tools.parity_plan import plan_checks
 from fastres.kernels.tools.tune_pdl import StepName, network_step
+from fastres.kernels.tools.tune_workloads import conv_workloads
 from tests.helpers.interpreter import DEVICE, HAS_GPU, needs_gpu
 
 META = torch.device("meta")
@@ -248,12 +251,29 @@ def kernels_of(launches):
     }
 
 
-def test_every_kernel_of_training_is_checked_alone_with_all_its_constants():
-    """Of both networks at their full batch, on meta: counts of tiles and groups included."""
-    networks, batch = ["resnet20", "resnet18"], 512
-    checks = plan_checks(networks, batch, batch, ["bf16"], "chosen", DEVICE)
-    alone = set()
-    entries = {}
+def mixed_table(networks, batch):
+    """Of every other layer dgrad stores its operands, of the rest wgrad: for both of them."""
+    workloads = conv_workloads(networks, [batch], [PRECISIONS["bf16"]])
+    table = {}
+    for number, workload in enumerate(workloads):
+        for place, op in enumerate(("dgrad", "wgrad")):
+            product = product_of(op, workload)
+            stores = number % 2 == place
+            table[product.key] = replace(im2col_start(product), stored=stores)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("networks", "table"),
+    [(["resnet20", "resnet18"], lambda *_: None), (["resnet20"], mixed_table)],
+    ids=["by rule", "by a table"],
+)
+def test_every_kernel_of_training_is_checked_alone_with_all_its_constants(networks, table):
+    """At the full batch, on meta: counts of tiles and groups included."""
+    batch = 512
+    with assume_entries(table(networks, batch)):
+        checks = plan_checks(networks, batch, batch, ["bf16"], "chosen", DEVICE)
+    alone, entries = set(), {}
     for check in checks:
         if check.name.startswith(("block", "network")):
             entries = check.entries
@@ -265,7 +285,7 @@ def test_every_kernel_of_training_is_checked_alone_with_all_its_constants():
         for network in networks:
             network_step(StepName(network, batch, "bf16"), META).run(gpu_backend)
     of_training = kernels_of(launches)
-    assert len(of_training) > 50
+    assert len(of_training) > 30
     assert {kernel[0] for kernel in of_training - alone} == set()
 
 
