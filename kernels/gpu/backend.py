@@ -42,8 +42,11 @@ __all__ = [
     "conv_backward",
     "conv_bn",
     "conv_folded",
+    "filter_gradient",
+    "input_gradient",
     "reduce",
     "runs_on",
+    "shared_operands",
 ]
 
 
@@ -162,31 +165,41 @@ def conv_backward(
         dgrad = strip_config("dgrad", shape, x.dtype) or im2col_config(
             "dgrad", shape, x.dtype, tf32=tf32
         )
-    gradient: Tensor | DeferredGrad = dy
-    if _stores_operand(wgrad) or (need_dx and _stores_operand(dgrad)):
-        gradient = bn_backward_apply(dy)
     if not need_dx:
-        return ConvGrads(None, _filter_gradient(gradient, x, layer, producer, wgrad))
-    # The kernel of dx reads the producer's y for its mask: there the activation costs a store.
-    activation = None
-    can_store = dgrad.route == "triton" and dgrad.form in ("im2col", "tma")
-    if producer is not None and _stores_operand(wgrad) and can_store:
-        activation = torch.empty_like(x, memory_format=torch.channels_last)
-    dx, grads = _input_gradient(
+        gradient = bn_backward_apply(dy) if _stores_operand(wgrad) else dy
+        return ConvGrads(None, filter_gradient(gradient, x, layer, producer, wgrad))
+    gradient, activation = shared_operands(dy, x, producer, dgrad, wgrad)
+    dx, grads = input_gradient(
         gradient, x, layer, producer, producer_weight, shortcut, activation, dgrad
     )
     if activation is not None:
         x, producer = activation, None
-    return ConvGrads(dx, _filter_gradient(gradient, x, layer, producer, wgrad), grads)
+    return ConvGrads(dx, filter_gradient(gradient, x, layer, producer, wgrad), grads)
 
 
-def _filter_gradient(
+def shared_operands(
+    dy: DeferredGrad, x: Tensor, producer: LayerState | None, dgrad: ConvConfig, wgrad: ConvConfig
+) -> tuple[Tensor | DeferredGrad, Tensor | None]:
+    """What both gradients read: dy, stored where either wants it; room for the activation, or None.
+
+    The kernel of dx reads the producer's y for its mask: there the activation costs a store.
+    """
+    stores = _stores_operand(wgrad) or _stores_operand(dgrad)
+    gradient: Tensor | DeferredGrad = bn_backward_apply(dy) if stores else dy
+    can_store = dgrad.route == "triton" and dgrad.form in ("im2col", "tma")
+    if producer is None or not _stores_operand(wgrad) or not can_store:
+        return gradient, None
+    return gradient, torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def filter_gradient(
     dy: Tensor | DeferredGrad,
     x: Tensor,
     layer: ConvBN,
     producer: LayerState | None,
     config: ConvConfig,
 ) -> Tensor:
+    """dw alone: that half of `conv_backward`."""
     scale_shift = None if producer is None else producer.scale_shift
     filter_size = (layer.w.shape[2], layer.w.shape[3])
     if scale_shift is not None and _stores_operand(config):
@@ -208,7 +221,7 @@ def _filter_gradient(
     )
 
 
-def _input_gradient(
+def input_gradient(
     dy: Tensor | DeferredGrad,
     x: Tensor,
     layer: ConvBN,
@@ -218,6 +231,7 @@ def _input_gradient(
     activation: Tensor | None,
     config: ConvConfig,
 ) -> tuple[Tensor, BatchNormGrads | None]:
+    """dx alone: the other half of `conv_backward`, which may fill in the activation too."""
     input_size = (x.shape[2], x.shape[3])
     if config.route == "cudnn":
         assert isinstance(dy, Tensor)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastres.kernels.block import Block
 from fastres.kernels.conv_types import (
+    BatchNorm,
     BatchNormGrads,
     ConvBN,
     ConvGrads,
@@ -27,6 +28,7 @@ __all__ = [
     "conv_backward",
     "conv_bn",
     "conv_folded",
+    "measured",
     "reduce",
     "runs_on",
 ]
@@ -53,9 +55,14 @@ def conv_bn(x: Tensor, layer: ConvBN, scale_shift: Tensor | None) -> LayerState:
     source = x if scale_shift is None else ref.bn_apply_ref(x, scale_shift)
     source, w = _conv_operands(source, layer.w, layer=layer)
     y = to_dense_channels_last(ref.conv_ref(source, w, stride=layer.stride, padding=layer.padding))
-    stats = ref.bn_stats_ref(y, eps=layer.eps)
+    return measured(y, layer.batch_norm)
+
+
+def measured(y: Tensor, batch_norm: BatchNorm) -> LayerState:
+    """The state of the layer whose convolution left y."""
+    stats = ref.bn_stats_ref(y, eps=batch_norm.eps)
     count = y.numel() // y.shape[1]
-    fold = ref.bn_fold_ref(stats.mean, stats.rstd, layer.weight, layer.bias)
+    fold = ref.bn_fold_ref(stats.mean, stats.rstd, batch_norm.weight, batch_norm.bias)
     unbiased_var = stats.var * (count / (count - 1))
     return LayerState(y, torch.stack([stats.mean, unbiased_var, stats.rstd, *fold]))
 

@@ -9,7 +9,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from fastres.kernels.conv_shape import ConvOp, ConvShape
 from fastres.kernels.gpu.launch_config import ConvConfig, Form
@@ -32,6 +34,7 @@ __all__ = [
     "GpuLimits",
     "Product",
     "distance",
+    "gpu_limits",
     "heuristic_start",
     "im2col_start",
     "neighbourhood",
@@ -57,6 +60,20 @@ class GpuLimits(NamedTuple):
     multiprocessors: int = NUM_SMS
     has_tma: bool = True
     has_pdl: bool = True
+
+
+def gpu_limits(device: torch.device) -> GpuLimits:
+    """Those of a GPU; of a Hopper where there is none."""
+    if device.type != "cuda":
+        return GpuLimits()
+    # Not every release of torch names the attributes in its type stubs.
+    properties: Any = torch.cuda.get_device_properties(device)
+    return GpuLimits(
+        shared_bytes=properties.shared_memory_per_block_optin,
+        multiprocessors=properties.multi_processor_count,
+        has_tma=properties.major >= 9,
+        has_pdl=properties.major >= 9,
+    )
 
 
 class Product(NamedTuple):

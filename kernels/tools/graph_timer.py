@@ -5,13 +5,22 @@ A graph has no launch latency between its kernels, as the captured training step
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from fastres.kernels.gpu.counters import own_counters
 
-__all__ = ["GRAPH_REPLAYS", "L2", "GraphSampler", "GraphTimer", "Trial", "graph_sample"]
+__all__ = [
+    "GRAPH_REPLAYS",
+    "L2",
+    "Captured",
+    "GraphSampler",
+    "GraphTimer",
+    "Trial",
+    "capture",
+    "graph_sample",
+]
 
 GRAPH_REPLAYS = 10
 _HOT_CALLS = 8
@@ -27,12 +36,51 @@ class Trial(NamedTuple):
     run: Callable[[], object]
 
 
-class _Captured(NamedTuple):
+class Captured(NamedTuple):
     """A graph of equal calls, and the counters of its launches, which must live as long as it."""
 
     graph: torch.cuda.CUDAGraph
     num_calls: int
     counters: torch.Tensor
+
+
+def capture(
+    call: Callable[[], object],
+    device: torch.device,
+    *,
+    num_calls: int = 1,
+    pool: Any = None,
+    before: Callable[[], object] | None = None,
+) -> Captured:
+    """Capture calls in a CUDA graph as training captures its step, after three of them outside.
+
+    Args:
+        call: what is captured; it must not wait for the device.
+        device: a CUDA device.
+        num_calls: how often the graph has it.
+        pool: memory to share with other graphs; None: it has its own.
+        before: called once on the stream of the capture. The autograd engine runs a backward pass
+            on the stream of its forward, which must be the one that captures.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        # Compiles, and lets cuDNN choose its algorithm, before the capture.
+        with torch.cuda.stream(stream):
+            if before is not None:
+                before()
+            for _ in range(3):
+                call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # With counters of its own the graph has no memset for them.
+        with (
+            own_counters(device) as counters,
+            torch.cuda.graph(graph, pool=pool, stream=stream),
+        ):
+            for _ in range(num_calls):
+                call()
+    return Captured(graph, num_calls, counters)
 
 
 class GraphSampler:
@@ -57,35 +105,16 @@ class GraphSampler:
 
         Args:
             call: what is captured; it must not wait for the device.
-            before: called once on the stream of the capture. The autograd engine runs a backward
-                pass on the stream of its forward, which must be the one that captures.
+            before: see `capture`.
 
         Returns: a function that returns the seconds of one call, the mean of `GRAPH_REPLAYS`.
         """
         # Hot calls follow each other in the graph, or the gaps between launches would be timed too.
         num_calls = 1 if self.cold else _HOT_CALLS
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            # Compiles, and lets cuDNN choose its algorithm, before the capture.
-            with torch.cuda.stream(stream):
-                if before is not None:
-                    before()
-                for _ in range(3):
-                    call()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # As training captures its step: with counters of its own it has no memset for them.
-            with (
-                own_counters(self.device) as counters,
-                torch.cuda.graph(graph, pool=self._pool, stream=stream),
-            ):
-                for _ in range(num_calls):
-                    call()
-        captured = _Captured(graph, num_calls, counters)
+        captured = capture(call, self.device, num_calls=num_calls, pool=self._pool, before=before)
         return lambda: self._seconds(captured)
 
-    def _seconds(self, captured: _Captured) -> float:
+    def _seconds(self, captured: Captured) -> float:
         """Of one call."""
         with torch.cuda.device(self.device):
             marks = [

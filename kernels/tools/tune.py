@@ -195,21 +195,14 @@ def _step_timer(device: "torch.device") -> "Timer":
 def _tuner(options: argparse.Namespace, device: "torch.device") -> "Tuner":
     import torch
 
-    from fastres.kernels.tools.candidates import GpuLimits
+    from fastres.kernels.tools.candidates import gpu_limits
     from fastres.kernels.tools.graph_timer import GraphTimer
     from fastres.kernels.tools.tuner import Tuner
 
-    # Not every release of torch names the attributes in its type stubs.
-    properties: Any = torch.cuda.get_device_properties(device)
     return Tuner(
         device,
         GraphTimer(device, l2=options.l2),
-        gpu=GpuLimits(
-            shared_bytes=properties.shared_memory_per_block_optin,
-            multiprocessors=properties.multi_processor_count,
-            has_tma=properties.major >= 9,
-            has_pdl=properties.major >= 9,
-        ),
+        gpu=gpu_limits(device),
         limit=options.candidates,
         threads=usable_cores(),
         synchronize=lambda: torch.cuda.synchronize(device),

@@ -24,10 +24,24 @@ from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.gpu.launch_table import assume_entries, force_pdl
 from fastres.kernels.tools.compile_ahead import compile_ahead
 from fastres.kernels.tools.graph_timer import Trial
-from fastres.kernels.tools.networks import PRECISIONS, Precision, network_blocks, precision_set
+from fastres.kernels.tools.networks import (
+    PRECISIONS,
+    NamedBlock,
+    Precision,
+    network_blocks,
+    precision_set,
+)
+from fastres.kernels.tools.seeded import Seeded
 from fastres.kernels.tools.tuner import Timer, Tuner, first_line
 
-__all__ = ["NetworkStep", "PdlChoice", "StepName", "choose_pdl", "network_step"]
+__all__ = [
+    "NetworkStep",
+    "PdlChoice",
+    "StepName",
+    "blocks_step",
+    "choose_pdl",
+    "network_step",
+]
 
 # How many times faster steps must be, in the mean over networks: less is noise.
 MIN_SPEEDUP = 1.005
@@ -69,6 +83,10 @@ class NetworkStep:
 
     def run(self, backend: Backend) -> list[Tensor]:
         """Return the last block's output and the gradients of all parameters."""
+        return [*self.outcome(backend).values()]
+
+    def outcome(self, backend: Backend) -> dict[str, Tensor]:
+        """The last block's output, all gradients of parameters, and dx where it is wanted."""
         kept = []
         x: Tensor = self.x
         dout: Tensor | None = self.dout
@@ -77,40 +95,43 @@ class NetworkStep:
                 out, states = block_ops.forward(block, x, None, backend)
                 kept.append((x, out, states))
                 x = out
-            made = [x]
-            for block, need_dx in reversed(self.blocks):
+            made = {"out": x}
+            for number, (block, need_dx) in reversed([*enumerate(self.blocks)]):
                 given, out, states = kept.pop()
                 mask = None if block.shortcut == "none" else out
                 assert dout is not None
                 grads = block_ops.backward(
                     block, dout, given, mask, states, backend, need_dx=need_dx
                 )
-                made += [grad for layer in grads.layers for grad in layer]
+                for place, layer in enumerate(grads.layers):
+                    made |= {
+                        f"{what} of layer {place} of block {number}": grad
+                        for what, grad in layer._asdict().items()
+                    }
                 dout = grads.dx
-        return made
+        return made if dout is None else made | {"dx": dout}
 
 
-def network_step(name: StepName, device: torch.device) -> NetworkStep:
-    """Make a step on seeded tensors of unit scale, as training has them."""
-    precision = PRECISIONS[name.precision]
-    dtype = precision.dtype
-    on_meta = device.type == "meta"
-    generator = None if on_meta else torch.Generator(device).manual_seed(0)
+def network_step(name: StepName, device: torch.device, seed: int = 0) -> NetworkStep:
+    """Make a step of a whole network on seeded tensors."""
+    blocks = [
+        block for block in network_blocks(name.network, name.batch) for _ in range(block.count)
+    ]
+    return blocks_step(blocks, PRECISIONS[name.precision], device, seed)
 
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device)
 
-    def pixels(values: Tensor) -> Tensor:
-        # Not `contiguous`: filters of 1x1 would keep the strides of NCHW, and cuDNN go by them.
-        return values.to(dtype).to(memory_format=torch.channels_last)
+def blocks_step(
+    named_blocks: Sequence[NamedBlock], precision: Precision, device: torch.device, seed: int = 0
+) -> NetworkStep:
+    """Make a step of blocks, one after the other, on seeded tensors of unit scale."""
+    seeded = Seeded(device, precision.dtype, seed)
 
     def layer(shape: ConvShape) -> ConvBN:
-        w = pixels(normal(shape.K, shape.C, shape.R, shape.S) / shape.RSC**0.5)
-        weight, bias = 1 + 0.1 * normal(shape.K), 0.1 * normal(shape.K)
+        w = seeded.to_pixels(seeded.normal(shape.K, shape.C, shape.R, shape.S) / shape.RSC**0.5)
+        weight, bias = 1 + 0.1 * seeded.normal(shape.K), 0.1 * seeded.normal(shape.K)
         # Training keeps its filters in fp32, and wants their gradients so.
         return ConvBN(w, weight, bias, shape.stride, shape.padding, dw_dtype=torch.float32)
 
-    named_blocks = network_blocks(name.network, name.batch)
     blocks = tuple(
         (
             Block(
@@ -121,11 +142,10 @@ def network_step(name: StepName, device: torch.device) -> NetworkStep:
             named.need_dx,
         )
         for named in named_blocks
-        for _ in range(named.count)
     )
     first, last = named_blocks[0].layers[0], named_blocks[-1].layers[-1]
-    x = pixels(normal(first.N, first.C, first.H, first.W))
-    return NetworkStep(precision, blocks, x, pixels(normal(last.N, last.K, last.P, last.Q)))
+    x = seeded.pixels(first.N, first.C, first.H, first.W)
+    return NetworkStep(precision, blocks, x, seeded.pixels(last.N, last.K, last.P, last.Q))
 
 
 def choose_pdl(

@@ -10,22 +10,34 @@ convolution and all that is fused with it.
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastres.kernels.block import Backend
 from fastres.kernels.conv_shape import ConvShape
-from fastres.kernels.conv_types import ConvBN, ConvGrads, DeferredGrad, LayerState
+from fastres.kernels.conv_types import (
+    BatchNormGrads,
+    ConvBN,
+    ConvGrads,
+    DeferredGrad,
+    LayerState,
+)
 from fastres.kernels.gpu.launch import Launch
 from fastres.kernels.reference import backend as reference_backend
-from fastres.kernels.reference.block import bn_fold_ref
-from fastres.kernels.reference.error_bound import RATIO, UNIT_ROUNDOFF
+from fastres.kernels.tools.error_check import (
+    Tensors,
+    deviations,
+    map_tensors,
+    precision_roundoff,
+    to_double,
+)
 from fastres.kernels.tools.network_launches import computes, record_training
 from fastres.kernels.tools.networks import NamedBlock, Precision, network_blocks, precision_set
+from fastres.kernels.tools.seeded import Seeded
 from fastres.kernels.tools.torch_launches import AnyLaunch
 
 __all__ = [
@@ -34,13 +46,17 @@ __all__ = [
     "ConvVariant",
     "ConvWorkload",
     "ParityCheck",
+    "conv_outcome",
     "conv_workloads",
+    "input_grads",
     "make_case",
 ]
 
-# Images of a parity check, whose truth is computed in fp64. The code of a kernel depends on the
-# layer, not on the batch.
-PARITY_BATCH = 4
+# Images of a parity check at most: its truth in fp64 must fit the GPU. Fewer images than a workload
+# has would check other code: the group in which last programs add up partials is a constant of the
+# kernel, and so is whether tiles are whole; counts of tiles stop being multiples of 16, and a wgrad
+# of one part has no partials at all.
+PARITY_BATCH = 512
 
 # Of one layer, as training runs it: its convolution and all that is fused with it.
 ConvPass = Literal["forward", "backward"]
@@ -141,23 +157,13 @@ class ConvCase:
 
     def double(self) -> "ConvCase":
         """The same numbers in fp64."""
-        return self._map(Tensor.double)
+        return to_double(self)
 
     def on_meta(self) -> "ConvCase":
         """Sizes, strides and dtypes alone: to record launches without making them."""
-        return self._map(
-            lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        return map_tensors(
+            self, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
         )
-
-    def _map(self, of_tensor: Callable[[Tensor], Tensor]) -> "ConvCase":
-        def of_value(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return of_tensor(value)
-            if isinstance(value, tuple):
-                return type(value)(*(of_value(item) for item in value))
-            return value
-
-        return ConvCase(**{name: of_value(value) for name, value in vars(self).items()})
 
 
 def make_case(
@@ -167,76 +173,72 @@ def make_case(
     device: torch.device,
     seed: int = 0,
 ) -> ConvCase:
-    """Seeded tensors of unit scale; no pre-activation lies so near 0 that two masks may differ."""
-    generator = torch.Generator(device).manual_seed(seed)
+    """Seeded tensors of unit scale; no pre-activation lies so near 0 that two masks may differ.
 
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device)
-
-    def pixels(values: Tensor) -> Tensor:
-        # Not `contiguous`: filters of 1x1 would keep the strides of NCHW, and cuDNN go by them.
-        return values.to(dtype).to(memory_format=torch.channels_last)
-
+    On meta they have no numbers: to record launches.
+    """
+    seeded = Seeded(device, dtype, seed)
     n, c, h, w = shape.N, shape.C, shape.H, shape.W
     k, p, q = shape.K, shape.P, shape.Q
-    x, producer, weight = normal(n, c, h, w), None, None
-    if variant.prologue:
-        weight, bias = 1 + 0.1 * normal(c), 0.1 * normal(c)
-        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        rstd = (var + 1e-5).rsqrt()
-        scale_shift = bn_fold_ref(mean, rstd, weight, bias)
-        a, b = (vector.view(1, -1, 1, 1) for vector in scale_shift)
-        x = torch.where((a * x + b).abs() < 0.05, (1 - b) / a, x)
-        producer = LayerState(pixels(x), torch.stack([mean, var, rstd, *scale_shift]))
-    filters = pixels(normal(k, c, shape.R, shape.S) / shape.RSC**0.5)
-    layer = ConvBN(filters, 1 + 0.1 * normal(k), normal(k), shape.stride, shape.padding)
-    coefficients = torch.stack([1 + 0.1 * normal(k), 0.1 * normal(k), 0.1 * normal(k)])
+    producer, weight = seeded.layer_state(n, c, h, w) if variant.prologue else (None, None)
+    x = seeded.pixels(n, c, h, w) if producer is None else producer.y
+    filters = seeded.to_pixels(seeded.normal(k, c, shape.R, shape.S) / shape.RSC**0.5)
+    gamma, beta = 1 + 0.1 * seeded.normal(k), seeded.normal(k)
+    layer = ConvBN(filters, gamma, beta, shape.stride, shape.padding)
+    coefficients = [1 + 0.1 * seeded.normal(k), 0.1 * seeded.normal(k), 0.1 * seeded.normal(k)]
+    g, y = seeded.pixels(n, k, p, q), seeded.pixels(n, k, p, q)
     return ConvCase(
-        x=pixels(x) if producer is None else producer.y,
-        layer=layer,
-        dy=DeferredGrad(pixels(normal(n, k, p, q)), pixels(normal(n, k, p, q)), coefficients),
+        x=x,
+        # Training keeps its filters in fp32, and wants their gradients so.
+        layer=layer._replace(dw_dtype=torch.float32),
+        dy=DeferredGrad(g, y, torch.stack(coefficients)),
         producer=producer,
         producer_weight=weight,
-        shortcut=pixels(normal(n, c, h, w)) if variant.shortcut else None,
+        shortcut=seeded.pixels(n, c, h, w) if variant.shortcut else None,
         need_dx=variant.need_dx,
     )
 
 
-def _outcome(case: ConvCase, name: ConvPass, backend: Backend) -> dict[str, Tensor]:
+def conv_outcome(case: ConvCase, name: ConvPass, backend: Backend) -> dict[str, Tensor]:
     """What a pass of a case computes: tensors by name."""
     if name == "forward":
         state = case.forward(backend)
         return {"y": state.y, "mean": state.mean, "scale_shift": state.scale_shift}
     grads = case.backward(backend)
-    outcome = {"dw": grads.dw}
-    if grads.dx is not None:
-        outcome["dx"] = grads.dx
-    if grads.producer is not None:
-        outcome |= {"dgamma": grads.producer.dgamma, "dbeta": grads.producer.dbeta}
+    return {"dw": grads.dw} | input_grads(grads.dx, grads.producer)
+
+
+def input_grads(dx: Tensor | None, producer: BatchNormGrads | None) -> dict[str, Tensor]:
+    """What a backward pass computes besides dw: tensors by name."""
+    outcome = {} if dx is None else {"dx": dx}
+    if producer is not None:
+        outcome |= {"dgamma": producer.dgamma, "dbeta": producer.dbeta}
     return outcome
 
 
 class ParityCheck:
-    """Compares a pass of a layer, in all variants and on small batches, with the truth in fp64.
+    """Compares a pass of a layer, in all variants, with the truth in fp64: see error_check.py.
 
-    Wrong is an error against fp64 above RATIO times that of plain torch in the same dtype and one
-    rounding, in root mean square or in the largest element, or a NaN. Truth and plain torch are
-    computed once and serve every candidate.
+    Truth and plain torch are computed once and serve every candidate.
 
     Args:
         workload: the layer.
         device: where it runs.
+
+    Attributes:
+        num_images: of the check.
     """
 
     def __init__(self, workload: ConvWorkload, device: torch.device):
         self._workload = workload
         self._device = device
+        self.num_images = min(PARITY_BATCH, workload.shape.N)
         self._expected: dict[tuple[ConvPass, ConvVariant], _Expected] = {}
 
     @functools.cached_property
     def cases(self) -> dict[ConvVariant, ConvCase]:
         """The tensors of each variant."""
-        shape = replace(self._workload.shape, N=min(PARITY_BATCH, self._workload.shape.N))
+        shape = replace(self._workload.shape, N=self.num_images)
         dtype = self._workload.precision.dtype
         return {v: make_case(shape, v, dtype, self._device) for v in self._workload.variants}
 
@@ -245,12 +247,11 @@ class ParityCheck:
         precision = self._workload.precision
         for variant, case in self.cases.items():
             with precision_set(precision):
-                computed = _outcome(case, name, backend)
+                computed = conv_outcome(case, name, backend)
             eager, truth = self._expect(name, variant)
-            for what, value in computed.items():
-                wrong = _excess(value, eager[what], truth[what], _roundoff(precision))
-                if wrong is not None:
-                    return f"{what} is off by {wrong}"
+            for found in deviations(computed, eager, truth, precision_roundoff(precision)):
+                if found.share > 1:
+                    return found.text
         return None
 
     def _expect(self, name: ConvPass, variant: ConvVariant) -> "_Expected":
@@ -258,8 +259,8 @@ class ParityCheck:
         if place not in self._expected:
             case = self.cases[variant]
             with precision_set(self._workload.precision):
-                eager = _outcome(case, name, reference_backend)
-            truth = _outcome(case.double(), name, reference_backend)
+                eager = conv_outcome(case, name, reference_backend)
+            truth = conv_outcome(case.double(), name, reference_backend)
             self._expected[place] = _Expected(eager, truth)
         return self._expected[place]
 
@@ -267,22 +268,5 @@ class ParityCheck:
 class _Expected(NamedTuple):
     """What plain torch computes in the dtype of a case, and in fp64."""
 
-    eager: dict[str, Tensor]
-    truth: dict[str, Tensor]
-
-
-def _roundoff(precision: Precision) -> float:
-    # TF32 has the mantissa of fp16.
-    return UNIT_ROUNDOFF[torch.float16 if precision.tf32 else precision.dtype]
-
-
-def _excess(value: Tensor, eager: Tensor, truth: Tensor, roundoff: float) -> str | None:
-    """How far `value` is from the truth, where that is too far."""
-    if not bool(torch.isfinite(value).all()):
-        return "NaN or infinity"
-    error, allowed = (value.double() - truth).abs(), (eager.double() - truth).abs()
-    for norm, of in (("rms", lambda t: t.square().mean().sqrt()), ("at most", torch.amax)):
-        bound = RATIO * of(allowed) + roundoff * of(truth.abs())
-        if bool(of(error) > bound):
-            return f"{of(error).item():.3g} {norm}, allowed {bound.item():.3g}"
-    return None
+    eager: Tensors
+    truth: Tensors

@@ -60,7 +60,16 @@ from fastres.kernels.tools.tune_workloads import (
 )
 from fastres.strict_json import dumps
 
-__all__ = ["Choice", "GpuLostError", "Timer", "Tuned", "Tuner", "first_line", "merge_table"]
+__all__ = [
+    "Choice",
+    "GpuLostError",
+    "Timer",
+    "Tuned",
+    "Tuner",
+    "first_line",
+    "merge_table",
+    "raise_if_lost",
+]
 
 # Candidates of one race: compiled together, then timed in turns.
 RACE_SIZE = 8
@@ -293,11 +302,12 @@ class Tuner:
         contests: Sequence[_Contest],
         attempt: Callable[[_Contest], None],
     ) -> list[Choice]:
-        dtype = workload.precision.dtype
-        self._cases = {
-            variant: make_case(workload.shape, variant, dtype, self.device)
-            for variant in workload.variants
-        }
+        check, dtype = contests[0].check, workload.precision.dtype
+        self._cases = (
+            check.cases
+            if check.num_images == workload.shape.N
+            else {v: make_case(workload.shape, v, dtype, self.device) for v in workload.variants}
+        )
         with precision_set(workload.precision):
             for contest in contests:
                 attempt(contest)
@@ -384,8 +394,8 @@ class Tuner:
 
     def _launches(self, contest: _Contest, options: Sequence[Entries]) -> list[Launch]:
         """What check and race will start, recorded without starting it."""
-        cases = [*contest.check.cases.values(), *self._cases.values()]
-        on_meta = [case.on_meta() for case in cases]
+        cases = {id(case): case for case in (*contest.check.cases.values(), *self._cases.values())}
+        on_meta = [case.on_meta() for case in cases.values()]
         launches = []
         for entries, case in itertools.product(options, on_meta):
             with recording() as recorded:
@@ -397,13 +407,14 @@ class Tuner:
         return launches
 
     def _fault(self, contest: _Contest, entries: Entries) -> str | None:
-        """What is wrong with a candidate: its numbers on a few images, or its run at full size."""
+        """What is wrong with a candidate: its numbers, or its run on more images than a check's."""
         try:
             with assume_entries(contest.table(entries)):
                 wrong = contest.check(contest.name, gpu_backend)
             if wrong is None:
-                for case in self._cases.values():
-                    self._run(contest, entries, case)
+                if self._cases is not contest.check.cases:
+                    for case in self._cases.values():
+                        self._run(contest, entries, case)
                 self.synchronize()
         except Exception as error:  # Whatever a compiler or a driver raises.
             self.stop_if_lost(contest.label(entries), error)
@@ -412,12 +423,7 @@ class Tuner:
 
     def stop_if_lost(self, candidate: str, error: Exception) -> None:
         """Raise GpuLostError if the GPU fails without the candidate too, as after a bad address."""
-        try:
-            self.synchronize()
-        except Exception:
-            raise GpuLostError(
-                f"the GPU fails in every call since it ran {candidate}: {first_line(error)}"
-            ) from error
+        raise_if_lost(candidate, error, self.synchronize)
 
     def _time(self, contest: _Contest, runners: Sequence[Entries]) -> None:
         """Time all runners in turns in all variants; the fastest leads."""
@@ -447,6 +453,16 @@ class Tuner:
 
 def _is_fused(entries: Entries) -> bool:
     return entries[0].form == "fused"
+
+
+def raise_if_lost(what: str, error: Exception, synchronize: Callable[[], None]) -> None:
+    """Raise GpuLostError if the GPU fails without what has just failed too."""
+    try:
+        synchronize()
+    except Exception:
+        raise GpuLostError(
+            f"the GPU fails in every call since it ran {what}: {first_line(error)}"
+        ) from error
 
 
 def first_line(error: Exception) -> str:

@@ -57,6 +57,7 @@ COMMANDS = {
     "train --dry-run": ["fastres.train", *TINY, "--dry-run"],
     "tune --help": ["fastres", "tune", "--help"],
     "codegen --help": ["fastres.kernels.tools.codegen", "--help"],
+    "parity --help": ["fastres", "parity", "--help"],
     "evaluate --help": ["fastres.evaluate", "--help"],
 }
 

@@ -1,13 +1,7 @@
 """Every numerical tolerance of the kernel tests, and the checks that apply it.
 
-RATIO, FLOOR: fastres/kernels/reference/error_bound.py says what is bounded, and derives the
-    numbers.
-
-STATISTICS: means, variances and sums are fp32 whatever the activations' dtype. Torch on CPU sums
-    them in fp64, so eager is nearly exact there and cannot be the baseline. A GPU adds the n rows
-    of a tile pairwise, log2(n) u at most; the interpreter adds them one by one, a random walk of n
-    roundings: 0.27 u sqrt(n) was measured in the RMS of 6,400 sums of squares for n from 32 to 512,
-    and 2 u sqrt(n) in their maximum. Allowed are 4 u sqrt(n), of the sum of magnitudes.
+RATIO, FLOOR, STATISTICS: fastres/kernels/reference/error_bound.py says what is bounded, and derives
+    the numbers.
 
 RELU_TIES: where z is within rounding of 0 two correct networks may disagree on the mask. Elements
     within 4 u of the scale of z are left out of gradient checks; were they more than 0.1 % of all,
@@ -20,15 +14,16 @@ from collections.abc import Sequence
 
 import torch
 
-from fastres.kernels.reference.error_bound import FLOOR_MAX, FLOOR_RMS, RATIO, UNIT_ROUNDOFF
+from fastres.kernels.reference.error_bound import (
+    FLOOR_MAX,
+    FLOOR_RMS,
+    RATIO,
+    UNIT_ROUNDOFF,
+    statistics_rtol,
+)
 
 RELU_TIES = 1e-3
 RELU_TIE_ELEMENTS = 8
-
-
-def statistics_rtol(rows: int = 128) -> float:
-    """Relative error allowed in a sum of magnitudes over tiles of `rows` pixels."""
-    return 4 * UNIT_ROUNDOFF[torch.float32] * rows**0.5
 
 
 def rms(t: torch.Tensor) -> float:
