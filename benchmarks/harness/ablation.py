@@ -31,6 +31,7 @@ __all__ = [
     "CONFIGURATIONS",
     "Configuration",
     "Unavailable",
+    "assemble",
     "build",
     "fixed_batch",
     "here",
@@ -77,7 +78,7 @@ def why_not(configuration: str, device: torch.device) -> str | None:
 
 
 def make_config(configuration: str, device: torch.device, **options: Any) -> Config:
-    """Return the options that a configuration stands for, `options` among them.
+    """Return the options that a configuration stands for, changed by `options`.
 
     Raises:
         Unavailable: see `why_not` and `low_precision`.
@@ -89,13 +90,13 @@ def make_config(configuration: str, device: torch.device, **options: Any) -> Con
         changes: dict[str, Any] = {"fast": True}
     else:
         changes = {"channels_last": "off" if configuration == "eager" else "on"}
-        if configuration not in ("eager", "channels_last"):
+        if configuration not in ("eager", "channels_last") and "amp" not in options:
             changes["amp"] = low_precision(device)
         routes = {"compile": "compile", "fused": "fused", "graph": "fused"}
         changes["route"] = routes.get(configuration, "eager")
         changes["graph"] = "on" if configuration == "graph" else "off"
     defaults = Config(device=device.type, schedule="constant", warmup=0.0)  # type: ignore[arg-type]
-    return defaults.replace(**changes, **options)
+    return defaults.replace(**(changes | options))
 
 
 @dataclass
@@ -107,7 +108,7 @@ class Configuration:
         step: its TrainStep.
         runtime: what the configuration came to.
         batch: images and labels of the fixed batch.
-        loss: of the first step, on that batch.
+        loss: of the first step on that batch, once `build` has trained it.
     """
 
     model: nn.Module
@@ -115,7 +116,7 @@ class Configuration:
     runtime: Runtime
     batch: tuple[Tensor, Tensor]
     loss: float = math.nan
-    _done: int = field(default=1)
+    _done: int = field(default=0)
 
     def train(self) -> None:
         """Train one step on the fixed batch."""
@@ -128,9 +129,9 @@ class Configuration:
         self._done += 1
 
 
-def fixed_batch(batch_size: int, num_classes: int = 10) -> tuple[Tensor, Tensor]:
-    """Images and labels that every provider starts with, on the CPU."""
-    generator = torch.Generator().manual_seed(0)
+def fixed_batch(batch_size: int, num_classes: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images and labels on the CPU; every provider starts with those of seed 0."""
+    generator = torch.Generator().manual_seed(seed)
     images = torch.randn((batch_size, 3, 32, 32), generator=generator)
     return images, torch.arange(batch_size) % num_classes
 
@@ -141,7 +142,7 @@ def place(config: Config, num_classes: int = 10) -> tuple[nn.Module, Runtime]:
     Raises:
         Unavailable: when this machine cannot have it.
     """
-    model = fastres.create_model(config.model, num_classes, seed=0)
+    model = fastres.create_model(config.model, num_classes, seed=config.seed)
     try:
         runtime = resolve_runtime(config, model)
     except UsageError as error:
@@ -153,15 +154,16 @@ def place(config: Config, num_classes: int = 10) -> tuple[nn.Module, Runtime]:
     return model, runtime
 
 
-def build(
+def assemble(
     configuration: str,
     model_name: str,
     batch_size: int,
     device: torch.device,
     num_classes: int = 10,
+    total_steps: int = _TOTAL_STEPS,
     **options: Any,
 ) -> Configuration:
-    """Build a configuration and train its first step, which compiles and captures what there is.
+    """Build a configuration, compiled and captured as far as it is, before its first step.
 
     Further options are those of `Config`.
 
@@ -171,12 +173,28 @@ def build(
     config = make_config(configuration, device, model=model_name, batch_size=batch_size, **options)
     model, runtime = place(config, num_classes)
     model.train()
-    step = TrainStep(model, config, runtime, _TOTAL_STEPS)
+    step = TrainStep(model, config, runtime, total_steps)
     images, labels = fixed_batch(batch_size, num_classes)
     images = images.to(device, memory_format=runtime.memory_format)
     labels = labels.to(device)
     step.prepare(images, labels)
-    built = Configuration(model, step, runtime, (images, labels))
-    step(0, images, labels)
-    built.loss = step.totals.read()[0]
+    return Configuration(model, step, runtime, (images, labels))
+
+
+def build(
+    configuration: str,
+    model_name: str,
+    batch_size: int,
+    device: torch.device,
+    num_classes: int = 10,
+    **options: Any,
+) -> Configuration:
+    """Assemble a configuration and train its first step, on the fixed batch.
+
+    Raises:
+        Unavailable: when this machine cannot have it.
+    """
+    built = assemble(configuration, model_name, batch_size, device, num_classes, **options)
+    built.train()
+    built.loss = built.step.totals.read()[0]
     return built
