@@ -13,6 +13,7 @@ TrainStep.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ __all__ = [
     "Unavailable",
     "assemble",
     "build",
+    "build_inference",
     "fixed_batch",
     "here",
     "low_precision",
@@ -198,3 +200,23 @@ def build(
     built.train()
     built.loss = built.step.totals.read()[0]
     return built
+
+
+def build_inference(
+    configuration: str, model_name: str, batch_size: int, device: torch.device, **options: Any
+) -> tuple[Callable[[], Tensor], Runtime]:
+    """Return a function that evaluates the fixed batch and gives its logits, and how it does.
+
+    Raises:
+        Unavailable: when this machine cannot have it.
+    """
+    net, runtime = place(make_config(configuration, device, model=model_name, **options))
+    forward = torch.compile(net.eval()) if runtime.compiled else net.eval()
+    images = fixed_batch(batch_size)[0].to(device, memory_format=runtime.memory_format)
+
+    @torch.no_grad()
+    def predict() -> Tensor:
+        with runtime.autocast():
+            return forward(images)
+
+    return predict, runtime

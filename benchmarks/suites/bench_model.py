@@ -180,20 +180,11 @@ def _logits(model: str, batch_size: int) -> list[Tensor]:
 
 
 def _prepare_inference(model: str, batch_size: int, provider: str) -> Prepared:
-    options = {} if batch_size == 500 or not ON_GPU else {"compile": "off"}
-    config = ablation.make_config(provider, DEVICE, model=model, **options)
     if provider == "compile" and (not ON_GPU or batch_size != 500):
         raise Unavailable("compiled at batch 500 on a GPU alone, for the time that it takes")
+    options = {} if batch_size == 500 or not ON_GPU else {"compile": "off"}
     machine.keep_freed_memory()
-    net, runtime = ablation.place(config)
-    forward = torch.compile(net.eval()) if runtime.compiled else net.eval()
-    images = ablation.fixed_batch(batch_size)[0].to(DEVICE, memory_format=runtime.memory_format)
-
-    @torch.no_grad()
-    def predict() -> Tensor:
-        with runtime.autocast():
-            return forward(images)
-
+    predict, runtime = ablation.build_inference(provider, model, batch_size, DEVICE, **options)
     error = error_bound.distance([predict().cpu().float()], _logits(model, batch_size))
     if not error <= error_bound.LOGITS_BOUND:
         raise AssertionError(f"{provider}: logits are off by {error:.2e} of their RMS")
