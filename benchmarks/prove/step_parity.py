@@ -141,7 +141,8 @@ def _run(argv: Sequence[str]) -> int:
 
     built, states = trained("off")
     route = next(setting for setting in built.runtime.settings if setting.name == "route")
-    print(f"{case[0]} batch {case[1]}, {built.runtime.precision}: {route.value}, {route.reason}")
+    words = f"{case[0]} batch {case[1]}, {built.runtime.precision}"
+    print(f"{words}: {route.value}, {route.reason}", flush=True)
     results = [_compare("twice", states, trained("off")[1])]
     if built.runtime.device.type == "cuda":
         results.append(_compare("captured", states, trained("on")[1]))

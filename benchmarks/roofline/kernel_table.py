@@ -6,7 +6,7 @@ time on a CPU. Beside it stands what the step's count says of the same kernels, 
 good kernels of their forms take (kernels/tools/step_report.py), and measured over estimated. What
 is most above its estimate comes first; what has none counts as above it with all its time.
 
-    --estimate        compile and count the step here, in as many processes as there are cores
+    --estimate        compile and count the step here, which takes two cores some minutes
     --estimate FILE   take the count of another machine, which needs no GPU:
                       python -m fastres.kernels.tools.codegen --step resnet20 --batch 512 --json
 
@@ -221,11 +221,12 @@ def _count(options: argparse.Namespace, runtime: Runtime) -> dict[str, float]:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         wanted["arch"] = f"sm_{major}{minor}"
-    if options.estimate:
-        return estimates_by_kernel(read_estimate(Path(options.estimate), wanted))
+    report = read_estimate(Path(options.estimate), wanted) if options.estimate else None
     if not torch.cuda.is_available():
         print("no estimate: what a CPU runs is not counted", flush=True)
         return {}
+    if report is not None:
+        return estimates_by_kernel(report)
     from fastres.kernels.tools.networks import NETWORKS
     from fastres.kernels.tools.peak_rates import PEAK_RATES
     from fastres.kernels.tools.step_report import count_step
