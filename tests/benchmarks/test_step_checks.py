@@ -122,26 +122,31 @@ def test_the_curve_of_a_wrong_gradient_is_wrong(tmp_path, monkeypatch, capsys):
     assert "WRONG: fused is " in capsys.readouterr().out
 
 
-def curves(fused, other=0.01, steps=60):
-    """A falling truth, correct trainings `other` beside it, and a fused one."""
-    truth = [2 - 0.01 * step for step in range(steps)]
-    offset = [other * (-1) ** step for step in range(steps)]
-    beside = [a + b for a, b in zip(truth, offset, strict=True)]
-    off = [a + fused * b / other for a, b in zip(truth, offset, strict=True)]
-    return {"eager": truth, "eager reordered": beside, "amp": beside, "fused": off}
+def curves(fused, others=(0.01, 0.01, 0.01)):
+    """A falling truth of three windows, correct trainings and a fused one, off by so much in each.
+
+    They swing about the truth, so that the means of windows are equal.
+    """
+    steps = range(20 * len(others))
+    truth = [2 - 0.01 * step for step in steps]
+
+    def beside(offsets):
+        return [truth[step] + offsets[step // 20] * (-1) ** step for step in steps]
+
+    right = beside(others)
+    return {"eager": truth, "eager reordered": right, "amp": right, "fused": beside(fused)}
 
 
 def test_a_curve_may_be_off_by_what_correct_ones_are():
-    assert loss_curves.judge([curves(0.0124)]).is_right
-    assert not loss_curves.judge([curves(0.0126)]).is_right
-    # An error of the first window is not lost among later ones, and a NaN is no small distance.
-    early = curves(0.01)
-    early["fused"][:20] = [loss + 0.04 for loss in early["eager"][:20]]
-    assert not loss_curves.judge([early]).is_right
-    assert loss_curves.judge([curves(0.01), curves(0.014)]).is_right
-    lost = curves(0.01)
-    lost["fused"][-1] = float("nan")
-    assert not loss_curves.judge([lost]).is_right
+    assert loss_curves.judge([curves([0.0124] * 3)]).is_right
+    assert not loss_curves.judge([curves([0.0126] * 3)]).is_right
+    assert loss_curves.judge([curves([0.01] * 3), curves([0.014] * 3)]).is_right
+    # An error of the first window is not lost among the larger distances of later ones.
+    growing = (0.001, 0.02, 0.02)
+    assert loss_curves.judge([curves([0.001, 0.015, 0.015], growing)]).is_right
+    assert not loss_curves.judge([curves([0.004, 0.015, 0.015], growing)]).is_right
+    # A NaN is no small distance.
+    assert not loss_curves.judge([curves([0.01, 0.01, float("nan")])]).is_right
 
 
 def test_the_operators_of_a_step_add_up_and_become_rows(tmp_path, capsys):
