@@ -16,6 +16,7 @@ TrainStep.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,9 @@ __all__ = [
     "CONFIGURATIONS",
     "Configuration",
     "Unavailable",
+    "assemble",
     "build",
+    "build_inference",
     "fixed_batch",
     "here",
     "low_precision",
@@ -85,7 +88,7 @@ def why_not(configuration: str, device: torch.device) -> str | None:
 
 
 def make_config(configuration: str, device: torch.device, **options: Any) -> Config:
-    """Return the options that a configuration stands for, `options` among them.
+    """Return the options that a configuration stands for, changed by `options`.
 
     Raises:
         Unavailable: see `why_not` and `low_precision`.
@@ -99,13 +102,13 @@ def make_config(configuration: str, device: torch.device, **options: Any) -> Con
         changes = {"fast": True, "compile": "off"}
     else:
         changes = {"channels_last": "off" if configuration == "eager" else "on"}
-        if configuration not in ("eager", "channels_last"):
+        if configuration not in ("eager", "channels_last") and "amp" not in options:
             changes["amp"] = low_precision(device)
         routes = {"compile": "compile", "fused": "fused", "graph": "fused"}
         changes["route"] = routes.get(configuration, "eager")
         changes["graph"] = "on" if configuration == "graph" else "off"
     defaults = Config(device=device.type, schedule="constant", warmup=0.0)  # type: ignore[arg-type]
-    return defaults.replace(**changes, **options)
+    return defaults.replace(**(changes | options))
 
 
 @dataclass
@@ -117,7 +120,7 @@ class Configuration:
         step: its TrainStep.
         runtime: what the configuration came to.
         batch: images and labels of the fixed batch.
-        loss: of the first step, on that batch.
+        loss: of the first step on that batch, once `build` has trained it.
     """
 
     model: nn.Module
@@ -125,7 +128,7 @@ class Configuration:
     runtime: Runtime
     batch: tuple[Tensor, Tensor]
     loss: float = math.nan
-    _done: int = field(default=1)
+    _done: int = field(default=0)
 
     def train(self) -> None:
         """Train one step on the fixed batch."""
@@ -138,9 +141,9 @@ class Configuration:
         self._done += 1
 
 
-def fixed_batch(batch_size: int, num_classes: int = 10) -> tuple[Tensor, Tensor]:
-    """Images and labels that every provider starts with, on the CPU."""
-    generator = torch.Generator().manual_seed(0)
+def fixed_batch(batch_size: int, num_classes: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images and labels on the CPU; every provider starts with those of seed 0."""
+    generator = torch.Generator().manual_seed(seed)
     images = torch.randn((batch_size, 3, 32, 32), generator=generator)
     return images, torch.arange(batch_size) % num_classes
 
@@ -151,7 +154,7 @@ def place(config: Config, num_classes: int = 10) -> tuple[nn.Module, Runtime]:
     Raises:
         Unavailable: when this machine cannot have it.
     """
-    model = fastres.create_model(config.model, num_classes, seed=0)
+    model = fastres.create_model(config.model, num_classes, seed=config.seed)
     try:
         runtime = resolve_runtime(config, model)
     except UsageError as error:
@@ -163,15 +166,16 @@ def place(config: Config, num_classes: int = 10) -> tuple[nn.Module, Runtime]:
     return model, runtime
 
 
-def build(
+def assemble(
     configuration: str,
     model_name: str,
     batch_size: int,
     device: torch.device,
     num_classes: int = 10,
+    total_steps: int = _TOTAL_STEPS,
     **options: Any,
 ) -> Configuration:
-    """Build a configuration and train its first step, which compiles and captures what there is.
+    """Build a configuration, compiled and captured as far as it is, before its first step.
 
     Further options are those of `Config`.
 
@@ -181,12 +185,48 @@ def build(
     config = make_config(configuration, device, model=model_name, batch_size=batch_size, **options)
     model, runtime = place(config, num_classes)
     model.train()
-    step = TrainStep(model, config, runtime, _TOTAL_STEPS)
+    step = TrainStep(model, config, runtime, total_steps)
     images, labels = fixed_batch(batch_size, num_classes)
     images = images.to(device, memory_format=runtime.memory_format)
     labels = labels.to(device)
     step.prepare(images, labels)
-    built = Configuration(model, step, runtime, (images, labels))
-    step(0, images, labels)
-    built.loss = step.totals.read()[0]
+    return Configuration(model, step, runtime, (images, labels))
+
+
+def build(
+    configuration: str,
+    model_name: str,
+    batch_size: int,
+    device: torch.device,
+    num_classes: int = 10,
+    **options: Any,
+) -> Configuration:
+    """Assemble a configuration and train its first step, on the fixed batch.
+
+    Raises:
+        Unavailable: when this machine cannot have it.
+    """
+    built = assemble(configuration, model_name, batch_size, device, num_classes, **options)
+    built.train()
+    built.loss = built.step.totals.read()[0]
     return built
+
+
+def build_inference(
+    configuration: str, model_name: str, batch_size: int, device: torch.device, **options: Any
+) -> tuple[Callable[[], Tensor], Runtime]:
+    """Return a function that evaluates the fixed batch and gives its logits, and how it does.
+
+    Raises:
+        Unavailable: when this machine cannot have it.
+    """
+    net, runtime = place(make_config(configuration, device, model=model_name, **options))
+    forward = torch.compile(net.eval()) if runtime.compiled else net.eval()
+    images = fixed_batch(batch_size)[0].to(device, memory_format=runtime.memory_format)
+
+    @torch.no_grad()
+    def predict() -> Tensor:
+        with runtime.autocast():
+            return forward(images)
+
+    return predict, runtime

@@ -7,6 +7,7 @@ correct networks decide differently would stand out.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ __all__ = [
     "FP32_BOUND",
     "LOGITS_BOUND",
     "LOSS_BOUND",
+    "Distance",
     "check",
     "distance",
 ]
@@ -29,6 +31,13 @@ FP32_BOUND = 0.1
 LOSS_BOUND = 1e-2
 # Of the logits, relative to their RMS; bfloat16 was measured to be off by up to 0.9 %.
 LOGITS_BOUND = 0.03
+
+
+class Distance(NamedTuple):
+    """How far a result is from the truth, and how far it may be, relative to the truth's RMS."""
+
+    error: float
+    allowed: float
 
 
 def distance(actual: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
@@ -47,10 +56,11 @@ def check(
     eager: Sequence[Tensor],
     truth: Sequence[Tensor],
     dtype: torch.dtype,
-) -> None:
+) -> Distance:
     """Raise AssertionError unless `actual` is as near to the truth as `eager` in `dtype` is."""
     error = distance(actual, truth)
     allowed = RATIO * distance(eager, truth) + FLOOR_RMS[dtype]
     # Written so that a NaN fails.
     if not error <= allowed:
         raise AssertionError(f"{name} is off by {error:.2e} of the scale, allowed {allowed:.2e}")
+    return Distance(error, allowed)

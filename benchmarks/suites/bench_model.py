@@ -22,6 +22,7 @@ from benchmarks.harness import ablation, error_bound
 from benchmarks.harness.ablation import Unavailable, here
 from benchmarks.harness.records import BenchmarkInfo
 from benchmarks.harness.scheduler import Prepared
+from benchmarks.harness.step_check import check_step, reference_loss
 from benchmarks.harness.timing import peak_bytes, wall_sample
 from benchmarks.harness.worker_pool import WorkerPool
 from benchmarks.suites.ablation_cases import CASES, OFTEN, AblationCase, load_data
@@ -66,15 +67,6 @@ def _ablation_params() -> list:
     return params
 
 
-@functools.lru_cache(maxsize=4)
-def _reference_loss(model: str, batch_size: int) -> float:
-    """Loss of the eager float32 network on the batch that every provider starts with."""
-    images, labels = ablation.fixed_batch(batch_size)
-    with torch.no_grad():
-        logits = fastres.create_model(model, 10, seed=0).train()(images)
-    return torch.nn.functional.cross_entropy(logits, labels).item()
-
-
 class _Ablation:
     """The providers of one ladder, a process each."""
 
@@ -87,7 +79,7 @@ class _Ablation:
         """Wait for a provider and compare the loss of its first step."""
         worker = self.pool.worker(provider)
         case = self.case
-        truth, loss = _reference_loss(case.model, case.batch_size), worker.hello["loss"]
+        truth, loss = reference_loss(case.model, case.batch_size), worker.hello["loss"]
         if not abs(loss - truth) <= error_bound.LOSS_BOUND * truth:
             raise AssertionError(f"{provider}: first loss {loss:.5f}, the reference's {truth:.5f}")
         info: BenchmarkInfo = {
@@ -117,43 +109,6 @@ def bench_ablation(measure, data_dir, case, provider):
     measure(group.prepare, "peer_fp32", group.pool.started)
 
 
-def _update(model_name: str, batch_size: int, built: ablation.Configuration) -> list[Tensor]:
-    """By how much the first step moved every parameter, on the CPU."""
-    start = fastres.create_model(model_name, 10, seed=0)
-    return [
-        after.detach().cpu().double() - before.detach().double()
-        for after, before in zip(built.model.parameters(), start.parameters(), strict=True)
-    ]
-
-
-@functools.lru_cache(maxsize=2)
-def _reference_update(configuration: str, model: str, batch_size: int) -> list[Tensor]:
-    """The update of plain eager torch: in float32 the truth, in 16 bits the baseline."""
-    tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        return _update(model, batch_size, ablation.build(configuration, model, batch_size, DEVICE))
-    finally:
-        torch.backends.cudnn.allow_tf32 = tf32
-
-
-def _check_step(name: str, model: str, batch_size: int, built: ablation.Configuration) -> None:
-    """Raise AssertionError unless the first step has the loss and the update of the reference."""
-    loss = _reference_loss(model, batch_size)
-    if not abs(built.loss - loss) <= error_bound.LOSS_BOUND * loss:
-        raise AssertionError(f"{name}: first loss {built.loss:.5f}, the reference has {loss:.5f}")
-    update = _update(model, batch_size, built)
-    truth = _reference_update("eager", model, batch_size)
-    if built.runtime.dtype == torch.float32 and not ON_GPU:
-        error = error_bound.distance(update, truth)
-        if not error <= error_bound.FP32_BOUND:
-            raise AssertionError(f"{name} is off by {error:.2e} of the update")
-    elif name != "amp":
-        # On a GPU float32 convolutions round to TF32, which is finer than the baseline too.
-        baseline = _reference_update("amp", model, batch_size)
-        error_bound.check(name, update, baseline, truth, built.runtime.dtype)
-
-
 def _prepare_step(suite: str, model: str, batch_size: int, provider: str) -> Prepared:
     reason = ablation.why_not(provider, DEVICE)
     # On a GPU --fast compiles around the fused ops too, which is measured in the same few cases.
@@ -166,7 +121,7 @@ def _prepare_step(suite: str, model: str, batch_size: int, provider: str) -> Pre
     machine.keep_freed_memory()
     options: dict[str, Any] = {} if is_compiled else {"compile": "off"}
     built = ablation.build(provider, model, batch_size, DEVICE, **options)
-    _check_step(provider, model, batch_size, built)
+    check_step(provider, model, batch_size, built.runtime, built.loss, built.model.parameters())
     info: BenchmarkInfo = {
         "suite": suite,
         "case": f"{model} batch {batch_size}",
@@ -229,20 +184,11 @@ def _logits(model: str, batch_size: int) -> list[Tensor]:
 
 
 def _prepare_inference(model: str, batch_size: int, provider: str) -> Prepared:
-    options = {} if batch_size == 500 or not ON_GPU else {"compile": "off"}
-    config = ablation.make_config(provider, DEVICE, model=model, **options)
     if provider == "compile" and (not ON_GPU or batch_size != 500):
         raise Unavailable("compiled at batch 500 on a GPU alone, for the time that it takes")
+    options = {} if batch_size == 500 or not ON_GPU else {"compile": "off"}
     machine.keep_freed_memory()
-    net, runtime = ablation.place(config)
-    forward = torch.compile(net.eval()) if runtime.compiled else net.eval()
-    images = ablation.fixed_batch(batch_size)[0].to(DEVICE, memory_format=runtime.memory_format)
-
-    @torch.no_grad()
-    def predict() -> Tensor:
-        with runtime.autocast():
-            return forward(images)
-
+    predict, runtime = ablation.build_inference(provider, model, batch_size, DEVICE, **options)
     error = error_bound.distance([predict().cpu().float()], _logits(model, batch_size))
     if not error <= error_bound.LOGITS_BOUND:
         raise AssertionError(f"{provider}: logits are off by {error:.2e} of their RMS")

@@ -1,6 +1,5 @@
 """The suites: what they time is checked first, times arrive unchanged, budgets hold, peers run."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -18,11 +17,12 @@ from benchmarks import conftest
 from benchmarks.harness import ablation, error_bound, timing
 from benchmarks.harness.rows import read_results, write_results
 from benchmarks.harness.scheduler import Measured, Prepared, Scheduler
+from benchmarks.harness.step_check import check_step
 from benchmarks.harness.worker_pool import WorkerPool
 from benchmarks.peers import common, compiled, eager_amp, eager_fp32
 from benchmarks.report import collect
-from benchmarks.suites import ablation_cases, bench_model, bench_ops, op_cases
-from fastres import host
+from benchmarks.suites import ablation_cases, bench_ops, op_cases
+from fastres import create_model, host
 from fastres.engine.runtime import Runtime, _choose_route
 from fastres.kernels import dispatch
 from tests.helpers.data_fixtures import image_folder
@@ -264,15 +264,17 @@ def test_a_wrong_op_is_not_timed(monkeypatch):
 @pytest.mark.usefixtures("plain")
 def test_a_wrong_step_is_not_timed():
     built = ablation.build("channels_last", "resnet8", 8, DEVICE)
-    bench_model._check_step("channels_last", "resnet8", 8, built)
+    case = ("channels_last", "resnet8", 8, built.runtime)
+    off = check_step(*case, built.loss, built.model.parameters())
+    assert 0 <= off.error <= off.allowed
     with pytest.raises(AssertionError, match="first loss"):
-        bench_model._check_step(
-            "x", "resnet8", 8, dataclasses.replace(built, loss=built.loss + 0.1)
-        )
+        check_step(*case, built.loss + 0.1, built.model.parameters())
+    with pytest.raises(AssertionError, match="moved no parameter"):
+        check_step(*case, built.loss, create_model("resnet8", 10, seed=0).parameters())
     with torch.no_grad():
         built.model.conv1.weight += 1e-2
     with pytest.raises(AssertionError, match="is off by"):
-        bench_model._check_step("channels_last", "resnet8", 8, built)
+        check_step(*case, built.loss, built.model.parameters())
 
 
 @pytest.mark.usefixtures("plain")
