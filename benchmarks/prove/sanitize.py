@@ -1,22 +1,21 @@
 """Kernels under NVIDIA's compute-sanitizer: `python -m benchmarks.prove.sanitize --tool memcheck`.
 
-Runs `fastres.kernels.tools.parity` under it, on a few images. With --all every product of
-ResNet-20; else what failed in the reports of that command in --reports, the last of it first, which
-is where a run ended that crashed. Exit codes: 0 nothing was found, 1 something was, 2 bad use, 5
-nothing to run.
+Runs `fastres.kernels.tools.parity` under it, on a few images. With --all every check of ResNet-20;
+else, of what failed in the reports of that command in --reports, the last. Exit codes: 0 nothing
+was found, 1 something was, 2 bad use, 5 nothing to run.
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastres.kernels.tools.parity import last_states
 from fastres.output import reader_may_leave
 
-__all__ = ["failed_products", "main"]
+__all__ = ["failed_checks", "main"]
 
 _TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 _NOTHING_TO_RUN = 5
@@ -24,14 +23,16 @@ _NOTHING_TO_RUN = 5
 _PARITY = ("fastres.kernels.tools.parity", "--batch", "4", "--models", "resnet20")
 
 
-def failed_products(reports: Path) -> list[str]:
-    """Return the names of what failed, the last first; whatever began and did not end failed."""
-    failed: dict[str, bool] = {}
-    for path in sorted(reports.glob("parity*.jsonl")):
-        for line in path.read_text().splitlines():
-            found = json.loads(line)
-            failed[found["name"]] = found["verdict"] == "FAILED"
-    return [name for name, has_failed in reversed(failed.items()) if has_failed]
+def failed_checks(reports: Path) -> list[str]:
+    """Return the names of what failed or did not end, the last first."""
+    states = [last_states(path) for path in sorted(reports.glob("parity*.jsonl"))]
+    failed = [
+        name
+        for report in states
+        for name, status in report.items()
+        if status in ("FAILED", "LOST", "begun")
+    ]
+    return failed[::-1]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tool", choices=_TOOLS, default="memcheck")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--all", action="store_true", help="every product of ResNet-20")
+    which.add_argument("--all", action="store_true", help="every check of ResNet-20")
     which.add_argument("--reports", type=Path, help="folder of parity's reports")
     return parser
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _NOTHING_TO_RUN
     chosen: tuple[str, ...] = ()
     if not options.all:
-        failed = failed_products(options.reports)
+        failed = failed_checks(options.reports)
         if not failed:
             print("nothing to run: no kernel failed")
             return _NOTHING_TO_RUN

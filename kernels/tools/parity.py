@@ -17,19 +17,24 @@ stops, names what was running and prints how to repeat that alone under compute-
 are compiled in groups before they run; with --threads 0 each is when its line has begun, which then
 names what kills the compiler.
 
+    --json FILE --resume
+
+goes on in a new process behind what FILE says was begun, whatever became of that.
+
 With TRITON_INTERPRET=1 the kernels are interpreted on the CPU; CUDA graphs are left out.
 
 Exit codes: 0 all right, 1 something was not, 2 bad use, 5 nothing was run, 130 interrupted.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
+import json
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -42,7 +47,7 @@ if TYPE_CHECKING:
 
     from fastres.kernels.tools.parity_check import Check, ParityRun, Result
 
-__all__ = ["main"]
+__all__ = ["last_states", "main"]
 
 NETWORKS = ("resnet20", "resnet18")
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
@@ -90,8 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", metavar="TEXT", help=text)
     text = "stop in time and say what was not run; default: until all is done"
     add("--budget", type=float, default=float("inf"), metavar="SECONDS", help=text)
-    text = "write one JSON object for each check as it ends"
+    text = "write one JSON object for each check as it begins and as it ends"
     add("--json", type=Path, metavar="FILE", help=text)
+    text = "add to FILE of --json, and run what it does not say was begun"
+    add("--resume", action="store_true", help=text)
     add("--list", action="store_true", help="print the names and run nothing")
     text = "compile ahead in so many threads; default: all cores; 0: each kernel as it is run"
     add("--threads", type=int, default=usable_cores(), metavar="N", help=text)
@@ -107,6 +114,8 @@ def _wrong_use(options: argparse.Namespace) -> str | None:
         return f"--threads must not be negative, got {options.threads}"
     if options.json is not None and not options.json.resolve().parent.is_dir():
         return f"--json: there is no folder {options.json.parent}"
+    if options.resume and options.json is None:
+        return "--resume goes on from a file: name it with --json"
     return None
 
 
@@ -146,24 +155,56 @@ def _checks(options: argparse.Namespace, device: "torch.device", batch: int) -> 
     return named or [check for check in checks if options.only in check.name]
 
 
+def last_states(report: Path) -> dict[str, str]:
+    """Read a report: the last state of each check that was begun, "begun" where it did not end."""
+    states: dict[str, str] = {}
+    for line in report.read_text().splitlines() if report.exists() else []:
+        with contextlib.suppress(ValueError):  # A process that is killed may leave half a line.
+            found = json.loads(line)
+            states[found["name"]] = found["status"]
+    return {name: status for name, status in states.items() if status != "not run"}
+
+
 def _run(
     run: "ParityRun", checks: "Sequence[Check]", json_file: TextIO | None
 ) -> "Iterator[Result]":
     """Run the checks; what begins is printed before it begins, how it ended behind it."""
-    begun = 0
+    begun: list[Check] = []
+
+    def write(record: dict[str, object]) -> None:
+        if json_file is not None:
+            json_file.write(dumps(record) + "\n")
+            json_file.flush()
 
     def begin(check: "Check") -> None:
-        nonlocal begun
-        begun += 1
-        print(f"{begun}/{len(checks)} {_title(check)}: ", end="", flush=True)
+        begun.append(check)
+        print(f"{len(begun)}/{len(checks)} {_title(check)}: ", end="", flush=True)
+        write({"name": check.name, "status": "begun"})
 
-    for result in run.results(checks, begin):
-        if result.status != "not run":
-            print(_outcome(result), flush=True)
-        if json_file is not None:
-            json_file.write(dumps(_record(result)) + "\n")
-            json_file.flush()
-        yield result
+    try:
+        for result in run.results(checks, begin):
+            if result.status != "not run":
+                print(_outcome(result), flush=True)
+            write(_record(result))
+            yield result
+    except KeyboardInterrupt:
+        if begun:
+            write({"name": begun[-1].name, "status": "not run", "detail": "interrupted"})
+        raise
+
+
+def _resume(
+    options: argparse.Namespace, checks: "Sequence[Check]"
+) -> "tuple[list[Check], list[Result]]":
+    """What an earlier process has not begun, and what it began and did not end."""
+    from fastres.kernels.tools.parity_check import Result
+
+    states = last_states(options.json) if options.resume else {}
+    text = "its process ended, or was ended, while it ran"
+    killed = [
+        Result(c.name, c.label, "LOST", text) for c in checks if states.get(c.name) == "begun"
+    ]
+    return [check for check in checks if check.name not in states], killed
 
 
 def _title(of: "Check | Result") -> str:
@@ -247,11 +288,19 @@ def _prove(options: argparse.Namespace) -> int:
         return 0
     from fastres.kernels.gpu.launch_table import gpu_name
 
+    checks, results = _resume(options, checks)
+    if not checks and not results:
+        print(f"nothing to run: {options.json} has all of it")
+        return NOTHING_RUN
     where = gpu_name(device) if device.type == "cuda" else "CPU, interpreted"
     count = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
     print(f"{where}: {count}, {batch} images", flush=True)
-    results: list[Result] = []
-    with options.json.open("w") if options.json else nullcontext() as json_file:
+    mode = "a" if options.resume else "w"
+    with options.json.open(mode) if options.json else contextlib.nullcontext() as json_file:
+        if json_file is not None:
+            # A process that was killed may have left half a line.
+            json_file.write("\n" if options.resume else "")
+            json_file.writelines(dumps(_record(result)) + "\n" for result in results)
         try:
             results.extend(_run(_parity_run(options, device, started), checks, json_file))
         except KeyboardInterrupt:

@@ -216,13 +216,13 @@ def test_stages_behind_a_red_one_are_left_out(tmp_path):
     assert details["second"] == details["third"] == "repair what was red first: red"
 
 
-def test_what_crashed_is_found_in_the_reports(tmp_path, capsys):
-    (tmp_path / "parity_a.jsonl").write_text(
-        '{"name": "x", "verdict": "FAILED"}\n{"name": "y", "verdict": "ok"}\n'
-        '{"name": "z", "verdict": "FAILED"}\n'
-    )
-    assert sanitize.failed_products(tmp_path) == ["z", "x"]
-    assert sanitize.failed_products(tmp_path / "none") == []
+def test_what_crashed_is_found_in_the_reports(tmp_path):
+    states = ("x FAILED", "y begun", "y ok", "z begun", "z LOST", "v not run", "w begun")
+    lines = [dict(zip(("name", "status"), state.split(" ", 1), strict=True)) for state in states]
+    text = "\n".join(map(json.dumps, lines))
+    (tmp_path / "parity_a.jsonl").write_text(text + '\n{"name": "half')
+    assert sanitize.failed_checks(tmp_path) == ["w", "z", "x"]
+    assert sanitize.failed_checks(tmp_path / "none") == []
 
 
 def test_tests_that_lack_a_package_are_left_out_with_a_line(tmp_path):
