@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("fastres.train", "train a ResNet on CIFAR"),
     "evaluate": ("fastres.evaluate", "recompute the accuracy of a run from its checkpoint"),
     "tune": ("fastres.kernels.tools.tune", "measure this GPU and write its launch table"),
+    "warm": ("fastres.kernels.tools.warm", "compile the Triton kernels before they are needed"),
     "codegen": ("fastres.kernels.tools.codegen", "what the Triton kernels compile to"),
 }
 
