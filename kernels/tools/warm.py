@@ -3,8 +3,8 @@
 Compiles every kernel that whole steps of the chosen networks launch, in several processes, and for
 a GPU that need not be here: training on it then starts without compiling. Any recipe's augmentation
 and loss are included, SGD and 1x1 projections are taken for granted. The keys of the entries are
-those that Triton's launcher computes there, given the same releases of Python, Triton and fastres.
-GPUs are not touched, beyond being asked what they are.
+those that Triton's launcher computes there, given the same releases of Python, Triton and fastres
+and the same TRITON_ variables. GPUs are not touched, beyond being asked what they are.
 
 A cache may be carried to another machine, to a folder of the same path, as Triton notes the whole
 paths of its files. With TRITON_STORE_BINARY_ONLY=1 in the environment it is about a sixth as large,
