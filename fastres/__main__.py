@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": ("fastres.evaluate", "recompute the accuracy of a run from its checkpoint"),
     "parity": ("fastres.kernels.tools.parity", "say which kernels are right on this machine"),
     "tune": ("fastres.kernels.tools.tune", "measure this GPU and write its launch table"),
+    "warm": ("fastres.kernels.tools.warm", "compile the Triton kernels before they are needed"),
     "codegen": ("fastres.kernels.tools.codegen", "what the Triton kernels compile to"),
 }
 

@@ -11,8 +11,8 @@ code of every kernel it starts, can be examined at full size on a machine withou
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastres.kernels.gpu.cache_key import settle_cache_key
 from fastres.kernels.gpu.launch_table import uses_pdl
 from fastres.kernels.override import Override
 
@@ -32,6 +33,12 @@ __all__ = [
     "num_bytes",
     "recording",
 ]
+
+# No other device is to be made the current one.
+_HERE = nullcontext()
+
+# Types of most arguments; to find that they are no tensors otherwise takes several questions.
+_PLAIN = frozenset({int, bool, float, str, type(None), tl.dtype, tl.constexpr})
 
 _recorder: Override[list["Launch"]] = Override()
 
@@ -172,34 +179,54 @@ def launch(
     Raises: ValueError: when the tensors lie on more than one device, or on a CPU while the
         kernels are not interpreted.
     """
-    devices = {tensor.device for tensor in _tensors(args).values()}
-    if len(devices) != 1:
-        raise ValueError(
-            f"{kernel.__name__}: all tensors must be on one device, got {sorted(map(str, devices))}"
-        )
-    (device,) = devices
-    made = Launch(
-        kernel,
-        grid,
-        {**args, "PDL": uses_pdl(device)},
-        num_warps,
-        num_stages,
-        traffic,
-        trips if isinstance(trips, tuple) else (float(trips),),
-        last_programs,
-    )
+    device = _common_device(kernel, args)
+    pdl = uses_pdl(device)
+    args = {**args, "PDL": pdl}
     launches = _recorder.value
     if launches is not None:
-        launches.append(made)
+        of_loops = trips if isinstance(trips, tuple) else (float(trips),)
+        launches.append(
+            Launch(kernel, grid, args, num_warps, num_stages, traffic, of_loops, last_programs)
+        )
     if device.type == "meta":
         return
-    if device.type == "cpu" and isinstance(kernel, triton.JITFunction):
+    if isinstance(kernel, triton.JITFunction):
+        _check_not_on_cpu(kernel, device)
+        settle_cache_key(kernel)
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else _HERE:
+        kernel[grid](**args, num_warps=num_warps, num_stages=num_stages, launch_pdl=pdl)
+
+
+def _check_not_on_cpu(kernel: triton.JITFunction, device: torch.device) -> None:
+    if device.type == "cpu":
         raise ValueError(
             f"{kernel.__name__}: Triton kernels run on CPU tensors only when TRITON_INTERPRET=1 "
             "is set before triton is imported; use fastres.kernels.reference otherwise"
         )
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](**made.args, **made.options)
-    else:
-        kernel[grid](**made.args, **made.options)
+
+
+def _common_device(kernel: Any, args: Mapping[str, Any]) -> torch.device:
+    """The device of all tensors among the arguments.
+
+    Raises: ValueError: when there is more than one, or none.
+    """
+    devices = {tensor.device for tensor in _tensors_of(args.values())}
+    if len(devices) != 1:
+        raise ValueError(
+            f"{kernel.__name__}: all tensors must be on one device, got {sorted(map(str, devices))}"
+        )
+    return devices.pop()
+
+
+def _tensors_of(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Those of `_tensors` without names, which would take longer: every launch comes by here."""
+    for value in values:
+        if type(value) in _PLAIN:
+            continue
+        if isinstance(value, tuple):
+            yield from _tensors_of(value)
+        elif isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, TensorDescriptor):
+            yield value.base

@@ -35,6 +35,7 @@ from fastres.kernels.override import Override
 __all__ = [
     "assume_capability",
     "assume_entries",
+    "assume_gpu",
     "conv_config",
     "force_pdl",
     "force_route",
@@ -56,11 +57,14 @@ _assumed: Override[Mapping[str, ConvConfig]] = Override()
 _forced_route: Override[Route] = Override()
 _forced_pdl: Override[bool] = Override()
 _assumed_capability: Override[tuple[int, int]] = Override()
+_assumed_gpu: Override[str] = Override()
 
 
 def gpu_name(device: torch.device) -> str:
-    """Name of the GPU as torch spells it; "unknown" for devices that are none."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "unknown"
+    """Name of the GPU as torch spells it; devices that are none have that of `assume_gpu`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _assumed_gpu.value or "unknown"
 
 
 def _read_table(path: Path) -> dict[str, Any]:
@@ -127,6 +131,11 @@ def assume_capability(capability: tuple[int, int]) -> AbstractContextManager[Non
     Without it they take them for Hopper.
     """
     return _assumed_capability.set(capability)
+
+
+def assume_gpu(name: str) -> AbstractContextManager[None]:
+    """Let devices that are no GPUs have this name, and so its entries of the launch table."""
+    return _assumed_gpu.set(name)
 
 
 def force_route(route: Route) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""Three commands around the Triton kernels; nothing here runs in training.
+"""Four commands around the Triton kernels; nothing here runs in training.
 
 parity.py says which kernel is right on this machine, which is wrong and which crashes, before
 anything is measured: parity_plan.py puts the checks in order, parity_convs.py and parity_kernels.py
@@ -8,7 +8,9 @@ tried, compile_ahead.py compiles it, graph_timer.py captures it and takes the ti
 chooses the one switch for all kernels, by whole steps. codegen.py reports what the kernels compile
 to, for GPUs that need not be here: codegen_report.py plans and checks, step_report.py adds up a
 whole step, machine_code.py compiles under stand_in_driver.py and counts, control_flow.py counts
-what a warp issues, peak_rates.py has the cards, describe.py names. All learn from networks.py which
-convolutions the real networks have; seeded.py draws their tensors, network_launches.py and
-torch_launches.py list what they launch.
+what a warp issues, peak_rates.py has the cards, describe.py names. warm.py fills Triton's cache,
+for such GPUs too: warm_kernels.py plans and compiles, cache_keys.py has the launcher's own keys.
+compile_pool.py has the processes of both, command_line.py what the options of all share. They learn
+from networks.py which convolutions the real networks have; seeded.py draws their tensors,
+network_launches.py and torch_launches.py list what they launch.
 """

@@ -12,13 +12,20 @@ them, and what it would take at least on one named card; see step_report.py.
 
 import argparse
 import csv
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from fastres.host import usable_cores
+from fastres.kernels.tools.command_line import (
+    DTYPES,
+    NETWORKS,
+    PHASES,
+    Parser,
+    bad_batch,
+    why_not_compile,
+)
 from fastres.output import reader_may_leave
 from fastres.strict_json import dumps
 
@@ -31,20 +38,10 @@ if TYPE_CHECKING:
 __all__ = ["entry_record", "main"]
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-NETWORKS = ("resnet20", "resnet18")
-DTYPES = ("bf16", "fp16", "tf32", "fp32")
-PHASES = ("training", "inference")
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that answers wrong use in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m fastres.kernels.tools.codegen",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -93,25 +90,9 @@ def _settle(options: argparse.Namespace) -> str | None:
 
 def _obstacle(options: argparse.Namespace) -> str | None:
     """Why nothing can be compiled here, or None."""
-    for name in ("batch", "jobs"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            return f"--{name} must be at least 1, got {value}"
-    from fastres.kernels.tools.networks import MAX_BATCH
-
-    if options.batch > MAX_BATCH:
-        return f"--batch must be at most {MAX_BATCH}, got {options.batch}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton (Linux only)"
-    import triton
-
-    if triton.knobs.runtime.interpret:
-        return "kernels are interpreted in this process: unset TRITON_INTERPRET to compile them"
-    try:
-        tools = (triton.knobs.nvidia.ptxas.path, triton.knobs.nvidia.cuobjdump.path)
-    except RuntimeError as error:
-        return f"Triton's assembler for NVIDIA GPUs is missing: {error}"
-    return None if all(tools) else "Triton's assembler for NVIDIA GPUs is missing"
+    if options.jobs is not None and options.jobs < 1:
+        return f"--jobs must be at least 1, got {options.jobs}"
+    return bad_batch("--batch", [options.batch]) or why_not_compile()
 
 
 def entry_record(entry: "CodegenEntry") -> dict[str, Any]:

@@ -12,10 +12,8 @@ clock; `bytes_us` and `arithmetic_us` of what a launch declares. Nothing is meas
 """
 
 import math
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
 from fastres.kernels.conv_shape import ConvOp
@@ -28,6 +26,7 @@ from fastres.kernels.gpu.launch_table import (
     load_table,
     table_key,
 )
+from fastres.kernels.tools.compile_pool import in_processes
 from fastres.kernels.tools.describe import expected_bits, tile_label, variant_label
 from fastres.kernels.tools.machine_code import Build, MachineCode, compile_build, to_build
 from fastres.kernels.tools.network_launches import NamedLaunch, network_launches
@@ -348,22 +347,10 @@ def compile_entries(
 
     Returns: an entry a plan, in order.
     """
-    builds = _builds(plans)
     codes: dict[Build, MachineCode] = {}
-    if jobs == 1 or len(builds) <= 1:
-        for build in builds:
-            codes[build] = compile_build(build)
-            advance()
-    else:
-        # The server imports torch and triton once; its children are forked from it, so no thread
-        # of this process is copied.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        with ProcessPoolExecutor(min(jobs, len(builds)), mp_context=context) as pool:
-            running = {pool.submit(compile_build, build): build for build in builds}
-            for done in as_completed(running):
-                codes[running[done]] = done.result()
-                advance()
+    for build, code in in_processes(compile_build, _builds(plans), jobs):
+        codes[build] = code
+        advance()
     return [CodegenEntry(plan, codes[plan.build]) for plan in plans]
 
 

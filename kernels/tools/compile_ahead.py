@@ -11,6 +11,7 @@ from typing import Any
 
 import triton
 
+from fastres.kernels.gpu.cache_key import settle_cache_key
 from fastres.kernels.gpu.launch import Launch
 
 __all__ = ["compile_ahead"]
@@ -53,6 +54,7 @@ def compile_ahead(
         for launch in launches:
             if not isinstance(launch.kernel, triton.JITFunction):
                 continue
+            settle_cache_key(launch.kernel)
             with contextlib.suppress(Exception):
                 launch.kernel.run(
                     grid=launch.grid,

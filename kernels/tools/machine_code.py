@@ -23,7 +23,9 @@ from typing import Any
 import triton
 
 from fastres.kernels.gpu import launch
+from fastres.kernels.gpu.cache_key import settle_cache_key
 from fastres.kernels.gpu.launch import Launch
+from fastres.kernels.tools.cache_keys import collecting_keys
 from fastres.kernels.tools.control_flow import ProgramCount, count_program
 from fastres.kernels.tools.stand_in_driver import standing_in
 
@@ -45,8 +47,8 @@ _COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S* \[[^]]+\], \[[^]]+\],
 class Build:
     """A kernel as a launch on one kind of GPU builds it; hashable and fit for pickling.
 
-    module, kernel: where the kernel is. compute_capability: e.g. 90. key: Triton's own, of types,
-    constants, alignment and options. args, options: a launch that has this key.
+    module, kernel: where the kernel is. compute_capability: e.g. 90. key: of its entry in Triton's
+    cache, see cache_keys.py. args, options: a launch that has this key.
     """
 
     module: str
@@ -59,6 +61,7 @@ class Build:
     def run_launcher(self, *, remembers: bool = True) -> Any:
         """Let Triton's launcher compile the kernel, and return what it returns."""
         kernel = getattr(importlib.import_module(self.module), self.kernel)
+        settle_cache_key(kernel)
         with standing_in(self.compute_capability, remembers=remembers):
             return kernel.run(grid=(1,), warmup=True, **self.args, **self.options)
 
@@ -105,20 +108,9 @@ def to_build(launch: Launch, compute_capability: int) -> Build:
         raise ValueError("kernels are interpreted; unset TRITON_INTERPRET to compile them")
     fn = launch.kernel.fn
     build = Build(fn.__module__, fn.__name__, compute_capability, "", launch.args, launch.options)
-    keys: list[str] = []
-
-    def keep_key(*, key: Any, **_: Any) -> bool:
-        """Called by the launcher before it compiles; true has it return instead."""
-        keys.append(str(key))
-        return True
-
-    before = triton.knobs.runtime.jit_cache_hook
-    triton.knobs.runtime.jit_cache_hook = keep_key
-    try:
-        # Where the kernel was compiled before, the launcher would not come by here.
+    with collecting_keys() as keys:
+        # Where the kernel was compiled before, the launcher would have no key to ask for.
         build.run_launcher(remembers=False)
-    finally:
-        triton.knobs.runtime.jit_cache_hook = before
     return replace(build, key=keys[0])
 
 

@@ -2,11 +2,12 @@
 
 Blocks, the head and the augmentation run through the very steps of training, so what is recorded is
 what a GPU would be given, prologues, epilogues and all. `record_update` lists what a step launches
-besides; `network_launches` is all of it.
+besides; `network_launches` is all of it, and `other_launches` what differs with the recipe.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -33,9 +34,12 @@ from fastres.kernels.tools.networks import (
 from fastres.kernels.tools.torch_launches import AnyLaunch, recording_all
 
 __all__ = [
+    "AUGMENTATIONS",
+    "Augmentation",
     "NamedLaunch",
     "computes",
     "network_launches",
+    "other_launches",
     "record_augmentation",
     "record_head",
     "record_inference",
@@ -46,6 +50,23 @@ __all__ = [
 # Images and classes of CIFAR-10.
 NUM_IMAGES = 50_000
 NUM_CLASSES = 10
+
+
+class Augmentation(NamedTuple):
+    """What is done to images beside their normalisation: cropped in a border, mirrored, painted."""
+
+    padding: int
+    flips: bool
+    cuts_out: bool
+
+
+# What the recipes ask for in training, the most first.
+AUGMENTATIONS = (
+    Augmentation(4, True, True),
+    Augmentation(4, True, False),
+    Augmentation(2, True, False),
+)
+NO_AUGMENTATION = Augmentation(0, False, False)
 
 
 def _empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -99,7 +120,9 @@ def record_inference(named: NamedBlock, precision: Precision) -> list[AnyLaunch]
     return launches
 
 
-def record_head(last: ConvShape, precision: Precision, *, training: bool) -> list[AnyLaunch]:
+def record_head(
+    last: ConvShape, precision: Precision, *, training: bool, label_smoothing: float = 0.1
+) -> list[AnyLaunch]:
     """The launches of pool and classifier and, in training, of the loss and backward too.
 
     last: the network's last convolution.
@@ -111,14 +134,17 @@ def record_head(last: ConvShape, precision: Precision, *, training: bool) -> lis
         logits, pooled = pool_linear_fwd(x, weight, bias)
         if training:
             labels = _empty(last.N, dtype=torch.int64)
-            loss, grad = smooth_cross_entropy_fwd(logits, labels, 0.1)
+            loss, grad = smooth_cross_entropy_fwd(logits, labels, label_smoothing)
             dlogits = smooth_cross_entropy_bwd(loss, grad, dtype)
             pool_linear_bwd(dlogits, pooled, weight, (last.P, last.Q))
     return launches
 
 
-def record_augmentation(batch: int, precision: Precision) -> list[AnyLaunch]:
+def record_augmentation(
+    batch: int, precision: Precision, augmentation: Augmentation = AUGMENTATIONS[0]
+) -> list[AnyLaunch]:
     """The launch that crops, mirrors, paints and normalises a batch for the stem."""
+    padding, flips, cuts_out = augmentation
     images = torch.empty((NUM_IMAGES, 32, 32, 3), dtype=torch.uint8, device="meta")
     with recording_all() as launches:
         augment_normalize(
@@ -126,11 +152,11 @@ def record_augmentation(batch: int, precision: Precision) -> list[AnyLaunch]:
             _empty(batch, dtype=torch.int64),
             _empty(3),
             _empty(3),
-            crop=_empty(batch, 2, dtype=torch.int64),
-            padding=4,
-            flip=_empty(batch, dtype=torch.bool),
-            cutout=_empty(batch, 4, dtype=torch.int64),
-            colour=_empty(3, dtype=torch.uint8),
+            crop=_empty(batch, 2, dtype=torch.int64) if padding else None,
+            padding=padding,
+            flip=_empty(batch, dtype=torch.bool) if flips else None,
+            cutout=_empty(batch, 4, dtype=torch.int64) if cuts_out else None,
+            colour=_empty(3, dtype=torch.uint8) if cuts_out else None,
             dtype=precision.dtype,
         )
     return launches
@@ -258,6 +284,30 @@ def network_launches(
         # The loader does not know in which precision the network computes.
         around["augmentation"] = record_augmentation(batch, PRECISIONS["fp32"])
         around["update"] = record_update(network, batch, precision)
-    for name, launches in around.items():
-        for launch in launches:
+    yield from _named(phase, around)
+
+
+def _named(phase: str, launches: Mapping[str, list[AnyLaunch]]) -> Iterator[NamedLaunch]:
+    for name, of_name in launches.items():
+        for launch in of_name:
             yield NamedLaunch(phase, name, launch, 1)
+
+
+def other_launches(
+    network: str, batch: int, precision: Precision, phase: str
+) -> Iterator[NamedLaunch]:
+    """Yield what other recipes launch instead: other augmentations, a loss that is not smoothed.
+
+    In "inference", what makes a batch of images that are only normalised. Arguments as above.
+    """
+    fp32 = PRECISIONS["fp32"]
+    if phase == "inference":
+        yield from _named(phase, {"images": record_augmentation(batch, fp32, NO_AUGMENTATION)})
+        return
+    last = network_blocks(network, batch)[-1].layers[-1]
+    yield from _named(
+        phase, {"head": record_head(last, precision, training=True, label_smoothing=0.0)}
+    )
+    for augmentation in AUGMENTATIONS[1:]:
+        made = record_augmentation(batch, fp32, augmentation)
+        yield from _named(phase, {"augmentation": made})

@@ -36,9 +36,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from fastres.host import usable_cores
+from fastres.kernels.tools.command_line import DTYPES, NETWORKS, Parser
 from fastres.output import reader_may_leave
 from fastres.strict_json import dumps
 
@@ -48,9 +49,6 @@ if TYPE_CHECKING:
     from fastres.kernels.tools.parity_check import Check, ParityRun, Result
 
 __all__ = ["last_states", "main"]
-
-NETWORKS = ("resnet20", "resnet18")
-DTYPES = ("bf16", "fp16", "tf32", "fp32")
 
 # Images: of training, whose configurations every check has, and of a check in the interpreter.
 TRAINING_BATCH = 512
@@ -63,15 +61,8 @@ STATUSES = ("ok", *BAD, "left out", "not run")
 NOTHING_RUN = 5
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that answers wrong use in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m fastres.kernels.tools.parity",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -18,9 +18,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from fastres.host import provenance, usable_cores
+from fastres.kernels.tools.command_line import DTYPES, NETWORKS, Parser, bad_batch
 from fastres.output import reader_may_leave
 
 if TYPE_CHECKING:
@@ -33,23 +34,14 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-NETWORKS = ("resnet20", "resnet18")
-DTYPES = ("bf16", "fp16", "tf32", "fp32")
 BUDGET = 180.0
 
 # Of the budget, what the rounds leave for programmatic dependent launch.
 PDL_SHARE = 1 / 7
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that answers wrong use in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m fastres.kernels.tools.tune", description=__doc__)
+    parser = Parser(prog="python -m fastres.kernels.tools.tune", description=__doc__)
     add = parser.add_argument
     text = f"networks: {', '.join(NETWORKS)}; default all"
     add("--models", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME", help=text)
@@ -72,13 +64,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _obstacle(options: argparse.Namespace) -> str | None:
     """Why nothing can be measured here, or None."""
-    from fastres.kernels.tools.networks import MAX_BATCH
-
-    for batch in options.batches:
-        if batch < 1:
-            return f"--batches must be at least 1, got {batch}"
-        if batch > MAX_BATCH:
-            return f"--batches must be at most {MAX_BATCH}, got {batch}"
+    wrong = bad_batch("--batches", options.batches)
+    if wrong is not None:
+        return wrong
     if options.candidates < 1:
         return f"--candidates must be at least 1, got {options.candidates}"
     if not options.budget > 0:  # Nor is NaN.

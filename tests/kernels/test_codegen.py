@@ -25,7 +25,7 @@ from fastres.host import usable_cores
 from fastres.kernels.gpu.conv_fprop import conv_fprop
 from fastres.kernels.gpu.launch import Launch, Traffic, recording
 from fastres.kernels.gpu.launch_config import ConvConfig
-from fastres.kernels.tools import codegen, codegen_report
+from fastres.kernels.tools import codegen, codegen_report, compile_pool
 from fastres.kernels.tools.codegen_report import (
     CodegenEntry,
     Plan,
@@ -402,11 +402,11 @@ def test_no_more_processes_than_compilations(monkeypatch):
     """Of any number that is asked for, such as one that no pool could hold."""
     asked = []
 
-    def pool(jobs, *, mp_context):
+    def pool(jobs, **_):
         asked.append(jobs)
         return ThreadPoolExecutor(jobs)
 
-    monkeypatch.setattr(codegen_report, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(compile_pool, "ProcessPoolExecutor", pool)
     monkeypatch.setattr(codegen_report, "compile_build", lambda build: f"code of {build}")
     plans = [SimpleNamespace(build=name) for name in ("a", "b", "a", "c")]
     entries = codegen_report.compile_entries(plans, 10**12)

@@ -10,11 +10,12 @@ from fastres.kernels.conv_types import BatchNorm
 from fastres.kernels.gpu import launch_table
 from fastres.kernels.gpu.conv_fprop import conv_fprop
 from fastres.kernels.gpu.conv_wgrad import conv_wgrad
-from fastres.kernels.gpu.launch import Traffic, recording
+from fastres.kernels.gpu.launch import Launch, Traffic, _tensors_of, recording
 from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.gpu.launch_rules import heuristic_config, im2col_config
 from fastres.kernels.gpu.launch_table import TABLE_SCHEMA, conv_config, load_table
-from fastres.kernels.tools.networks import resnet18_convs, resnet20_convs
+from fastres.kernels.tools.network_launches import network_launches
+from fastres.kernels.tools.networks import PRECISIONS, resnet18_convs, resnet20_convs
 from tests.helpers.interpreter import DEVICE, HAS_GPU
 from tests.helpers.kernel_cases import channels_last
 
@@ -212,6 +213,14 @@ def test_a_record_looks_inside_named_tuples():
     assert (made.leaves["batch_norm.eps"], made.leaves["batch_norm.GROUP"]) == (0.25, 2)
     assert made.leaves["batch_norm.num_pixels"] == 4 * 8 * 8
     assert not {"batch_norm", "SHAPE"} & made.leaves.keys()
+
+
+def test_a_launch_finds_the_devices_of_all_its_tensors():
+    """Those in named tuples and behind descriptors too, though it gives them no names."""
+    for named in network_launches("resnet18", 16, PRECISIONS["bf16"], "training"):
+        if isinstance(named.launch, Launch):
+            found = {id(tensor) for tensor in _tensors_of(named.launch.args.values())}
+            assert found == {id(tensor) for tensor in named.launch.tensors.values()}
 
 
 @pytest.mark.skipif(HAS_GPU, reason="one device is enough to mix with meta")

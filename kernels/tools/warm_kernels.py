@@ -1,0 +1,195 @@
+"""Every kernel of whole steps, compiled into Triton's cache for a GPU that need not be here.
+
+`plan_kernels` records the launches of the networks on meta tensors and has Triton's launcher make
+their keys, so that a launch on such a GPU finds its entry. `fill_cache` compiles in several
+processes. Neither starts anything on a GPU.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Literal, NamedTuple
+
+import torch
+
+from fastres.kernels.gpu.launch import Launch
+from fastres.kernels.gpu.launch_table import (
+    assume_capability,
+    assume_gpu,
+    gpu_name,
+    load_pdl,
+    load_table,
+)
+from fastres.kernels.tools.cache_keys import is_cached
+from fastres.kernels.tools.codegen_report import capability_of
+from fastres.kernels.tools.compile_pool import in_processes
+from fastres.kernels.tools.machine_code import Build, to_build
+from fastres.kernels.tools.network_launches import NamedLaunch, network_launches, other_launches
+from fastres.kernels.tools.networks import PRECISIONS
+from fastres.kernels.tools.peak_rates import PEAK_RATES
+
+__all__ = [
+    "Outcome",
+    "PdlChoice",
+    "PlannedKernel",
+    "Workload",
+    "arch_here",
+    "fill_cache",
+    "gpus_of",
+    "plan_kernels",
+]
+
+PdlChoice = Literal["table", "on", "off", "both"]
+
+
+class Workload(NamedTuple):
+    """Steps of one kind: keys of NETWORKS and PRECISIONS, "training" or "inference", images."""
+
+    network: str
+    phase: str
+    dtype: str
+    batch: int
+
+
+@dataclass(frozen=True)
+class PlannedKernel:
+    """A kernel to have in the cache, and the launch that asks for it, or the first of several.
+
+    pdl: whether it is started by programmatic dependent launch. weight: of two kernels, the one
+    with the larger takes longer to compile, as a rule.
+    """
+
+    build: Build
+    workload: Workload
+    layer: str
+    pdl: bool
+    weight: tuple[bool, int]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a kernel: "compiled", "cached" before, "failed", or "left" for another time.
+
+    seconds: that compiling took. error: why it failed, in one line.
+    """
+
+    state: Literal["compiled", "cached", "failed", "left"]
+    seconds: float = 0.0
+    error: str = ""
+
+
+def arch_here() -> str | None:
+    """The architecture of the GPU that torch would use, e.g. "sm_90"; None without one."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+def gpus_of(arch: str) -> list[str]:
+    """Names of the GPUs of an architecture whose launches are wanted.
+
+    That of the GPU here, where it is one; else all that the launch table knows, or "unknown", which
+    the rules alone configure.
+    """
+    if arch == arch_here():
+        return [gpu_name(torch.device("cuda", torch.cuda.current_device()))]
+    words = PEAK_RATES[arch].tables if arch in PEAK_RATES else ()
+    known = [*load_table(), *load_pdl()]
+    names = dict.fromkeys(name for name in known if any(word in name for word in words))
+    return list(names) or ["unknown"]
+
+
+def plan_kernels(
+    arch: str, workloads: Sequence[Workload], pdl: PdlChoice = "table"
+) -> list[PlannedKernel]:
+    """Every different kernel that the workloads launch, those first that take longest to compile.
+
+    Args:
+        arch: e.g. "sm_90".
+        workloads: steps, whose launches with all recipes are meant.
+        pdl: with programmatic dependent launch or without; "table" is what the launch table says of
+            each GPU. GPUs before Hopper have none.
+
+    Raises: ValueError: when the kernels are interpreted in this process and cannot be compiled.
+    """
+    planned: dict[str, PlannedKernel] = {}
+    for gpu in gpus_of(arch):
+        for workload in workloads:
+            with assume_gpu(gpu), assume_capability(capability_of(arch)):
+                made = list(_launches(workload))
+            for named in made:
+                for enabled in _pdl_choices(arch, gpu, pdl):
+                    kernel = _planned(named, arch, workload, enabled)
+                    planned.setdefault(kernel.build.key, kernel)
+    return sorted(planned.values(), key=lambda kernel: kernel.weight, reverse=True)
+
+
+def _launches(workload: Workload) -> Iterator[NamedLaunch]:
+    """Those of this project's kernels."""
+    network, phase, dtype, batch = workload
+    steps = (network, batch, PRECISIONS[dtype], phase)
+    for named in chain(network_launches(*steps), other_launches(*steps)):
+        if isinstance(named.launch, Launch):
+            yield named
+
+
+def _pdl_choices(arch: str, gpu: str, pdl: PdlChoice) -> tuple[bool, ...]:
+    if capability_of(arch) < (9, 0):
+        return (False,)
+    of_table = (load_pdl().get(gpu, False),)
+    return {"table": of_table, "on": (True,), "off": (False,), "both": (False, True)}[pdl]
+
+
+def _planned(named: NamedLaunch, arch: str, workload: Workload, pdl: bool) -> PlannedKernel:
+    launch = named.launch
+    assert isinstance(launch, Launch)
+    # On meta tensors no launch is a dependent one.
+    launch = replace(launch, args={**launch.args, "PDL": pdl})
+    build = to_build(launch, int(arch.removeprefix("sm_")))
+    return PlannedKernel(build, workload, named.layer, pdl, _weight(launch))
+
+
+def _weight(launch: Launch) -> tuple[bool, int]:
+    """The forms in patches first, whose whole windows are unrolled; many channels, large tiles."""
+    leaves = launch.leaves
+    if "SHAPE.PATCH_H" in leaves:
+        return True, leaves["C"] * leaves["K"]
+    return False, math.prod(v for name, v in leaves.items() if name.startswith("BLOCK"))
+
+
+def fill_cache(
+    planned: Sequence[PlannedKernel], jobs: int, deadline: float = math.inf
+) -> Iterator[tuple[PlannedKernel, Outcome]]:
+    """Compile what Triton's cache does not have yet; yield each kernel as it is done with.
+
+    Args:
+        planned: from `plan_kernels`.
+        jobs: processes that compile.
+        deadline: by time.monotonic(); none is begun after it.
+    """
+    missing: dict[Build, PlannedKernel] = {}
+    for kernel in planned:
+        if is_cached(kernel.build.key, kernel.build.kernel):
+            yield kernel, Outcome("cached")
+        else:
+            missing[kernel.build] = kernel
+    for build, outcome in in_processes(_compile, list(missing), jobs, deadline):
+        yield missing[build], outcome
+
+
+def _compile(build: Build, deadline: float) -> Outcome:
+    """Compile one kernel into the cache; runs in a process of its own."""
+    started = time.monotonic()
+    if started >= deadline:
+        return Outcome("left")
+    try:
+        key = build.run_launcher(remembers=False).hash
+    except Exception as error:
+        # Not raised: not every exception of the compiler can be sent from one process to another.
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Outcome("failed", time.monotonic() - started, line)
+    assert key == build.key, f"{build.kernel} was cached as {key}, not as {build.key}"
+    return Outcome("compiled", time.monotonic() - started)
