@@ -11,7 +11,8 @@ import torch
 from fastres.kernels.conv_shape import ConvShape
 from fastres.kernels.gpu.batchnorm_fwd import bn_apply
 from fastres.kernels.gpu.launch_config import ConvConfig
-from fastres.kernels.gpu.launch_rules import im2col_config
+from fastres.kernels.gpu.launch_rules import heuristic_config, im2col_config
+from fastres.kernels.gpu.launch_table import Gpu, assume_gpu, conv_config
 from fastres.kernels.gpu.table_file import read_table, table_key
 from fastres.kernels.tools import estimate as estimate_module
 from fastres.kernels.tools import tune
@@ -157,3 +158,12 @@ def test_the_command_writes_what_a_gpu_of_the_architecture_uses(
 def test_what_stands_in_the_way_is_said(argv, message, capsys):
     assert tune.main(argv) == 2
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_hopper_cards_use_the_committed_estimates():
+    """Of a filter gradient by pointers, which has more parts than by rule."""
+    with assume_gpu(Gpu("NVIDIA H200", (9, 0))):
+        config = conv_config("wgrad", STRIDED.shape, torch.bfloat16, META)
+    rule = heuristic_config("wgrad", STRIDED.shape, torch.bfloat16)
+    assert (config.form, rule.form) == ("im2col", "im2col")
+    assert rule.split_k < config.split_k <= 4 * rule.split_k

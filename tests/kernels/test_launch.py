@@ -24,7 +24,7 @@ from fastres.kernels.gpu.launch_table import (
     force_route,
     unmeasured_config,
 )
-from fastres.kernels.gpu.table_file import LaunchTable, Section, read_table
+from fastres.kernels.gpu.table_file import LaunchTable, Section, read_table, table_key
 from fastres.kernels.tools.networks import resnet18_convs, resnet20_convs
 from fastres.kernels.tools.table_writer import merge_table
 from fastres.model.kernel_status import fused_kernels
@@ -260,6 +260,19 @@ def test_people_are_told_where_configurations_are_from(use_table):
         use_table(*sections[:number])
         with assume_gpu(H200):
             assert fused_kernels(torch.device("cuda")) == f"Triton kernels, {wanted}"
+
+
+def test_the_committed_table_is_of_estimates_made_by_the_command():
+    """Every product of both networks."""
+    path = REPO / "kernels" / "gpu" / "launch_table.json"
+    entries = read_table(path).architectures["sm_90"].entries
+    convs = [conv.shape for of in (resnet20_convs, resnet18_convs) for conv in of(512)]
+    wanted = {table_key(op, s, BF16) for op in ("fprop", "dgrad", "wgrad") for s in convs}
+    no_gradient = {table_key("dgrad", shape, BF16) for shape in convs if shape.C == 3}
+    assert wanted - no_gradient == entries.keys()
+    about = json.loads(path.read_text())["architectures"]["sm_90"]["provenance"]
+    assert about["kind"] == "ESTIMATE: counted in machine code, nothing timed"
+    assert " --estimate sm_90" in about["command"]
 
 
 def test_recording_counts_each_operand_once_and_runs_nothing_on_meta():

@@ -44,6 +44,7 @@ from fastres.kernels.tools.candidates import (
 )
 from fastres.kernels.tools.graph_timer import L2, GraphTimer, Trial
 from fastres.kernels.tools.networks import NETWORKS, PRECISIONS, network_convs
+from fastres.kernels.tools.peak_rates import PEAK_RATES
 from fastres.kernels.tools.table_writer import merge_table
 from fastres.kernels.tools.tune_workloads import (
     PARITY_BATCH,
@@ -409,6 +410,8 @@ def test_a_lost_gpu_ends_the_command_with_1_and_keeps_what_was_written(
     table = read_table(path)
     assert len(table.gpus["A GPU"].entries) == 2 + 3
     assert json.loads(path.read_text())["gpus"]["A GPU"]["provenance"] == {"l2": "both"}
+    # A new table begins as the one in use.
+    assert table.architectures == launch_table.load_table().architectures != {}
 
 
 @pytest.mark.parametrize("name", ["dgrad", "wgrad"])
@@ -904,6 +907,7 @@ def test_help_is_cheap():
     assert done.stdout.strip() == "False", done.stderr
     assert tuple(NETWORKS) == tune.NETWORKS
     assert tuple(PRECISIONS) == tune.DTYPES
+    assert tuple(PEAK_RATES) == tune.ARCHITECTURES
 
 
 def test_the_table_ships_with_the_package():
