@@ -6,6 +6,7 @@ import torch
 
 from fastres.kernels.cpu import build as cpu_build
 from fastres.kernels.dispatch import is_interpreted
+from fastres.kernels.gpu import launch_table
 
 __all__ = ["cpu_kernels_missing", "fused_kernels"]
 
@@ -25,8 +26,11 @@ def cpu_kernels_missing() -> str | None:
 def fused_kernels(device: torch.device) -> str:
     """Name what the fused modules compute with on `device`."""
     if device.type == "cuda":
-        has_triton = importlib.util.find_spec("triton") is not None
-        return "Triton kernels" if has_triton else "plain torch: no Triton here"
+        if importlib.util.find_spec("triton") is None:
+            return "plain torch: no Triton here"
+        gpu = launch_table.gpu_of(device)
+        assert gpu is not None
+        return f"Triton kernels, {launch_table.origin(gpu)}"
     if is_interpreted():
         return "Triton kernels in the interpreter, because TRITON_INTERPRET is set"
     if cpu_build.unavailable() is not None:

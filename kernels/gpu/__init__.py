@@ -9,5 +9,6 @@ sgd.py, running_stats.py and totals.py are the rest of a training step.
 pool_linear.py, cross_entropy.py and augment.py stand alone. primitives.py holds the jit helpers,
 last_program.py those by which the last program of a kernel merges what all left in parts
 (counters.py finds it), checks.py those of the launchers. launch.py starts and records every kernel;
-its tiles are a launch_config.py, from launch_table.py where measured, else from launch_rules.py.
+its tiles are a launch_config.py, which launch_table.py looks up: in the table (table_file.py) where
+it was measured or estimated, else by launch_rules.py.
 """

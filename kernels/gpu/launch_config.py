@@ -1,6 +1,6 @@
 """Launch configurations: the tiles, form and route of a kernel, as its launch takes them.
 
-launch_table.py looks up what was measured, launch_rules.py says what is taken for the rest.
+launch_table.py looks up what was measured or estimated, launch_rules.py is for the rest.
 """
 
 from dataclasses import dataclass

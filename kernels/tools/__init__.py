@@ -5,7 +5,8 @@ anything is measured: parity_plan.py puts the checks in order, parity_convs.py a
 make them, parity_check.py runs them, error_check.py decides. tune.py measures this GPU and writes
 its launch table: tuner.py chooses, tune_workloads.py says what is measured, candidates.py what is
 tried, compile_ahead.py compiles it, graph_timer.py captures it and takes the time; tune_pdl.py
-chooses the one switch for all kernels, by whole steps. codegen.py reports what the kernels compile
+chooses the one switch for all kernels, by whole steps; table_writer.py writes. Without a GPU
+estimate.py takes counts for times. codegen.py reports what the kernels compile
 to, for GPUs that need not be here: codegen_report.py plans and checks, step_report.py adds up a
 whole step, machine_code.py compiles under stand_in_driver.py and counts, control_flow.py counts
 what a warp issues, peak_rates.py has the cards, describe.py names. warm.py fills Triton's cache,

@@ -16,6 +16,7 @@ import torch
 from fastres.kernels.conv_shape import ConvOp, ConvShape
 from fastres.kernels.gpu.launch_config import ConvConfig, Form
 from fastres.kernels.gpu.launch_rules import (
+    HOPPER,
     NUM_SMS,
     fused_config,
     heuristic_config,
@@ -24,8 +25,9 @@ from fastres.kernels.gpu.launch_rules import (
     strip_config,
     tma_config,
 )
-from fastres.kernels.gpu.launch_table import table_key
+from fastres.kernels.gpu.launch_table import Gpu, unmeasured_config
 from fastres.kernels.gpu.patches import PATCH_W, patch_grid
+from fastres.kernels.gpu.table_file import table_key
 from fastres.kernels.tools.networks import Precision
 from fastres.kernels.tools.tune_workloads import ConvWorkload
 
@@ -40,6 +42,7 @@ __all__ = [
     "neighbourhood",
     "product_of",
     "start_configs",
+    "unmeasured_start",
 ]
 
 # Accumulators and a computed operand that a thread can hold beside its addresses, in fp32 numbers.
@@ -100,10 +103,16 @@ def product_of(op: ConvOp, workload: ConvWorkload) -> Product:
     return Product(op, workload.shape, workload.precision, has_prologue)
 
 
-def heuristic_start(product: Product) -> ConvConfig:
-    """What a GPU that nobody has measured uses, its route included."""
-    precision = product.precision
-    return heuristic_config(product.op, product.shape, precision.dtype, tf32=precision.tf32)
+def heuristic_start(product: Product, capability: tuple[int, int] = HOPPER) -> ConvConfig:
+    """What the rules choose, the route included."""
+    op, shape, precision = product.op, product.shape, product.precision
+    return heuristic_config(op, shape, precision.dtype, tf32=precision.tf32, capability=capability)
+
+
+def unmeasured_start(product: Product, gpu: Gpu) -> ConvConfig:
+    """What a GPU would use if it were not measured: another's entry, an ESTIMATE, the rules'."""
+    op, shape, precision = product.op, product.shape, product.precision
+    return unmeasured_config(op, shape, precision.dtype, gpu, tf32=precision.tf32)
 
 
 def im2col_start(product: Product) -> ConvConfig:

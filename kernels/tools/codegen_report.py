@@ -13,19 +13,15 @@ clock; `bytes_us` and `arithmetic_us` of what a launch declares. Nothing is meas
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fastres.kernels.conv_shape import ConvOp
 from fastres.kernels.gpu.launch import Launch, Traffic
 from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.gpu.launch_rules import im2col_config, tma_config
-from fastres.kernels.gpu.launch_table import (
-    assume_capability,
-    assume_entries,
-    load_table,
-    table_key,
-)
+from fastres.kernels.gpu.launch_table import Gpu, assume_entries, assume_gpu, load_table
+from fastres.kernels.gpu.table_file import table_key
 from fastres.kernels.tools.compile_pool import in_processes
 from fastres.kernels.tools.describe import expected_bits, tile_label, variant_label
 from fastres.kernels.tools.machine_code import Build, MachineCode, compile_build, to_build
@@ -36,8 +32,8 @@ from fastres.kernels.tools.peak_rates import PEAK_RATES
 __all__ = [
     "CodegenEntry",
     "Plan",
+    "architecture",
     "attainable_us",
-    "capability_of",
     "compile_entries",
     "count_builds",
     "plan_entries",
@@ -235,10 +231,10 @@ def plan_launch(
     )
 
 
-def capability_of(arch: str) -> tuple[int, int]:
-    """The compute capability of an architecture: (9, 0) of sm_90."""
+def architecture(arch: str) -> Gpu:
+    """An architecture as a GPU of no other name: of compute capability (9, 0) for sm_90."""
     major, minor = divmod(int(arch.removeprefix("sm_")), 10)
-    return major, minor
+    return Gpu(arch, (major, minor))
 
 
 def plan_entries(
@@ -253,14 +249,14 @@ def plan_entries(
         batch: images.
         phases: "training", "inference" or both.
 
-    Returns: plans, configured by the heuristics, by each GPU of this architecture that the launch
-        table knows, with TMA loads where the GPU has them, and with some products on the route
-        cudnn, for the kernels around those.
+    Returns: plans, configured by the heuristics, by each section of the launch table for this
+        architecture, measured or ESTIMATES, with TMA loads where the GPU has them, and with some
+        products on the route cudnn, for the kernels around those.
     """
     convs, numbers = network_convs(model, batch), PRECISIONS[precision]
     plans: dict[tuple[Build, Traffic], Plan] = {}
     for configured_by, entries in _tables(arch, convs, numbers).items():
-        with assume_entries(entries), assume_capability(capability_of(arch)):
+        with assume_entries(entries), assume_gpu(architecture(arch)):
             recorded = [
                 named
                 for phase in phases
@@ -281,14 +277,11 @@ def plan_entries(
 
 def _tables(
     arch: str, convs: Sequence[NamedConv], precision: Precision
-) -> dict[str, dict[str, ConvConfig]]:
+) -> dict[str, Mapping[str, ConvConfig]]:
     """Entries of the launch table to plan with, by what they come from."""
-    tables: dict[str, dict[str, ConvConfig]] = {HEURISTICS: {}}
-    tables |= {
-        gpu: entries
-        for gpu, entries in load_table().items()
-        if any(word in gpu for word in PEAK_RATES[arch].tables)
-    }
+    tables: dict[str, Mapping[str, ConvConfig]] = {HEURISTICS: {}}
+    sources = load_table().sources(*architecture(arch))
+    tables |= {name: section.entries for name, section in sources.items()}
     if arch != "sm_80":
         tables["TMA loads"] = _by_tma(convs, precision)
         tables["im2col"] = _by_im2col(convs, precision)
@@ -336,7 +329,10 @@ def _on_cudnn(
 
 
 def compile_entries(
-    plans: Sequence[Plan], jobs: int, advance: Callable[[], None] = lambda: None
+    plans: Sequence[Plan],
+    jobs: int,
+    advance: Callable[[], None] = lambda: None,
+    codes: dict[Build, MachineCode] | None = None,
 ) -> list[CodegenEntry]:
     """Compile every different build among the plans once.
 
@@ -344,11 +340,13 @@ def compile_entries(
         plans: from `plan_entries`.
         jobs: processes, of which more than compilations are not started; 1 compiles in this one.
         advance: called after each compilation.
+        codes: what was compiled before and need not be again; what is new is added.
 
     Returns: an entry a plan, in order.
     """
-    codes: dict[Build, MachineCode] = {}
-    for build, code in in_processes(compile_build, _builds(plans), jobs):
+    codes = {} if codes is None else codes
+    builds = [build for build in _builds(plans) if build not in codes]
+    for build, code in in_processes(compile_build, builds, jobs):
         codes[build] = code
         advance()
     return [CodegenEntry(plan, codes[plan.build]) for plan in plans]

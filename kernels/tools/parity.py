@@ -277,13 +277,14 @@ def _prove(options: argparse.Namespace) -> int:
     if options.list:
         print("\n".join(check.name for check in checks))
         return 0
-    from fastres.kernels.gpu.launch_table import gpu_name
+    from fastres.kernels.gpu.launch_table import gpu_of
 
     checks, results = _resume(options, checks)
     if not checks and not results:
         print(f"nothing to run: {options.json} has all of it")
         return NOTHING_RUN
-    where = gpu_name(device) if device.type == "cuda" else "CPU, interpreted"
+    gpu = gpu_of(device)
+    where = "CPU, interpreted" if gpu is None else gpu.name
     count = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
     print(f"{where}: {count}, {batch} images", flush=True)
     mode = "a" if options.resume else "w"

@@ -25,9 +25,7 @@ class PeakRates(NamedTuple):
     """What one GPU can do at most, which stands for its architecture.
 
     gpu: the card. multiprocessors: of it. clock: Hz. bandwidth: bytes/s. peak: FLOP/s by precision.
-    shared_bytes: shared memory that one program may have. tables: GPUs of the launch table with
-    this architecture, by words of their names, the card's first. source: where the figures are
-    from.
+    shared_bytes: shared memory that one program may have. source: where the figures are from.
     """
 
     gpu: str
@@ -36,7 +34,6 @@ class PeakRates(NamedTuple):
     bandwidth: float
     peak: dict[str, float]
     shared_bytes: int
-    tables: tuple[str, ...]
     source: str
 
     def issue_us(self, warp_instructions: float) -> float:
@@ -78,7 +75,6 @@ PEAK_RATES = {
         2.039e12,
         _peak(312e12, 19.5e12),
         163 * 1024,
-        ("A100", "A30"),
         "NVIDIA A100 datasheet and architecture whitepaper, published",
     ),
     "sm_90": PeakRates(
@@ -88,7 +84,6 @@ PEAK_RATES = {
         3.0e12,
         _peak(800e12, 67e12),
         227 * 1024,
-        ("H100", "H200", "GH200"),
         "copy and bf16 product as measured on an H100, 1.755 GHz assumed; fp32 from NVIDIA's H100 "
         "datasheet",
     ),
@@ -99,7 +94,6 @@ PEAK_RATES = {
         8e12,
         _peak(2250e12, 80e12),
         227 * 1024,
-        ("B200", "B100"),
         "NVIDIA Blackwell architecture brief, HGX B200, dense, published; the clock is that at "
         "which 148 multiprocessors of 8192 FLOP a clock reach the published bf16 rate",
     ),

@@ -10,19 +10,20 @@ is still in the L2 cache goes off. A convolution on cuDNN counts as max(arithmet
 all else of torch's as its bytes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fastres.kernels.gpu.launch import Launch
-from fastres.kernels.gpu.launch_config import ConvConfig
-from fastres.kernels.gpu.launch_table import assume_capability, assume_entries, load_table
+from fastres.kernels.gpu.launch_table import Gpu, assume_gpu, load_table
 from fastres.kernels.tools.codegen_report import (
     EFFICIENCY,
     CodegenEntry,
+    Plan,
+    architecture,
     attainable_us,
-    capability_of,
     compile_entries,
+    count_builds,
     plan_launch,
 )
 from fastres.kernels.tools.network_launches import NamedLaunch, network_launches
@@ -30,7 +31,7 @@ from fastres.kernels.tools.networks import PRECISIONS
 from fastres.kernels.tools.peak_rates import PEAK_RATES
 from fastres.kernels.tools.torch_launches import TorchLaunch
 
-__all__ = ["StepReport", "StepRow", "count_step"]
+__all__ = ["StepReport", "StepRow", "count_step", "plan_launches", "torch_attainable_us"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class StepRow:
             "warp_instructions": round(self.entry.warp_instructions),
             "last_program_instructions": code.program.last_instructions,
             "count": "; ".join(self.entry.count_notes),
+            "violations": "; ".join(self.entry.violations),
         }
 
 
@@ -141,10 +143,10 @@ class StepReport:
         }
 
 
-def _entries_of_card(arch: str) -> dict[str, ConvConfig]:
-    """What the launch table knows of the card of an architecture; nothing means heuristics."""
-    word = PEAK_RATES[arch].tables[0]
-    return next((entries for gpu, entries in load_table().items() if word in gpu), {})
+def _card(arch: str) -> Gpu:
+    """The card of an architecture by the name that the launch table has of it, if any."""
+    word, gpu = PEAK_RATES[arch].gpu.split()[0], architecture(arch)
+    return gpu._replace(name=next((name for name in load_table().gpus if word in name), word))
 
 
 def count_step(
@@ -170,21 +172,29 @@ def count_step(
         start: called with the number of compilations before the first.
         advance: called after each compilation.
 
-    Returns: the report; its launches are configured by the launch table where it knows the card,
-        else by the heuristics.
+    Returns: the report; its launches are configured as the launch table and the rules do it on the
+        card.
 
     Raises: ValueError: when the kernels are interpreted in this process and cannot be compiled.
     """
-    with assume_entries(_entries_of_card(arch)), assume_capability(capability_of(arch)):
+    with assume_gpu(_card(arch)):
         named = list(network_launches(network, batch, PRECISIONS[precision], phase))
-    plans = [
+    plans = plan_launches(named, arch, network, precision)
+    start(count_builds(plans))
+    entries = compile_entries(plans, jobs, advance)
+    rows = [*_torch_rows(named, arch, precision), *map(_row, entries)]
+    return StepReport(arch, network, precision, batch, phase, _merged(rows))
+
+
+def plan_launches(
+    named: Sequence[NamedLaunch], arch: str, network: str, precision: str
+) -> list[Plan]:
+    """The plans of those that are of this project's kernels; torch's are not compiled."""
+    return [
         plan_launch(launch, arch, network, precision, "step")
         for launch in named
         if isinstance(launch.launch, Launch)
     ]
-    start(len({plan.build for plan in plans}))
-    rows = [*_torch_rows(named, arch, precision), *map(_row, compile_entries(plans, jobs, advance))]
-    return StepReport(arch, network, precision, batch, phase, _merged(rows))
 
 
 def _row(entry: CodegenEntry) -> StepRow:
@@ -203,17 +213,23 @@ def _row(entry: CodegenEntry) -> StepRow:
 
 def _torch_rows(named: list[NamedLaunch], arch: str, precision: str) -> Iterator[StepRow]:
     """The rows of what torch launches."""
-    rates = PEAK_RATES[arch]
     for item in named:
-        launch = item.launch
-        if isinstance(launch, TorchLaunch):
-            times = (
-                rates.bytes_us(launch.traffic.bytes),
-                rates.arithmetic_us(launch.traffic.flops, precision),
-            )
-            # cuDNN, too, is granted a share of the peak alone.
-            bound = attainable_us(0.0, times[0], times[1] / EFFICIENCY)
-            yield StepRow(item.layer, f"torch {launch.name}", item.count, 0.0, *times, bound)
+        if isinstance(item.launch, TorchLaunch):
+            times = _torch_us(item.launch, arch, precision)
+            bound = torch_attainable_us(item.launch, arch, precision)
+            yield StepRow(item.layer, f"torch {item.launch.name}", item.count, 0.0, *times, bound)
+
+
+def _torch_us(launch: TorchLaunch, arch: str, precision: str) -> tuple[float, float]:
+    """What its bytes and its arithmetic take at least."""
+    rates, traffic = PEAK_RATES[arch], launch.traffic
+    return rates.bytes_us(traffic.bytes), rates.arithmetic_us(traffic.flops, precision)
+
+
+def torch_attainable_us(launch: TorchLaunch, arch: str, precision: str) -> float:
+    """ESTIMATE of what a launch of torch's takes; cuDNN, too, is granted a share of the peak."""
+    bytes_us, arithmetic_us = _torch_us(launch, arch, precision)
+    return attainable_us(0.0, bytes_us, arithmetic_us / EFFICIENCY)
 
 
 def _merged(rows: list[StepRow]) -> tuple[StepRow, ...]:

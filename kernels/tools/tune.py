@@ -7,12 +7,20 @@ bytes come first, every candidate is proved right before it is timed, and the ta
 each layer, so a run that is cut off loses little. Last, whole steps of the networks are timed with
 and without programmatic dependent launch, where the GPU has it (Hopper and later): one switch for
 all its kernels. The rounds leave a seventh of the budget for that. Entries of other GPUs and of
-other layers stay. See tuner.py and tune_pdl.py. Ends with 1 when the GPU stops answering, with 2
-when nothing can be measured.
+other layers stay; a table that is not there begins as the one in use. See tuner.py and tune_pdl.py.
+
+    python -m fastres.kernels.tools.tune --estimate sm_90
+
+measures nothing and needs no GPU: forms and routes are compared by what is counted in their
+machine code, see estimate.py, and entries labelled ESTIMATE are written, which GPUs of this
+architecture use for what was not measured. Ends with 1 when the GPU stops answering, with 2 when
+nothing can be measured.
 """
 
 import argparse
+import functools
 import importlib.util
+import shutil
 import sys
 import time
 from collections import Counter
@@ -28,12 +36,14 @@ if TYPE_CHECKING:
     import torch
 
     from fastres.kernels.conv_shape import ConvOp
+    from fastres.kernels.tools.estimate import Estimate
     from fastres.kernels.tools.tune_pdl import PdlChoice
     from fastres.kernels.tools.tune_workloads import ConvWorkload
     from fastres.kernels.tools.tuner import Choice, Timer, Tuner
 
 __all__ = ["main"]
 
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 BUDGET = 180.0
 
 # Of the budget, what the rounds leave for programmatic dependent launch.
@@ -58,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         "mean of the two, because in a training step some operands are there and some are not"
     )
     add("--l2", choices=("cold", "hot", "both"), default="both", help=text)
+    text = f"count instead of measure, without a GPU, for one of {', '.join(ARCHITECTURES)}"
+    add("--estimate", choices=ARCHITECTURES, metavar="ARCH", help=text)
+    add("--jobs", type=int, metavar="N", help="with --estimate: processes that compile")
     add("--dry-run", action="store_true", help="list the candidates and measure nothing")
     return parser
 
@@ -71,10 +84,17 @@ def _obstacle(options: argparse.Namespace) -> str | None:
         return f"--candidates must be at least 1, got {options.candidates}"
     if not options.budget > 0:  # Nor is NaN.
         return f"--budget must be above 0 seconds, got {options.budget:g}"
+    if options.jobs is not None and options.jobs < 1:
+        return f"--jobs must be at least 1, got {options.jobs}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton (Linux only)"
     if options.out is not None and not options.out.resolve().parent.is_dir():
         return f"--out: there is no folder {options.out.parent}"
+    if options.estimate:
+        import triton
+
+        interprets = "kernels are interpreted in this process: unset TRITON_INTERPRET"
+        return interprets if triton.knobs.runtime.interpret else None
     import torch
 
     if not options.dry_run and not torch.cuda.is_available():
@@ -138,12 +158,14 @@ def _provenance(options: argparse.Namespace, device: "torch.device") -> dict[str
 
 
 def _report(choices: "Sequence[Choice]") -> None:
-    """Print one line a product: its time against that of the heuristics."""
+    """Print one line a product: its time against that without a measurement, and by route."""
     for choice in choices:
         config = choice.config
+        routes = ", ".join(f"{route} {1e6 * s:.1f} us" for route, s in choice.by_route.items())
         print(
             f"{choice.key}: {config.route} {config.label}, {1e6 * choice.seconds:.1f} us, "
-            f"heuristics {1e6 * choice.heuristic_seconds:.1f} us, {choice.speedup:.2f} times",
+            f"unmeasured {1e6 * choice.baseline_seconds:.1f} us, {choice.speedup:.2f} times; "
+            f"at best {routes}",
             flush=True,
         )
 
@@ -160,7 +182,8 @@ def _report_pdl(choice: "PdlChoice") -> None:
 
 def _choose_pdl(options: argparse.Namespace, tuner: "Tuner", out: Path) -> "PdlChoice | None":
     """Time whole steps with the entries that the table now has."""
-    from fastres.kernels.gpu.launch_table import gpu_name, load_table
+    from fastres.kernels.gpu.launch_table import gpu_of
+    from fastres.kernels.gpu.table_file import Section, read_table
     from fastres.kernels.tools.tune_pdl import StepName, choose_pdl
 
     names = [
@@ -169,8 +192,10 @@ def _choose_pdl(options: argparse.Namespace, tuner: "Tuner", out: Path) -> "PdlC
         for batch in options.batches
         for precision in options.dtypes
     ]
-    entries = load_table(out).get(gpu_name(tuner.device), {})
-    return choose_pdl(tuner, names, entries, _step_timer(tuner.device))
+    gpu = gpu_of(tuner.device)
+    assert gpu is not None
+    section = read_table(out).gpus.get(gpu.name, Section(gpu.capability))
+    return choose_pdl(tuner, names, section.entries, _step_timer(tuner.device))
 
 
 def _step_timer(device: "torch.device") -> "Timer":
@@ -183,15 +208,19 @@ def _step_timer(device: "torch.device") -> "Timer":
 def _tuner(options: argparse.Namespace, device: "torch.device") -> "Tuner":
     import torch
 
-    from fastres.kernels.tools.candidates import gpu_limits
+    from fastres.kernels.gpu.launch_table import gpu_of
+    from fastres.kernels.tools.candidates import gpu_limits, unmeasured_start
     from fastres.kernels.tools.graph_timer import GraphTimer
     from fastres.kernels.tools.tuner import Tuner
 
+    gpu = gpu_of(device)
+    assert gpu is not None
     return Tuner(
         device,
         GraphTimer(device, l2=options.l2),
         gpu=gpu_limits(device),
         limit=options.candidates,
+        unmeasured=functools.partial(unmeasured_start, gpu=gpu),
         threads=usable_cores(),
         synchronize=lambda: torch.cuda.synchronize(device),
     )
@@ -201,33 +230,37 @@ def _measure(options: argparse.Namespace) -> int:
     """Tune, writing after each layer; 1 where the GPU stops answering."""
     import torch
 
-    from fastres.kernels.gpu.launch_table import TABLE_PATH, gpu_name
-    from fastres.kernels.tools.tuner import GpuLostError, merge_table
+    from fastres.kernels.gpu.launch_table import gpu_of
+    from fastres.kernels.tools.table_writer import merge_table
+    from fastres.kernels.tools.tuner import GpuLostError
 
     # As training sets it: cuDNN times its algorithms too.
     torch.backends.cudnn.benchmark = True
     device = torch.device("cuda", torch.cuda.current_device())
-    out = options.out or TABLE_PATH
+    gpu, out = gpu_of(device), _table_to_write(options)
+    assert gpu is not None
     started = time.monotonic()
     tuner, workloads = _tuner(options, device), _workloads(options)
     share = PDL_SHARE if tuner.gpu.has_pdl else 0
     tuner.deadline = started + options.budget * (1 - share)
-    name, measured = gpu_name(device), _provenance(options, device)
-    print(f"{name}: {len(workloads)} layers, {options.l2} L2, {options.budget:g} s, table {out}")
+    measured = _provenance(options, device)
+    print(
+        f"{gpu.name}: {len(workloads)} layers, {options.l2} L2, {options.budget:g} s, table {out}"
+    )
     num_layers, written = Counter[str](), set[str]()
     lost: GpuLostError | None = None
     try:
         for tuned in tuner.run(workloads):
             if tuned.choices:
                 entries = {choice.key: choice.config for choice in tuned.choices}
-                merge_table(out, name, entries, measured)
+                merge_table(out, gpu, entries, measured)
                 written |= set(entries)
             _report(tuned.choices)
             num_layers[tuned.round] += 1
         tuner.deadline = started + options.budget
         pdl = _choose_pdl(options, tuner, out)
         if pdl is not None:
-            merge_table(out, name, {}, measured, pdl=pdl.enabled)
+            merge_table(out, gpu, {}, measured, pdl=pdl.enabled)
             _report_pdl(pdl)
     except GpuLostError as error:
         lost = error
@@ -239,6 +272,67 @@ def _measure(options: argparse.Namespace) -> int:
         print(f"error: {lost}", file=sys.stderr)
         return 1
     return 0
+
+
+def _table_to_write(options: argparse.Namespace) -> Path:
+    """The table that is asked for, begun as the one in use: what it knows of others stays known."""
+    from fastres.kernels.gpu.launch_table import TABLE_PATH
+
+    out: Path = options.out or TABLE_PATH
+    if not out.exists() and TABLE_PATH.exists():
+        shutil.copyfile(TABLE_PATH, out)
+    return out
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    """Count, print how it came out, write."""
+    from fastres.kernels.gpu.launch_config import ConvConfig
+    from fastres.kernels.tools.codegen_report import architecture
+    from fastres.kernels.tools.estimate import estimate
+    from fastres.kernels.tools.table_writer import merge_table
+
+    out, entries = _table_to_write(options), dict[str, ConvConfig]()
+    print(
+        "ESTIMATES in us: a layer's pass, of all such layers in a step, a product on each route\n"
+    )
+    print("| product | triton | cudnn | chosen |\n| --- | --- | --- | --- |")
+    parts = []
+    for precision in options.dtypes:
+        for found in estimate(
+            options.estimate,
+            options.models,
+            options.batches,
+            precision,
+            jobs=options.jobs or usable_cores(),
+            say=lambda line: print(line, file=sys.stderr),
+        ):
+            entries |= found.entries
+            _print_routes(found)
+            parts += [found.parts] if found.parts else []
+    print()
+    for part in parts:
+        print(
+            f"{part.key}: {part.after} parts for {part.before}, {part.programs} programs a "
+            f"multiprocessor: {part.before_us:.1f} -> {part.after_us:.1f} us, "
+            f"{part.added_bytes / 1e6:+.2f} MB of partial sums, "
+            f"{100 * part.added_instructions:+.1f} % instructions"
+        )
+    command = ["python", "-m", "fastres.kernels.tools.tune", *sys.argv[1:]]
+    about = {"kind": "ESTIMATE: counted in machine code, nothing timed", **provenance(command)}
+    merge_table(out, architecture(options.estimate), entries, about, basis="ESTIMATE")
+    print(f"{len(entries)} entries written to {out}")
+    return 0
+
+
+def _print_routes(found: "Estimate") -> None:
+    """A line a product of a table in Markdown."""
+    for choice in found.choices:
+        times = (choice.by_route.get(route) for route in ("triton", "cudnn"))
+        cells = ["" if s is None else f"{1e6 * s:.2f}" for s in times]
+        config = choice.config
+        form = config.form + (", stored" if config.stored else "")
+        chosen = form if config.route == "triton" else "cudnn"
+        print(f"| {choice.key} | {cells[0]} | {cells[1]} | {chosen} |", flush=True)
 
 
 @reader_may_leave()
@@ -253,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             _print_candidates(_workloads(options), options.candidates)
             return 0
-        return _measure(options)
+        return _estimate(options) if options.estimate else _measure(options)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,7 @@
 A layer has two passes: forward, its product with the statistics, and backward, both gradients. Each
 is timed as training runs it, so that a dy stored for one gradient serves the other, and one launch
 that computes both competes with two. Candidates meet in races: proved right, then timed in turns
-with the entries that lead so far and with the heuristics.
+with the entries that lead so far and with what this GPU would use if it were not measured.
 
     round 1, forms   every layer, those that move most bytes first: the start of each form, and
                      the routes `triton` and `cudnn`; few compilations
@@ -16,27 +16,18 @@ How time is measured is a `Timer`, so everything else runs and is tested without
 
 import functools
 import itertools
-import json
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from fastres.kernels.conv_shape import ConvOp
+from fastres.kernels.conv_shape import ConvOp, ConvShape
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu.launch import Launch, recording
-from fastres.kernels.gpu.launch_config import ConvConfig, Form
-from fastres.kernels.gpu.launch_table import (
-    TABLE_SCHEMA,
-    assume_entries,
-    forget_table,
-    load_table,
-)
+from fastres.kernels.gpu.launch_config import ConvConfig, Form, Route
+from fastres.kernels.gpu.launch_table import assume_entries
 from fastres.kernels.tools.candidates import (
     GpuLimits,
     Product,
@@ -58,16 +49,15 @@ from fastres.kernels.tools.tune_workloads import (
     ParityCheck,
     make_case,
 )
-from fastres.strict_json import dumps
 
 __all__ = [
     "Choice",
+    "Entries",
     "GpuLostError",
     "Timer",
     "Tuned",
     "Tuner",
     "first_line",
-    "merge_table",
     "raise_if_lost",
 ]
 
@@ -93,21 +83,23 @@ class Timer(Protocol):
 
 
 class Choice(NamedTuple):
-    """A decision for one product: its entry, its time and that of the heuristic entry, in seconds.
+    """A decision for one product: its entry, its time and that of the baseline, in seconds.
 
     Times are of a whole pass, in all variants of the layer in a step together: both gradients carry
-    the same. Heuristics that compute the wrong thing are replaced by the next right candidate.
+    the same. The baseline is what the GPU would use without being measured; where that computes the
+    wrong thing, the next right candidate. by_route: the fastest pass with this product on a route.
     """
 
     key: str
     config: ConvConfig
     seconds: float
-    heuristic_seconds: float
+    baseline_seconds: float
+    by_route: dict[Route, float]
 
     @property
     def speedup(self) -> float:
-        """How many times faster than the heuristics."""
-        return self.heuristic_seconds / self.seconds
+        """How many times faster than the baseline."""
+        return self.baseline_seconds / self.seconds
 
 
 class Tuned(NamedTuple):
@@ -117,54 +109,20 @@ class Tuned(NamedTuple):
     choices: list[Choice]
 
 
-def merge_table(
-    path: Path,
-    gpu: str,
-    entries: Mapping[str, ConvConfig],
-    provenance: Mapping[str, Any],
-    *,
-    pdl: bool | None = None,
-) -> None:
-    """Put entries of one GPU into the table at `path`; all others stay. Atomic: all or nothing.
-
-    pdl: whether the GPU starts kernels by programmatic dependent launch; None leaves that too.
-
-    Raises: ValueError: when a table is there and malformed.
-    """
-    table: dict[str, Any] = {"schema": TABLE_SCHEMA, "gpus": {}}
-    if path.exists():
-        load_table.__wrapped__(path)
-        table = json.loads(path.read_text())
-    mine = table["gpus"].setdefault(gpu, {})
-    mine.update({key: asdict(config) for key, config in entries.items()})
-    table["gpus"][gpu] = dict(sorted(mine.items()))
-    table.setdefault("provenance", {})[gpu] = dict(provenance)
-    if pdl is not None:
-        table.setdefault("pdl", {})[gpu] = pdl
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as stream:
-            stream.write(dumps(table, indent=1) + "\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    forget_table()
-
-
 @dataclass
 class _Contest:
     """One pass of a layer: what its candidates took so far.
 
-    seconds: of a step, in all variants together, from the last race of each. leader: the fastest.
-    baseline: the heuristics, or the first right candidate. tried: all that were checked.
+    unmeasured: what the GPU would use without being measured. seconds: of a step, in all variants
+    together, from the last race of each. leader: the fastest. baseline: the unmeasured entries, or
+    the first right candidate. tried: all that were checked.
     """
 
     name: ConvPass
     workload: ConvWorkload
     products: tuple[Product, ...]
     check: ParityCheck
+    unmeasured: Entries
     seconds: dict[Entries, float] = field(default_factory=dict)
     tried: set[Entries] = field(default_factory=set)
     leader: Entries | None = None
@@ -178,10 +136,6 @@ class _Contest:
         """The entries for people."""
         table = self.table(entries).items()
         return " with ".join(f"{key} {config.route} {config.label}" for key, config in table)
-
-    def heuristic(self) -> Entries:
-        """What an unmeasured GPU uses."""
-        return tuple(map(heuristic_start, self.products))
 
     def all_cudnn(self) -> Entries:
         """Every product on cuDNN, which must be right."""
@@ -203,7 +157,7 @@ class _Contest:
     def with_config(self, position: int, config: ConvConfig) -> Entries:
         """The fastest entries of separate launches with another configuration there."""
         separate = {e: seconds for e, seconds in self.seconds.items() if not _is_fused(e)}
-        base = min(separate, key=separate.__getitem__) if separate else self.heuristic()
+        base = min(separate, key=separate.__getitem__) if separate else self.unmeasured
         return (*base[:position], config, *base[position + 1 :])
 
     def fused(self, config: ConvConfig) -> Entries:
@@ -229,7 +183,18 @@ class _Contest:
         if self.leader is None or self.baseline is None:
             return []
         times = self.seconds[self.leader], self.seconds[self.baseline]
-        return [Choice(key, config, *times) for key, config in self.table(self.leader).items()]
+        return [
+            Choice(key, config, *times, self._by_route(position))
+            for position, (key, config) in enumerate(self.table(self.leader).items())
+        ]
+
+    def _by_route(self, position: int) -> dict[Route, float]:
+        """The fastest pass with the product there on either route."""
+        found: dict[Route, float] = {}
+        for entries, seconds in self.seconds.items():
+            route = entries[position].route
+            found[route] = min(seconds, found.get(route, seconds))
+        return found
 
 
 @dataclass
@@ -241,7 +206,9 @@ class Tuner:
         timer: how trials are timed.
         deadline: on `clock`, when to stop; looked at before each candidate. None never does.
         gpu: what bounds the candidates.
-        limit: tiles of a product that the second round tries.
+        limit: tiles of a product that the second round tries; 0 leaves the round out.
+        unmeasured: what the GPU would use for a product without being measured.
+        rank: of entries of a layer that take the same time the lowest leads, the first of equals.
         threads: that compile the candidates of a race before it; 0 leaves that to their runs.
         say: receives one line for each candidate that is left out, and why.
         synchronize: waits for the device, and raises what went wrong there.
@@ -253,6 +220,8 @@ class Tuner:
     deadline: float | None = None
     gpu: GpuLimits = field(default_factory=GpuLimits)
     limit: int = 24
+    unmeasured: Callable[[Product], ConvConfig] = heuristic_start
+    rank: Callable[[ConvShape, Entries], int] = lambda shape, entries: 0
     threads: int = 0
     say: Callable[[str], None] = print
     synchronize: Callable[[], None] = lambda: None
@@ -269,7 +238,7 @@ class Tuner:
             if self.is_late():
                 return
             yield Tuned("forms", self._tune(workload, contests, self._try_forms))
-        for workload, contests in layers:
+        for workload, contests in layers if self.limit else ():
             if self.is_late():
                 return
             yield Tuned("tiles", self._tune(workload, contests, self._try_tiles))
@@ -282,15 +251,12 @@ class Tuner:
             "forward": ("fprop",),
             "backward": ("dgrad", "wgrad") if need_dx else ("wgrad",),
         }
-        return [
-            _Contest(
-                name,
-                workload,
-                tuple(product_of(op, workload) for op in ops),
-                check,
-            )
-            for name, ops in passes.items()
-        ]
+        contests = []
+        for name, ops in passes.items():
+            products = tuple(product_of(op, workload) for op in ops)
+            unmeasured = tuple(map(self.unmeasured, products))
+            contests.append(_Contest(name, workload, products, check, unmeasured))
+        return contests
 
     def is_late(self) -> bool:
         """Whether the deadline has passed."""
@@ -316,13 +282,12 @@ class Tuner:
     def _try_forms(self, contest: _Contest) -> None:
         """The start of each form, one product after the other; then routes, and both in one."""
         starts = [start_configs(product, self.gpu) for product in contest.products]
-        heuristic = contest.heuristic()
         forms = [
             [contest.with_config(position, config) for config in configs]
             for position, configs in enumerate(starts)
         ]
-        self._compile(contest, [heuristic, *itertools.chain(*forms)])
-        self._race(contest, [heuristic])
+        self._compile(contest, [contest.unmeasured, *itertools.chain(*forms)])
+        self._race(contest, [contest.unmeasured])
         if contest.leader is None:
             # Partners of what follows must be right, or nothing would be.
             self._race(contest, [contest.all_cudnn()])
@@ -448,7 +413,10 @@ class Tuner:
             totals[entries] += variants[variant] * seconds
         contest.seconds |= totals
         contest.baseline = contest.baseline or runners[0]
-        contest.leader = min(totals, key=totals.__getitem__)
+        shape = contest.workload.shape
+        contest.leader = min(
+            totals, key=lambda entries: (totals[entries], self.rank(shape, entries))
+        )
 
 
 def _is_fused(entries: Entries) -> bool:

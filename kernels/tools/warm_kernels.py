@@ -15,20 +15,13 @@ from typing import Literal, NamedTuple
 import torch
 
 from fastres.kernels.gpu.launch import Launch
-from fastres.kernels.gpu.launch_table import (
-    assume_capability,
-    assume_gpu,
-    gpu_name,
-    load_pdl,
-    load_table,
-)
+from fastres.kernels.gpu.launch_table import Gpu, assume_gpu, gpu_of, load_table, wants_pdl
 from fastres.kernels.tools.cache_keys import is_cached
-from fastres.kernels.tools.codegen_report import capability_of
+from fastres.kernels.tools.codegen_report import architecture
 from fastres.kernels.tools.compile_pool import in_processes
 from fastres.kernels.tools.machine_code import Build, to_build
 from fastres.kernels.tools.network_launches import NamedLaunch, network_launches, other_launches
 from fastres.kernels.tools.networks import PRECISIONS
-from fastres.kernels.tools.peak_rates import PEAK_RATES
 
 __all__ = [
     "Outcome",
@@ -88,18 +81,22 @@ def arch_here() -> str | None:
     return f"sm_{major}{minor}"
 
 
-def gpus_of(arch: str) -> list[str]:
-    """Names of the GPUs of an architecture whose launches are wanted.
+def gpus_of(arch: str) -> list[Gpu]:
+    """The GPUs of an architecture whose launches are wanted.
 
-    That of the GPU here, where it is one; else all that the launch table knows, or "unknown", which
-    the rules alone configure.
+    That here, where it is one; else all that were measured, or any, as the launch table's ESTIMATES
+    and the rules configure it.
     """
     if arch == arch_here():
-        return [gpu_name(torch.device("cuda", torch.cuda.current_device()))]
-    words = PEAK_RATES[arch].tables if arch in PEAK_RATES else ()
-    known = [*load_table(), *load_pdl()]
-    names = dict.fromkeys(name for name in known if any(word in name for word in words))
-    return list(names) or ["unknown"]
+        here = gpu_of(torch.device("cuda", torch.cuda.current_device()))
+        return [] if here is None else [here]
+    any_gpu = architecture(arch)
+    measured = [
+        Gpu(name, section.capability)
+        for name, section in load_table().gpus.items()
+        if section.capability == any_gpu.capability
+    ]
+    return measured or [any_gpu]
 
 
 def plan_kernels(
@@ -118,10 +115,10 @@ def plan_kernels(
     planned: dict[str, PlannedKernel] = {}
     for gpu in gpus_of(arch):
         for workload in workloads:
-            with assume_gpu(gpu), assume_capability(capability_of(arch)):
+            with assume_gpu(gpu):
                 made = list(_launches(workload))
             for named in made:
-                for enabled in _pdl_choices(arch, gpu, pdl):
+                for enabled in _pdl_choices(gpu, pdl):
                     kernel = _planned(named, arch, workload, enabled)
                     planned.setdefault(kernel.build.key, kernel)
     return sorted(planned.values(), key=lambda kernel: kernel.weight, reverse=True)
@@ -136,10 +133,10 @@ def _launches(workload: Workload) -> Iterator[NamedLaunch]:
             yield named
 
 
-def _pdl_choices(arch: str, gpu: str, pdl: PdlChoice) -> tuple[bool, ...]:
-    if capability_of(arch) < (9, 0):
+def _pdl_choices(gpu: Gpu, pdl: PdlChoice) -> tuple[bool, ...]:
+    if gpu.capability < (9, 0):
         return (False,)
-    of_table = (load_pdl().get(gpu, False),)
+    of_table = (wants_pdl(gpu),)
     return {"table": of_table, "on": (True,), "off": (False,), "both": (False, True)}[pdl]
 
 

@@ -108,15 +108,15 @@ def record(layer, dtype):
 def main() -> int:
     """Compile for the GPUs and precisions, and the layers, that the arguments name."""
     from fastres.host import usable_cores
-    from fastres.kernels.gpu.launch_table import assume_capability
-    from fastres.kernels.tools.codegen_report import capability_of, compile_entries, plan_launch
+    from fastres.kernels.gpu.launch_table import assume_entries, assume_gpu
+    from fastres.kernels.tools.codegen_report import architecture, compile_entries, plan_launch
     from fastres.kernels.tools.network_launches import NamedLaunch
     from fastres.kernels.tools.networks import PRECISIONS
 
     layers = SAMPLE if sys.argv[1] == "sample" else all_layers()
     plans = []
     for arch, precision in (build.split() for build in sys.argv[2:]):
-        with assume_capability(capability_of(arch)):
+        with assume_gpu(architecture(arch)), assume_entries({}):
             plans += [
                 plan_launch(NamedLaunch("", str(layer), launch, 1), arch, "", precision, "rules")
                 for layer in layers

@@ -14,8 +14,9 @@ from fastres.kernels.gpu.conv_backward import conv_gradients
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.gpu.launch_rules import fused_config, im2col_config
-from fastres.kernels.gpu.launch_table import assume_entries, table_key
+from fastres.kernels.gpu.launch_table import assume_entries
 from fastres.kernels.gpu.prologue import plain_arithmetic
+from fastres.kernels.gpu.table_file import table_key
 from fastres.kernels.reference import block as ref
 from tests.helpers.interpreter import DEVICE, needs_gpu, strict_memory  # noqa: F401
 from tests.helpers.kernel_cases import (

@@ -1,6 +1,9 @@
 """Shapes, launch configurations and the record of launches."""
 
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +16,26 @@ from fastres.kernels.gpu.conv_wgrad import conv_wgrad
 from fastres.kernels.gpu.launch import Launch, Traffic, _tensors_of, recording
 from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.gpu.launch_rules import heuristic_config, im2col_config
-from fastres.kernels.gpu.launch_table import TABLE_SCHEMA, conv_config, load_table
+from fastres.kernels.gpu.launch_table import (
+    Gpu,
+    assume_entries,
+    assume_gpu,
+    conv_config,
+    force_route,
+    unmeasured_config,
+)
+from fastres.kernels.gpu.table_file import LaunchTable, Section, read_table, table_key
 from fastres.kernels.tools.network_launches import network_launches
 from fastres.kernels.tools.networks import PRECISIONS, resnet18_convs, resnet20_convs
+from fastres.kernels.tools.table_writer import merge_table
+from fastres.model.kernel_status import fused_kernels
 from tests.helpers.interpreter import DEVICE, HAS_GPU
 from tests.helpers.kernel_cases import channels_last
+from tests.helpers.launch_tables import ENTRY, H100, H200, as_table, use_table
 
+__all__ = ["use_table"]
+
+REPO = Path(__file__).resolve().parents[2]
 BF16 = torch.bfloat16
 
 
@@ -95,73 +112,168 @@ def test_rules_choose_a_form_for_every_layer(layer):
     assert [heuristic_config(op, shape, BF16, capability=(10, 0)) for op in ops] == configs
 
 
-@pytest.fixture
-def table(tmp_path, monkeypatch):
-    """Write a launch table for a GPU called "test" and make every device that GPU."""
-
-    def write(entries, schema=TABLE_SCHEMA):
-        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
-        path.write_text(json.dumps({"schema": schema, "gpus": {"test": entries}}))
-        monkeypatch.setattr(launch_table, "load_table", lambda: load_table(path))
-        monkeypatch.setattr(launch_table, "gpu_name", lambda device: "test")
-
-    return write
+LAYER = "h32w32c16k16r3s3u1p1"
+KNOWN = ConvShape(128, 32, 32, 16, 16)
 
 
-ENTRY = {"block_m": 16, "block_n": 16, "block_k": 16, "num_warps": 1, "num_stages": 1}
+def of(num_warps, layer=LAYER, batch=128):
+    """Entries of one product of fprop, told apart by their warps."""
+    return {f"fprop/bfloat16/n{batch}/{layer}": ENTRY | {"num_warps": num_warps}}
 
 
-def test_table_serves_the_nearest_batch_and_heuristics_the_rest(table):
-    layer = "h32w32c16k16r3s3u1p1"
-    table(
-        {
-            f"fprop/bfloat16/n128/{layer}": ENTRY,
-            f"fprop/bfloat16/n1024/{layer}": {**ENTRY, "route": "cudnn", "split_k": 2},
-        }
-    )
-    small, large = (
-        conv_config("fprop", ConvShape(n, 32, 32, 16, 16), BF16, DEVICE) for n in (64, 600)
-    )
-    assert small == ConvConfig(16, 16, 16, 1, 1)
-    assert large.route == "cudnn"
-    other = ConvShape(128, 32, 32, 16, 32)
-    assert conv_config("fprop", other, BF16, DEVICE) == heuristic_config("fprop", other, BF16)
-    known = ConvShape(128, 32, 32, 16, 16)
-    for op, dtype in (("dgrad", BF16), ("fprop", torch.float16)):
-        assert conv_config(op, known, dtype, DEVICE) == heuristic_config(op, known, dtype)
+def warps_on(gpu, shape=KNOWN):
+    with assume_gpu(gpu):
+        return conv_config("fprop", shape, BF16, DEVICE).num_warps
+
+
+def test_table_serves_the_nearest_batch_and_heuristics_the_rest(use_table):
+    large = {"route": "cudnn", "split_k": 2}
+    key = f"fprop/bfloat16/n1024/{LAYER}"
+    use_table((H200, "measured", of(1) | {key: ENTRY | large}, None))
+    with assume_gpu(H200):
+        small, large = (
+            conv_config("fprop", ConvShape(n, 32, 32, 16, 16), BF16, DEVICE) for n in (64, 600)
+        )
+        assert small == ConvConfig(16, 16, 16, 1, 1)
+        assert large.route == "cudnn"
+        other = ConvShape(128, 32, 32, 16, 32)
+        assert conv_config("fprop", other, BF16, DEVICE) == heuristic_config("fprop", other, BF16)
+        for op, dtype in (("dgrad", BF16), ("fprop", torch.float16)):
+            assert conv_config(op, KNOWN, dtype, DEVICE) == heuristic_config(op, KNOWN, dtype)
+        # Inside such blocks the table is not asked, and its answers are not kept for later.
+        with assume_entries({}):
+            assert conv_config("fprop", KNOWN, BF16, DEVICE) == heuristic_config(
+                "fprop", KNOWN, BF16
+            )
+        with assume_entries({f"fprop/bfloat16/n8/{LAYER}": large}):
+            assert conv_config("fprop", KNOWN, BF16, DEVICE) is large
+        with force_route("cudnn"):
+            assert conv_config("fprop", KNOWN, BF16, DEVICE) == replace(small, route="cudnn")
+        assert conv_config("fprop", KNOWN, BF16, DEVICE) == small
+
+
+def test_the_nearest_source_serves_a_product(use_table):
+    """Own entry, a sibling's, the ESTIMATE, the rules; another batch of a nearer one first."""
+    ampere, hopper = Gpu("NVIDIA A100", (8, 0)), Gpu("sm_90", (9, 0))
+    sections = [
+        (ampere, "measured", of(16), None),
+        (hopper, "ESTIMATE", of(8), None),
+        (H100, "measured", of(4), None),
+        (H200, "measured", of(2, batch=4096), None),
+    ]
+    rules = heuristic_config("fprop", KNOWN, BF16)
+    for gpu, served, sibling, wanted in (
+        (H200, sections, 4, 2),
+        (H200, sections[:3], 4, 4),
+        (H200, sections[:2], 8, 8),
+        (H200, sections[:1], rules.num_warps, rules.num_warps),
+        (ampere, sections, im2col_config("fprop", KNOWN, BF16).num_warps, 16),
+    ):
+        use_table(*served)
+        assert warps_on(gpu) == wanted
+        assert unmeasured_config("fprop", KNOWN, BF16, gpu).num_warps == sibling
+    # What is no GPU is served by the rules.
+    use_table(*sections)
+    assert conv_config("fprop", KNOWN, BF16, torch.device("meta")) == rules
+
+
+def test_a_table_is_read_again_when_it_is_written(use_table):
+    path = use_table((H200, "measured", of(1), None))
+    assert warps_on(H200) == 1
+    config = ConvConfig(64, 16, 32, 4, 3)
+    merge_table(path, H200, {f"fprop/bfloat16/n128/{LAYER}": config}, {})
+    assert warps_on(H200) == 4
+
+
+def test_a_look_up_does_not_read_the_table_again(use_table, monkeypatch):
+    """A thousand entries more, or a thousand calls, and each is looked at once."""
+    use_table((H200, "measured", of(1), None))
+    assert warps_on(H200) == 1
+    monkeypatch.setattr(launch_table, "load_table", None)
+    monkeypatch.setattr(Section, "nearest", None)
+    assert warps_on(H200) == 1
 
 
 @pytest.mark.parametrize(
-    ("entry", "schema", "message"),
+    ("entry", "message"),
     [
-        (
-            ENTRY,
-            1,
-            r"^\d\.json: schema must be 3, got 1: tune this GPU again with python -m [\w.]+$",
-        ),
-        ({**ENTRY, "programs": 1}, 3, "malformed entry"),
-        ({"block_m": 16}, 3, "malformed entry"),
-        ({**ENTRY, "block_n": 24}, 3, "block_n must be a power of two >= 16, got 24"),
-        ({**ENTRY, "route": "magic"}, 3, "route must be one of"),
-        ({**ENTRY, "split_k": 0}, 3, "split_k must be at least 1"),
-        ({**ENTRY, "form": "box"}, 3, "form must be one of"),
-        ({**ENTRY, "patch_h": 3}, 3, "patch_h must be 1, 2, 4 or 8, got 3"),
-        ({**ENTRY, "ahead": -1}, 3, "ahead must not be negative, got -1"),
-        ({**ENTRY, "grid_size": 132}, 3, "grid_size must be 0, or above in another form, got 132"),
+        ({"programs": 1}, "malformed entry"),
+        ({"block_n": 24}, "block_n must be a power of two >= 16, got 24"),
+        ({"route": "magic"}, "route must be one of"),
+        ({"split_k": 0}, "split_k must be at least 1"),
+        ({"form": "box"}, "form must be one of"),
+        ({"patch_h": 3}, "patch_h must be 1, 2, 4 or 8, got 3"),
+        ({"ahead": -1}, "ahead must not be negative, got -1"),
+        ({"grid_size": 132}, "grid_size must be 0, or above in another form, got 132"),
+        ({"basis": "ESTIMATE"}, "basis must be 'measured' in 'gpus', got 'ESTIMATE'"),
+        ({"basis": None}, "basis must be 'measured' in 'gpus', got None"),
     ],
 )
-def test_a_bad_table_is_refused(table, entry, schema, message):
-    table({"fprop/bfloat16/n1/h1w1c1k1r1s1u1p0": entry}, schema)
-    with pytest.raises(ValueError, match=message):
-        conv_config("fprop", ConvShape(1, 1, 1, 1, 1, 1, 1, 1, 0), BF16, DEVICE)
+def test_a_bad_entry_is_refused(use_table, entry, message):
+    use_table((H200, "measured", {f"fprop/bfloat16/n128/{LAYER}": ENTRY | entry}, None))
+    with pytest.raises(ValueError, match=rf"^table\.json: .*{re.escape(message)}"):
+        warps_on(H200)
+
+
+def test_a_bad_table_is_refused(use_table):
+    path = use_table((H200, "measured", of(1), None), schema=3)
+    with pytest.raises(
+        ValueError,
+        match=r"^table\.json: schema must be 4, got 3: tune this GPU again with python -m [\w.]+$",
+    ):
+        warps_on(H200)
+    for bad in (
+        as_table((H200, "measured", {"x": ENTRY}, None)),
+        {"schema": 4, "gpus": {"NVIDIA H200": {"entries": {}}}},
+        {"schema": 4, "gpus": {"NVIDIA H200": {"capability": [9, 0]}}},
+        {"schema": 4, "gpus": {"NVIDIA H200": {"capability": 9, "entries": {}}}},
+        {"schema": 4, "gpus": []},
+    ):
+        path.write_text(json.dumps(bad))
+        launch_table.forget_table()
+        with pytest.raises(ValueError, match=r"^table\.json: malformed entry"):
+            warps_on(H200)
 
 
 def test_no_table_is_no_error(tmp_path):
-    assert load_table(tmp_path / "absent.json") == {}
+    assert read_table(tmp_path / "absent.json") == LaunchTable()
     loop = tmp_path / "loop.json"
     loop.symlink_to(loop)
     with pytest.raises(OSError, match="Too many levels of symbolic links"):
-        load_table(loop)
+        read_table(loop)
+
+
+def test_people_are_told_where_configurations_are_from(use_table):
+    sections = [
+        (Gpu("sm_90", (9, 0)), "ESTIMATE", of(1), None),
+        (H100, "measured", of(1), None),
+        (H200, "measured", of(1), None),
+    ]
+    tune = "nothing timed: python -m fastres.kernels.tools.tune measures them"
+    for number, wanted in enumerate(
+        (
+            f"launch configurations are by rule, {tune}",
+            f"launch configurations are ESTIMATES, {tune}",
+            "launch configurations measured on NVIDIA H100",
+            "launch configurations measured on this GPU",
+        )
+    ):
+        use_table(*sections[:number])
+        with assume_gpu(H200):
+            assert fused_kernels(torch.device("cuda")) == f"Triton kernels, {wanted}"
+
+
+def test_the_committed_table_is_of_estimates_made_by_the_command():
+    """Every product of both networks."""
+    path = REPO / "kernels" / "gpu" / "launch_table.json"
+    entries = read_table(path).architectures["sm_90"].entries
+    convs = [conv.shape for of in (resnet20_convs, resnet18_convs) for conv in of(512)]
+    wanted = {table_key(op, s, BF16) for op in ("fprop", "dgrad", "wgrad") for s in convs}
+    no_gradient = {table_key("dgrad", shape, BF16) for shape in convs if shape.C == 3}
+    assert wanted - no_gradient == entries.keys()
+    about = json.loads(path.read_text())["architectures"]["sm_90"]["provenance"]
+    assert about["kind"] == "ESTIMATE: counted in machine code, nothing timed"
+    assert " --estimate sm_90" in about["command"]
 
 
 def test_recording_counts_each_operand_once_and_runs_nothing_on_meta():

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,17 +21,20 @@ import torch
 
 from fastres.kernels.conv_shape import ConvShape
 from fastres.kernels.gpu import launch as launch_module
-from fastres.kernels.gpu import launch_table
 from fastres.kernels.gpu.conv_dgrad import conv_dgrad
 from fastres.kernels.gpu.cross_entropy import smooth_cross_entropy_fwd
 from fastres.kernels.gpu.launch import Traffic, launch, recording
 from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.gpu.launch_rules import strip_config
-from fastres.kernels.gpu.launch_table import force_pdl, load_pdl, uses_pdl
+from fastres.kernels.gpu.launch_table import Gpu, assume_gpu, force_pdl, uses_pdl
+from fastres.kernels.gpu.table_file import read_table
 from fastres.kernels.tools.codegen_report import plan_entries
 from fastres.kernels.tools.machine_code import Build, disassemble, to_build
-from fastres.kernels.tools.tuner import merge_table
+from fastres.kernels.tools.table_writer import merge_table
 from tests.helpers.interpreter import HAS_GPU
+from tests.helpers.launch_tables import use_table
+
+__all__ = ["use_table"]
 
 REPO = Path(__file__).resolve().parents[2]
 SOURCES = sorted((REPO / "kernels" / "gpu").rglob("*.py"))
@@ -127,45 +131,32 @@ def test_without_it_no_kernel_waits(codes):
     assert not {"ACQBULK", "PREEXIT"} & {*sass}
 
 
-@pytest.fixture
-def gpu(tmp_path, monkeypatch):
-    """Pretend that there is a GPU, of this capability and with this entry in the launch table."""
-
-    def pretend(capability, table):
-        path = tmp_path / "table.json"
-        path.write_text(json.dumps({"schema": 3, "gpus": {}} | table))
-        monkeypatch.setattr(launch_table, "load_pdl", lambda: load_pdl(path))
-        monkeypatch.setattr(launch_table, "gpu_name", lambda device: "test")
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-
-    caches = (launch_table._has_pdl, launch_table._wants_pdl, load_pdl)
-    for cached in caches:
-        cached.cache_clear()
-    yield pretend
-    for cached in caches:
-        cached.cache_clear()
+OWN = Gpu("test", (9, 0))
+SIBLING, AMPERE, OLDER = Gpu("other", (9, 0)), Gpu("test", (8, 0)), Gpu("older", (8, 0))
 
 
 @pytest.mark.parametrize(
-    ("capability", "table", "forced", "wanted"),
+    ("gpu", "table", "forced", "wanted"),
     [
-        ((9, 0), {}, None, False),
-        ((9, 0), {"pdl": {"other": True}}, None, False),
-        ((9, 0), {"pdl": {"test": False}}, None, False),
-        ((9, 0), {"pdl": {"test": True}}, None, True),
-        ((10, 0), {"pdl": {"test": True}}, False, False),
-        ((10, 0), {}, True, True),
-        ((8, 0), {"pdl": {"test": True}}, None, False),
-        ((8, 9), {}, True, False),
+        (OWN, {}, None, False),
+        (OWN, {OLDER: True}, None, False),
+        (OWN, {OWN: False}, None, False),
+        (OWN, {OWN: True}, None, True),
+        (OWN, {SIBLING: True}, None, True),
+        (OWN, {SIBLING: True, OWN: False}, None, False),
+        (OWN, {SIBLING: True, OWN: None}, None, True),
+        (Gpu("test", (10, 0)), {SIBLING: True}, None, False),
+        (OWN, {OWN: True}, False, False),
+        (OWN, {}, True, True),
+        (AMPERE, {AMPERE: True}, None, False),
+        (AMPERE, {}, True, False),
     ],
 )
-def test_the_table_decides_unless_forced_where_a_gpu_has_it(gpu, capability, table, forced, wanted):
-    gpu(capability, table)
-    if forced is None:
+def test_the_table_decides_unless_forced_where_a_gpu_has_it(use_table, gpu, table, forced, wanted):
+    """A GPU's own choice, else that of one of its compute capability."""
+    use_table(*((of, "measured", {}, pdl) for of, pdl in table.items()))
+    with assume_gpu(gpu), nullcontext() if forced is None else force_pdl(forced):
         assert uses_pdl(GPU) is wanted
-    else:
-        with force_pdl(forced):
-            assert uses_pdl(GPU) is wanted
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -174,20 +165,18 @@ def test_only_gpus_use_it(device):
         assert not uses_pdl(torch.device(device))
 
 
-@pytest.mark.parametrize("pdl", [[], "NVIDIA H200", {"NVIDIA H200": 1}, {"NVIDIA H200": "on"}])
-def test_a_bad_entry_is_refused_by_all_that_read_the_table(tmp_path, pdl):
-    path = tmp_path / "table.json"
-    path.write_text(json.dumps({"schema": 3, "gpus": {}, "pdl": pdl}))
-    for read in (load_pdl, launch_table.load_table):
-        with pytest.raises(ValueError, match=r"^table\.json: pdl must say true or false of names"):
-            read(path)
+@pytest.mark.parametrize("pdl", [[], 1, "on"])
+def test_a_bad_switch_is_refused(use_table, pdl):
+    path = use_table((OWN, "measured", {}, pdl))
+    with pytest.raises(ValueError, match=r"^table\.json: pdl must be true or false, got "):
+        read_table(path)
 
 
-def test_tuning_keeps_the_entries(tmp_path):
-    path = tmp_path / "table.json"
-    path.write_text(json.dumps({"schema": 3, "gpus": {}, "pdl": {"A": True}}))
-    merge_table(path, "A", {"x": ConvConfig(16, 16, 16, 1, 1)}, {})
-    assert load_pdl(path) == {"A": True}
+def test_tuning_keeps_the_switch(use_table):
+    path = use_table((OWN, "measured", {}, True))
+    key = "fprop/bfloat16/n1/h1w1c1k1r1s1u1p0"
+    merge_table(path, OWN, {key: ConvConfig(16, 16, 16, 1, 1)}, {})
+    assert read_table(path).gpus["test"].pdl is True
 
 
 @pytest.mark.parametrize("pdl", [True, False])

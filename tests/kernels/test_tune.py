@@ -10,7 +10,8 @@ import sys
 import tomllib
 import weakref
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 from unittest.mock import MagicMock
@@ -25,7 +26,8 @@ from fastres.kernels.gpu import counters, launch_table
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.gpu.launch_rules import pixel_config, tma_config
-from fastres.kernels.gpu.launch_table import assume_entries, gpu_name, load_table
+from fastres.kernels.gpu.launch_table import Gpu, assume_entries, assume_gpu, gpu_of
+from fastres.kernels.gpu.table_file import read_table
 from fastres.kernels.reference import backend as reference_backend
 from fastres.kernels.tools import graph_timer, tune, tune_workloads
 from fastres.kernels.tools.candidates import (
@@ -38,10 +40,13 @@ from fastres.kernels.tools.candidates import (
     neighbourhood,
     product_of,
     start_configs,
+    unmeasured_start,
 )
 from fastres.kernels.tools.error_check import map_tensors
 from fastres.kernels.tools.graph_timer import L2, GraphTimer, Trial
 from fastres.kernels.tools.networks import NETWORKS, PRECISIONS, network_convs
+from fastres.kernels.tools.peak_rates import PEAK_RATES
+from fastres.kernels.tools.table_writer import merge_table
 from fastres.kernels.tools.tune_workloads import (
     ConvCase,
     ConvVariant,
@@ -55,9 +60,11 @@ from fastres.kernels.tools.tuner import (
     TILE_GAIN,
     GpuLostError,
     Tuner,
-    merge_table,
 )
 from tests.helpers.interpreter import DEVICE, HAS_GPU, needs_gpu
+from tests.helpers.launch_tables import use_table
+
+__all__ = ["use_table"]
 
 REPO = Path(__file__).resolve().parents[2]
 BF16, FP32 = PRECISIONS["bf16"], PRECISIONS["fp32"]
@@ -68,6 +75,8 @@ WORKLOAD = ConvWorkload(SMALL, BF16, {FIRST: 1, INNER: 2}, bytes=1)
 STEM = ConvWorkload(SMALL, BF16, {ConvVariant(False, False, False): 1}, bytes=1)
 OTHER = ConvWorkload(ConvShape(2, 4, 4, 5, 3), BF16, {INNER: 1}, bytes=1)
 TILE = ConvConfig(64, 16, 32, 4, 3)
+A, B = Gpu("A", (9, 0)), Gpu("B", (9, 0))
+X, Y = (f"{op}/bfloat16/n2/h6w6c3k5r3s3u1p1" for op in ("fprop", "wgrad"))
 
 
 class Told:
@@ -128,7 +137,7 @@ def test_the_fastest_route_is_chosen_for_equal_work():
     assert forward.key == "fprop/bfloat16/n2/h6w6c3k5r3s3u1p1"
     assert [choice.config.route for choice in (forward, dgrad, wgrad)] == ["cudnn"] * 3
     # One layer of one variant, two of the other.
-    assert (forward.seconds, forward.heuristic_seconds) == (3 * 0.5, 3)
+    assert (forward.seconds, forward.baseline_seconds) == (3 * 0.5, 3)
     assert dgrad.speedup == wgrad.speedup == 4
     # Both gradients at once on all four pairs of routes, in both variants.
     pairs = {label for label in timer.labels if label.count("ConvConfig") == 2}
@@ -189,6 +198,24 @@ def test_the_heuristics_run_in_every_race(instant):
         races = [race for race in timer.races if race[0].startswith(name)]
         assert len(races) >= 4
         assert all(slow[op] in " ".join(race) for race in races)
+
+
+def test_the_baseline_is_what_the_gpu_would_use_without_being_measured(instant, use_table):
+    """An ESTIMATE, say: it is raced, and leads where nothing is faster; its own entry is not."""
+    product = Product("fprop", SMALL, BF16)
+    guess, own = replace(TILE, num_warps=8), replace(TILE, num_stages=1)
+    key = product.key
+    use_table(
+        (Gpu("sm_90", (9, 0)), "ESTIMATE", {key: asdict(guess)}, None),
+        (A, "measured", {key: asdict(own)}, None),
+    )
+    assert (unmeasured_start(product, A), unmeasured_start(product, B)) == (guess, own)
+    timer = Told(lambda label: 0.5 if str(guess) in label else 1.0)
+    choices, _ = run(timer, [STEM], limit=1, unmeasured=partial(unmeasured_start, gpu=A))
+    assert choices["fprop"].config == guess
+    assert choices["fprop"].speedup == 1
+    assert choices["fprop"].by_route == {"triton": 0.5, "cudnn": 1.0}
+    assert not any(str(own) in label for label in timer.labels)
 
 
 def test_where_cudnn_leads_by_far_no_tiles_are_tried(instant):
@@ -371,17 +398,20 @@ def test_a_lost_gpu_ends_the_command_with_1_and_keeps_what_was_written(
     monkeypatch.setattr(tune, "_workloads", lambda options: [STEM, OTHER])
     monkeypatch.setattr(tune, "_provenance", lambda options, device: {"l2": options.l2})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launch_table, "gpu_name", lambda device: "A GPU")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     path = tmp_path / "table.json"
-    assert tune.main(["--out", str(path)]) == 1
+    with assume_gpu(Gpu("A GPU", (9, 0))):
+        assert tune.main(["--out", str(path)]) == 1
     out, err = capsys.readouterr()
     assert err.startswith("error: the GPU fails in every call since it ran fprop/")
     assert err.count("\n") == 1
     assert "forms of 2, tiles of 0 of 2 layers" in out
     # Both layers had been through the first round.
-    assert len(load_table(path)["A GPU"]) == 2 + 3
-    assert json.loads(path.read_text())["provenance"]["A GPU"] == {"l2": "both"}
+    table = read_table(path)
+    assert len(table.gpus["A GPU"].entries) == 2 + 3
+    assert json.loads(path.read_text())["gpus"]["A GPU"]["provenance"] == {"l2": "both"}
+    # A new table begins as the one in use.
+    assert table.architectures == launch_table.load_table().architectures != {}
 
 
 @pytest.mark.parametrize("name", ["dgrad", "wgrad"])
@@ -458,19 +488,33 @@ def test_the_budget_is_looked_at_before_each_candidate_and_what_is_timed_is_kept
 
 def test_entries_are_merged_and_other_gpus_stay(tmp_path):
     path = tmp_path / "table.json"
-    merge_table(path, "A", {"x": TILE, "y": TILE}, {"date": "1"})
-    merge_table(path, "B", {"x": TILE}, {"date": "2"})
+    merge_table(path, A, {X: TILE, Y: TILE}, {"date": "1"})
+    merge_table(path, B, {X: TILE}, {"date": "2"})
     other = ConvConfig(128, 32, 64, 8, 2, route="cudnn")
-    merge_table(path, "A", {"x": other}, {"date": "3"})
-    assert load_table(path) == {"A": {"x": other, "y": TILE}, "B": {"x": TILE}}
-    provenance = json.loads(path.read_text())["provenance"]
+    merge_table(path, Gpu("sm_90", (9, 0)), {X: other}, {"date": "0"}, basis="ESTIMATE")
+    merge_table(path, A, {X: other}, {"date": "3"})
+    table = read_table(path)
+    assert {name: of.entries for name, of in table.gpus.items()} == {
+        "A": {X: other, Y: TILE},
+        "B": {X: TILE},
+    }
+    assert {name: of.entries for name, of in table.architectures.items()} == {"sm_90": {X: other}}
+    assert table.gpus["A"].capability == (9, 0)
+    written = json.loads(path.read_text())
+    provenance = {name: of["provenance"] for name, of in written["gpus"].items()}
     assert provenance == {"A": {"date": "3"}, "B": {"date": "2"}}
+    bases = {
+        name: {entry["basis"] for entry in of["entries"].values()}
+        for kind in ("gpus", "architectures")
+        for name, of in written[kind].items()
+    }
+    assert bases == {"A": {"measured"}, "B": {"measured"}, "sm_90": {"ESTIMATE"}}
     assert path.stat().st_mode & 0o444 == 0o444
 
 
 def test_a_write_that_fails_leaves_the_old_table(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
-    merge_table(path, "A", {"x": TILE}, {})
+    merge_table(path, A, {X: TILE}, {})
     before = path.read_text()
 
     def full(*_):
@@ -478,7 +522,7 @@ def test_a_write_that_fails_leaves_the_old_table(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space"):
-        merge_table(path, "A", {"y": TILE}, {})
+        merge_table(path, A, {Y: TILE}, {})
     assert path.read_text() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["table.json"]
 
@@ -486,8 +530,8 @@ def test_a_write_that_fails_leaves_the_old_table(tmp_path, monkeypatch):
 def test_a_malformed_table_is_refused_and_kept(tmp_path):
     path = tmp_path / "table.json"
     path.write_text('{"schema": 7, "gpus": {}}')
-    with pytest.raises(ValueError, match="schema must be 3, got 7"):
-        merge_table(path, "A", {"x": TILE}, {})
+    with pytest.raises(ValueError, match="schema must be 4, got 7"):
+        merge_table(path, A, {X: TILE}, {})
     assert path.read_text() == '{"schema": 7, "gpus": {}}'
 
 
@@ -802,13 +846,14 @@ def test_a_winner_by_tma_is_chosen_kept_and_served(instant, tmp_path, monkeypatc
     assert (forward.form, forward.grid_size) == (dgrad.form, dgrad.grid_size) == ("tma", 1)
     assert wgrad.form == "im2col"
     path = tmp_path / "table.json"
-    merge_table(path, "test", {choice.key: choice.config for choice in last.choices}, {})
-    monkeypatch.setattr(launch_table, "load_table", lambda: load_table(path))
-    monkeypatch.setattr(launch_table, "gpu_name", lambda device: "test")
+    merge_table(path, A, {choice.key: choice.config for choice in last.choices}, {})
+    monkeypatch.setattr(launch_table, "TABLE_PATH", path)
+    launch_table.forget_table()
     case = make_case(shape, INNER, torch.bfloat16, DEVICE)
-    with recording() as launches:
+    with assume_gpu(A), recording() as launches:
         case.forward(gpu_backend)
         case.backward(gpu_backend)
+    launch_table.forget_table()
     assert [launch.name for launch in launches if "tma" in launch.name] == [
         "conv_fprop_tma_kernel",
         "conv_dgrad_tma_kernel",
@@ -862,6 +907,7 @@ def test_help_is_cheap():
     assert done.stdout.strip() == "False", done.stderr
     assert tuple(NETWORKS) == tune.NETWORKS
     assert tuple(PRECISIONS) == tune.DTYPES
+    assert tuple(PEAK_RATES) == tune.ARCHITECTURES
 
 
 def test_the_table_ships_with_the_package():
@@ -878,10 +924,9 @@ def test_tuning_this_gpu_writes_a_table_that_training_reads(tmp_path, monkeypatc
     path = tmp_path / "table.json"
     argv = ["--out", str(path), "--candidates", "3", "--models", "resnet20", "--batches", "8"]
     assert tune.main(argv) == 0
-    table = load_table(path)[gpu_name(torch.device("cuda", 0))]
+    table = read_table(path).gpus[gpu_of(torch.device("cuda", 0)).name].entries
     assert {key.partition("/")[0] for key in table} == {"fprop", "dgrad", "wgrad"}
-    assert "heuristics" in capsys.readouterr().out
-    assert json.loads(path.read_text())["schema"] == launch_table.TABLE_SCHEMA
+    assert ", unmeasured " in capsys.readouterr().out
 
 
 @needs_gpu

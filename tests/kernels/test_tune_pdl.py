@@ -1,6 +1,5 @@
 """The tuner's last choice, programmatic dependent launch: all but the time that a GPU takes."""
 
-import json
 from collections import Counter
 from types import SimpleNamespace
 
@@ -11,12 +10,14 @@ from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu import launch_table
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.launch_config import ConvConfig
-from fastres.kernels.gpu.launch_table import gpu_name, load_pdl, load_table, uses_pdl
+from fastres.kernels.gpu.launch_table import Gpu, assume_gpu, forget_table, gpu_of, uses_pdl
+from fastres.kernels.gpu.table_file import read_table
 from fastres.kernels.reference import backend as reference_backend
 from fastres.kernels.tools import networks, tune, tune_pdl
 from fastres.kernels.tools.candidates import GpuLimits
 from fastres.kernels.tools.network_launches import record_training
 from fastres.kernels.tools.networks import NETWORKS, PRECISIONS, network_blocks
+from fastres.kernels.tools.table_writer import merge_table
 from fastres.kernels.tools.tune_pdl import (
     MIN_SPEEDUP,
     NetworkStep,
@@ -25,23 +26,24 @@ from fastres.kernels.tools.tune_pdl import (
     choose_pdl,
     network_step,
 )
-from fastres.kernels.tools.tuner import GpuLostError, Tuner, merge_table
+from fastres.kernels.tools.tuner import GpuLostError, Tuner
 from tests.helpers.interpreter import DEVICE, needs_gpu
 
 BF16 = PRECISIONS["bf16"]
 SMALL, LARGE = StepName("resnet20", 2, "bf16"), StepName("resnet18", 2, "bf16")
 TILE = ConvConfig(64, 16, 32, 4, 3)
+X, Y = (f"{op}/bfloat16/n2/h6w6c3k5r3s3u1p1" for op in ("fprop", "wgrad"))
 
 
 @pytest.fixture
 def runs(monkeypatch):
     """Steps that do nothing but tell how they were run, and how large their numbers are."""
     seen = SimpleNamespace(switches=[], entries=[], deterministic=[], change=0.0)
-    forced, assumed = launch_table._forced_pdl, launch_table._assumed
+    forced, assumed = launch_table._forced_pdl, launch_table._assumed_entries
 
     def run(step, backend):
         seen.switches.append(forced.value)
-        seen.entries.append(assumed.value)
+        seen.entries.append(assumed.value.entries)
         seen.deterministic.append(torch.backends.cudnn.deterministic)
         return [torch.tensor([1.0 + seen.change * bool(forced.value), torch.nan])]
 
@@ -74,7 +76,7 @@ def with_it_times(speedup):
     [(1.5, True), (MIN_SPEEDUP + 1e-3, True), (MIN_SPEEDUP - 1e-3, False), (0.9, False)],
 )
 def test_it_is_on_where_whole_steps_are_faster(speedup, enabled, runs):
-    entries = {"x": TILE}
+    entries = {X: TILE}
     choice, said, timed = choose(with_it_times(speedup), entries=entries)
     assert choice.enabled is enabled
     assert choice.seconds == dict.fromkeys((SMALL, LARGE), (1 / speedup, 1.0))
@@ -200,14 +202,16 @@ def test_the_numbers_of_a_step_are_those_of_the_reference(monkeypatch):
 
 def test_the_table_keeps_the_choice_and_all_else(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
-    merge_table(path, "A", {"x": TILE}, {}, pdl=True)
-    merge_table(path, "B", {}, {}, pdl=False)
-    assert load_pdl(path) == {"A": True, "B": False}
-    merge_table(path, "A", {"y": TILE}, {})
-    merge_table(path, "A", {}, {}, pdl=False)
+    one, other = Gpu("A", (9, 0)), Gpu("B", (9, 0))
+    merge_table(path, one, {X: TILE}, {}, pdl=True)
+    merge_table(path, other, {}, {}, pdl=False)
+    assert {name: of.pdl for name, of in read_table(path).gpus.items()} == {"A": True, "B": False}
+    merge_table(path, one, {Y: TILE}, {})
+    merge_table(path, one, {}, {}, pdl=False)
     # Nothing that was read before stands in the way of what is written.
-    assert load_pdl(path) == {"A": False, "B": False}
-    assert load_table(path)["A"] == {"x": TILE, "y": TILE}
+    gpus = read_table(path).gpus
+    assert {name: of.pdl for name, of in gpus.items()} == {"A": False, "B": False}
+    assert gpus["A"].entries == {X: TILE, Y: TILE}
 
 
 @pytest.mark.parametrize(("has_pdl", "speedup"), [(True, 2.0), (True, 0.5), (False, 2.0)])
@@ -233,21 +237,22 @@ def test_the_command_writes_the_choice_last_and_leaves_time_for_it(
     monkeypatch.setattr(tune, "_provenance", lambda options, device: {})
     monkeypatch.setattr(tune.time, "monotonic", lambda: 1000.0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launch_table, "gpu_name", lambda device: "A GPU")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    path = tmp_path / "table.json"
-    merge_table(path, "A GPU", {"x": TILE}, {})
+    path, gpu = tmp_path / "table.json", Gpu("A GPU", (9, 0))
+    merge_table(path, gpu, {X: TILE}, {})
     argv = ["--out", str(path), "--budget", "70", "--batches", "2", "4", "--models", "resnet20"]
-    assert tune.main(argv) == 0
+    with assume_gpu(gpu):
+        assert tune.main(argv) == 0
     out = capsys.readouterr().out
-    assert load_table(path)["A GPU"] == {"x": TILE}
+    section = read_table(path).gpus["A GPU"]
+    assert section.entries == {X: TILE}
     if not has_pdl:
-        assert "pdl" not in json.loads(path.read_text())
+        assert section.pdl is None
         assert "programmatic dependent launch: this GPU has none" in out
         assert deadlines == [1070.0]
         return
-    assert load_pdl(path) == {"A GPU": speedup > 1}
-    assert runs.entries[0] == {"x": TILE}
+    assert section.pdl is (speedup > 1)
+    assert runs.entries[0] == {X: TILE}
     for batch in (2, 4):
         assert (
             f"resnet20, {batch} images, bf16: 500000.0 us with programmatic dependent launch, "
@@ -273,8 +278,8 @@ def test_this_gpu_is_asked(tmp_path, monkeypatch):
     (times,) = choice.seconds.values()
     assert all(0 < seconds < 1 for seconds in times)
     path = tmp_path / "table.json"
-    merge_table(path, gpu_name(device), {}, {}, pdl=True)
-    monkeypatch.setattr(launch_table, "load_pdl", lambda: load_pdl(path))
-    launch_table._wants_pdl.cache_clear()
+    merge_table(path, gpu_of(device), {}, {}, pdl=True)
+    monkeypatch.setattr(launch_table, "TABLE_PATH", path)
+    forget_table()
     assert uses_pdl(device)
-    launch_table._wants_pdl.cache_clear()
+    forget_table()

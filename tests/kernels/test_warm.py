@@ -16,11 +16,15 @@ import numpy as np
 import pytest
 import torch
 
+from fastres.kernels.gpu.launch_table import Gpu
 from fastres.kernels.tools import warm, warm_kernels
 from fastres.kernels.tools.networks import PRECISIONS, precision_set
 from fastres.kernels.tools.warm_kernels import Outcome, PlannedKernel, Workload
 from fastres.recipes import RECIPES, from_recipe
 from tests.helpers.compiling import run_compiling
+from tests.helpers.launch_tables import H100, H200, use_table
+
+__all__ = ["use_table"]
 
 ARCH = "sm_90"
 BATCH = 16
@@ -149,30 +153,31 @@ def test_wrong_use_is_refused_in_one_sentence(command, argv, message, monkeypatc
     assert errors.count("\n") == 1
 
 
-def test_the_table_decides_what_is_planned(monkeypatch):
-    """The GPU here where it is meant; else those of the architecture that the table knows."""
-    monkeypatch.setattr(warm_kernels, "load_table", lambda: {"NVIDIA H200": {}, "NVIDIA A100": {}})
-    monkeypatch.setattr(warm_kernels, "load_pdl", lambda: {"NVIDIA H200": True})
+def test_the_table_decides_what_is_planned(use_table, monkeypatch):
+    """The GPU here where it is meant; else those of the architecture that were measured, or any."""
     monkeypatch.setattr(warm_kernels, "arch_here", lambda: None)
-    assert warm_kernels.gpus_of("sm_90") == ["NVIDIA H200"]
-    assert warm_kernels.gpus_of("sm_120") == ["unknown"]
+    use_table((H200, "measured", {}, True))
+    assert warm_kernels.gpus_of("sm_90") == [H200]
+    assert warm_kernels.gpus_of("sm_120") == [Gpu("sm_120", (12, 0))]
+    a100 = Gpu("NVIDIA A100", (8, 0))
     choices = {
-        (arch, pdl): warm_kernels._pdl_choices(arch, "NVIDIA H200", pdl)
-        for arch in ("sm_80", "sm_90")
+        (gpu.name, pdl): warm_kernels._pdl_choices(gpu, pdl)
+        for gpu in (H200, a100)
         for pdl in ("table", "off", "both")
     }
-    assert choices["sm_90", "table"] == (True,)
-    assert warm_kernels._pdl_choices("sm_90", "NVIDIA H100", "table") == (False,)
-    assert choices["sm_90", "off"] == (False,)
-    assert choices["sm_90", "both"] == (False, True)
-    assert {choices["sm_80", pdl] for pdl in ("table", "off", "both")} == {(False,)}
+    assert choices[H200.name, "table"] == (True,)
+    # A card that was not measured does as the other of its capability.
+    assert warm_kernels._pdl_choices(H100, "table") == (True,)
+    assert choices[H200.name, "off"] == (False,)
+    assert choices[H200.name, "both"] == (False, True)
+    assert {choices[a100.name, pdl] for pdl in ("table", "off", "both")} == {(False,)}
 
 
 def real_keys(network, dtype, batch=BATCH, *, pdl=False, spoil=lambda images: images):
     """Keys that launches of training, with every recipe, and of evaluation ask for."""
     from fastres.kernels.dispatch import force_backend
     from fastres.kernels.gpu import backend, launch
-    from fastres.kernels.gpu.launch_table import assume_capability, assume_gpu
+    from fastres.kernels.gpu.launch_table import assume_gpu
     from fastres.kernels.tools.cache_keys import collecting_keys
     from fastres.kernels.tools.stand_in_driver import standing_in
 
@@ -185,7 +190,6 @@ def real_keys(network, dtype, batch=BATCH, *, pdl=False, spoil=lambda images: im
             force_backend(backend),
             standing_in(90, remembers=False),
             assume_gpu(warm_kernels.gpus_of(ARCH)[0]),
-            assume_capability((9, 0)),
             precision_set(PRECISIONS[dtype]),
         ):
             stack.enter_context(context)
