@@ -119,7 +119,6 @@ class WgradParts(NamedTuple):
 class Estimate(NamedTuple):
     """What is chosen for a layer, and why. parts: None where the filter gradient keeps its."""
 
-    shape: ConvShape
     choices: list[Choice]
     parts: WgradParts | None
 
@@ -170,7 +169,7 @@ def estimate(
     with assume_gpu(gpu):
         for workload, tuned in zip(workloads, tuner.run(workloads), strict=True):
             parts = fill_multiprocessors(workload, tuned.choices, timer)
-            yield Estimate(workload.shape, tuned.choices, parts)
+            yield Estimate(tuned.choices, parts)
 
 
 def fill_multiprocessors(

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastres.kernels.conv_shape import ConvOp
+    from fastres.kernels.gpu.launch_config import ConvConfig
     from fastres.kernels.tools.estimate import Estimate
     from fastres.kernels.tools.tune_pdl import PdlChoice
     from fastres.kernels.tools.tune_workloads import ConvWorkload
@@ -181,9 +182,9 @@ def _report_pdl(choice: "PdlChoice") -> None:
 
 
 def _choose_pdl(options: argparse.Namespace, tuner: "Tuner", out: Path) -> "PdlChoice | None":
-    """Time whole steps with the entries that the table now has."""
+    """Time whole steps as the table now has them launched."""
     from fastres.kernels.gpu.launch_table import gpu_of
-    from fastres.kernels.gpu.table_file import Section, read_table
+    from fastres.kernels.gpu.table_file import read_table
     from fastres.kernels.tools.tune_pdl import StepName, choose_pdl
 
     names = [
@@ -194,8 +195,11 @@ def _choose_pdl(options: argparse.Namespace, tuner: "Tuner", out: Path) -> "PdlC
     ]
     gpu = gpu_of(tuner.device)
     assert gpu is not None
-    section = read_table(out).gpus.get(gpu.name, Section(gpu.capability))
-    return choose_pdl(tuner, names, section.entries, _step_timer(tuner.device))
+    entries: dict[str, ConvConfig] = {}
+    # Those that are asked first take the place of others.
+    for section in reversed(read_table(out).sources(*gpu).values()):
+        entries |= section.entries
+    return choose_pdl(tuner, names, entries, _step_timer(tuner.device))
 
 
 def _step_timer(device: "torch.device") -> "Timer":
@@ -286,12 +290,12 @@ def _table_to_write(options: argparse.Namespace) -> Path:
 
 def _estimate(options: argparse.Namespace) -> int:
     """Count, print how it came out, write."""
-    from fastres.kernels.gpu.launch_config import ConvConfig
     from fastres.kernels.tools.codegen_report import architecture
     from fastres.kernels.tools.estimate import estimate
     from fastres.kernels.tools.table_writer import merge_table
 
-    out, entries = _table_to_write(options), dict[str, ConvConfig]()
+    out = _table_to_write(options)
+    entries: dict[str, ConvConfig] = {}
     print(
         "ESTIMATES in us: a layer's pass, of all such layers in a step, a product on each route\n"
     )

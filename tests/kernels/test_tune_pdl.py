@@ -1,6 +1,7 @@
 """The tuner's last choice, programmatic dependent launch: all but the time that a GPU takes."""
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -240,6 +241,9 @@ def test_the_command_writes_the_choice_last_and_leaves_time_for_it(
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     path, gpu = tmp_path / "table.json", Gpu("A GPU", (9, 0))
     merge_table(path, gpu, {X: TILE}, {})
+    guess = replace(TILE, num_stages=1)
+    arch = Gpu("sm_90", (9, 0))
+    merge_table(path, arch, {X: guess, Y: guess}, {}, basis="ESTIMATE")
     argv = ["--out", str(path), "--budget", "70", "--batches", "2", "4", "--models", "resnet20"]
     with assume_gpu(gpu):
         assert tune.main(argv) == 0
@@ -252,7 +256,8 @@ def test_the_command_writes_the_choice_last_and_leaves_time_for_it(
         assert deadlines == [1070.0]
         return
     assert section.pdl is (speedup > 1)
-    assert runs.entries[0] == {X: TILE}
+    # Steps are launched as training would launch them.
+    assert runs.entries[0] == {X: TILE, Y: guess}
     for batch in (2, 4):
         assert (
             f"resnet20, {batch} images, bf16: 500000.0 us with programmatic dependent launch, "
