@@ -290,7 +290,7 @@ def mixed_table(networks, batch):
 
 @pytest.mark.parametrize(
     ("networks", "table"),
-    [(["resnet20", "resnet18"], lambda *_: None), (["resnet20"], mixed_table)],
+    [(["resnet20", "resnet18"], lambda *_: {}), (["resnet20"], mixed_table)],
     ids=["by rule", "by a table"],
 )
 def test_every_kernel_of_training_is_checked_alone_with_all_its_constants(networks, table):
