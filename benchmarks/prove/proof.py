@@ -95,6 +95,8 @@ class Proof:
         self._started = time.monotonic()
         self.outcomes: list[Outcome] = []
         self._env = {**os.environ, "PYTHONUNBUFFERED": "1", "FASTRES_OFFLINE": "1"}
+        # Parts say themselves whether they are interpreted.
+        self._env.pop("TRITON_INTERPRET", None)
         if data_dir is not None:
             self._env["FASTRES_DATA"] = str(data_dir)
         self._left: list[Part] = []

@@ -40,6 +40,11 @@ class Stage(NamedTuple):
     parts: Callable[[Path | None], list[Part]]
 
 
+def _once(network: str, rehearsal: Rehearsal) -> Rehearsal | None:
+    """What is rehearsed of a part that every network has: that of the first."""
+    return rehearsal if network == NETWORKS[0] else None
+
+
 def machine_part() -> Part:
     """What the machine is: in every stage, before its parts."""
     command = ("benchmarks.prove.environment", "--out", "{OUT}/machine.json")
@@ -59,45 +64,58 @@ def _warm(seconds: float) -> Part:
     )
 
 
-def _parity(name: str, seconds: float, *words: str, resumed: str = "") -> Part:
+def _parity_command(report: str, *words: str) -> tuple[str, ...]:
+    files = ("--json", f"{{OUT}}/{report}.jsonl")
+    return ("fastres.kernels.tools.parity", "--budget", "{SECONDS}", *files, *words)
+
+
+def _parity(network: str, seconds: float, *, resumed: bool = False) -> Part:
     """Every product and every other kernel alone, against fp64 and twice.
 
-    resumed: the part behind whose last check this one goes on, if that crashed or hung.
+    resumed: go on behind the check at which the part of this network crashed or hung.
     """
-    report = f"{{OUT}}/{(resumed or name).replace(' ', '_')}.jsonl"
-    command = ("fastres.kernels.tools.parity", "--budget", "{SECONDS}", "--json", report)
-    command = (*command, *(("--resume",) if resumed else ()))
+    words = ("--models", network, *(["--resume"] if resumed else []))
+    command = _parity_command(f"parity_{network}", *words)
     # 64 channels of 8x8 pixels are the quickest to interpret.
-    small = ("--models", "resnet20", "--only", "h8w8c64k64")
+    small = Rehearsal((*command, "--only", "h8w8c64k64"), is_interpreted=True)
     return Part(
-        name,
-        (*command, *words),
+        f"parity {network}{' resumed' if resumed else ''}",
+        command,
         seconds,
         5 if resumed else 10,
-        rehearsal=Rehearsal((*command, *small), is_interpreted=True),
+        rehearsal=_once(network, small),
         needs=("triton",),
     )
 
 
+def _other_precisions(seconds: float) -> Part:
+    command = _parity_command("parity_precisions", "--models", "resnet20", "--dtypes")
+    small = Rehearsal((*command, "fp32", "--only", "bn_stats/fp32"), is_interpreted=True)
+    whole = (*command, "fp16", "tf32", "fp32")
+    return Part("parity fp16 fp32", whole, seconds, 10, rehearsal=small, needs=("triton",))
+
+
 def _step_parity(network: str, seconds: float) -> Part:
     command = ("benchmarks.prove.step_parity", "--model")
+    small = Rehearsal((*command, "resnet8", "--batch-size", "8", "--steps", "2"))
     return Part(
         f"step parity {network}",
         (*command, network, "--batch-size", BATCH_SIZE, "--compile", "off"),
         seconds,
         8,
-        rehearsal=Rehearsal((*command, "resnet8", "--batch-size", "4", "--steps", "2")),
+        rehearsal=_once(network, small),
     )
 
 
 def _kernel_table(network: str, seconds: float) -> Part:
     command = ("benchmarks.roofline.kernel_table", "--out", "{OUT}", "--model")
+    small = Rehearsal((*command, "resnet8", "--batch-size", "4", "--steps", "2"))
     return Part(
         f"kernel table {network}",
         (*command, network, "--batch-size", BATCH_SIZE, "--compile", "off"),
         seconds,
         8,
-        rehearsal=Rehearsal((*command, "resnet8", "--batch-size", "4", "--steps", "2")),
+        rehearsal=_once(network, small),
     )
 
 
@@ -118,18 +136,17 @@ def _step_times(network: str, seconds: float) -> Part:
         15,
         name=f"step times {network}",
         cases=tuple(f"{case}-{provider}]" for provider in providers),
-        rehearsal=("-k", "bench_step and (eager or fast)"),
+        rehearsal=("-k", "bench_step and fast") if network == NETWORKS[0] else None,
     )
 
 
 def _look(_data_dir: Path | None) -> list[Part]:
-    of_20, of_18 = ("--models", "resnet20"), ("--models", "resnet18")
     return [
         _warm(25),
-        _parity("parity resnet20", 25, *of_20),
-        _parity("parity resnet18", 25, *of_18),
-        _parity("parity resnet20 resumed", 5, *of_20, resumed="parity resnet20"),
-        _parity("parity resnet18 resumed", 5, *of_18, resumed="parity resnet18"),
+        _parity("resnet20", 25),
+        _parity("resnet18", 25),
+        _parity("resnet20", 5, resumed=True),
+        _parity("resnet18", 5, resumed=True),
         _sanitize("memcheck", 10),
         _step_parity("resnet20", 15),
         _step_parity("resnet18", 15),
@@ -238,7 +255,7 @@ def _confirm(data_dir: Path | None) -> list[Part]:
         _train("standard", 20, data_dir, "--recipe", "standard"),
         # A quarter of the recipe's epochs: the whole of it takes minutes.
         _train("accurate", 45, data_dir, "--recipe", "accurate", "--epochs", "50"),
-        _parity("parity fp16 fp32", 20, "--models", "resnet20", "--dtypes", "fp16", "tf32", "fp32"),
+        _other_precisions(20),
         _sanitize("memcheck", 15, "--all"),
         _sanitize("racecheck", 15, "--all"),
         suite_part("loaders", 10, 10, rehearsal=("-k", "bench_")),

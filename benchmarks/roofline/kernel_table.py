@@ -6,11 +6,13 @@ time on a CPU. Beside it stands what the step's count says of the same kernels, 
 good kernels of their forms take (kernels/tools/step_report.py), and measured over estimated. What
 is most above its estimate comes first; what has none counts as above it with all its time.
 
+Of the steps that kernels/tools/step_bounds.json has, the count is there. Others are counted first:
+
     --estimate        compile and count the step here, which takes two cores some minutes
     --estimate FILE   take the count of another machine, which needs no GPU:
                       python -m fastres.kernels.tools.codegen --step resnet20 --batch 512 --json
 
-Without the option nothing is compiled and the largest time comes first. The totals under the table
+Without a count the largest time comes first. The totals under the table
 must add up: kernels, less what overlapped, plus the time in which none ran, is the wall time of the
 steps under the profiler. Exit codes: 0 they do, 1 they do not, 2 bad use, 5 nothing to run here.
 """
@@ -48,6 +50,7 @@ __all__ = [
     "make_table",
     "problems",
     "read_estimate",
+    "recorded_estimates",
     "short_name",
 ]
 
@@ -199,21 +202,35 @@ def estimates_by_kernel(report: Mapping[str, Any]) -> dict[str, float]:
     Torch's own launches are counted by operator, whose kernels have other names; convolutions of
     cuDNN are one entry.
     """
+    return _by_kernel((row["name"], row["launches"] * row["bound_us"]) for row in report["rows"])
+
+
+def _by_kernel(sums: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Add up what was counted, by the names that kernels have on a GPU."""
     found: defaultdict[str, float] = defaultdict(float)
-    for row in report["rows"]:
-        name = row["name"]
+    for name, microseconds in sums:
         if name.startswith("torch convolution"):
-            name = _CUDNN
-        elif not name.startswith("torch "):
-            name = f"_{name}_kernel"
-        found[name] += row["launches"] * row["bound_us"]
+            found[_CUDNN] += microseconds
+        else:
+            found[name if name.startswith("torch ") else f"_{name}_kernel"] += microseconds
     return dict(found)
 
 
-def _count(options: argparse.Namespace, runtime: Runtime) -> dict[str, float]:
-    """What `--estimate` asks for, by kernel; nothing on a CPU, whose operators nobody counts."""
-    if options.estimate is None:
+def recorded_estimates(wanted: Mapping[str, Any]) -> dict[str, float]:
+    """What the committed count has of a step, by kernel; nothing of steps that it does not have."""
+    from fastres.kernels.tools.step_report import recorded_steps
+
+    recorded = recorded_steps()
+    steps = recorded["steps"]
+    name = f"{wanted['step']} {wanted['phase']}"
+    same = all(recorded[key] == wanted[key] for key in ("arch", "precision", "batch"))
+    if not same or name not in steps:
         return {}
+    return _by_kernel((row.split(" | ")[1], sums[-1]) for row, sums in steps[name].items())
+
+
+def _count(options: argparse.Namespace, runtime: Runtime) -> dict[str, float]:
+    """The estimate of each kernel; none on a CPU, whose operators nobody counts."""
     is_tf32 = runtime.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
     precision = "tf32" if is_tf32 else runtime.precision
     wanted = {"step": options.model, "phase": options.phase, "batch": options.batch_size}
@@ -223,10 +240,14 @@ def _count(options: argparse.Namespace, runtime: Runtime) -> dict[str, float]:
         wanted["arch"] = f"sm_{major}{minor}"
     report = read_estimate(Path(options.estimate), wanted) if options.estimate else None
     if not torch.cuda.is_available():
+        if options.estimate is None:
+            return {}
         print("no estimate: what a CPU runs is not counted", flush=True)
         return {}
     if report is not None:
         return estimates_by_kernel(report)
+    if options.estimate is None:
+        return recorded_estimates(wanted)
     from fastres.kernels.tools.networks import NETWORKS
     from fastres.kernels.tools.peak_rates import PEAK_RATES
     from fastres.kernels.tools.step_report import count_step
@@ -294,7 +315,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--phase", choices=("training", "inference"), default="training")
     add("--steps", type=int, default=20, help="under the profiler; default 20")
-    add("--estimate", nargs="?", const="", metavar="FILE", help="see above; default: none")
+    add(
+        "--estimate",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="see above; default: what is committed",
+    )
     add("--out", type=Path, help="folder for rows; default: no rows")
     options = parser.parse_args(argv)
     if options.steps < 1:

@@ -10,8 +10,10 @@ is still in the L2 cache goes off. A convolution on cuDNN counts as max(arithmet
 all else of torch's as its bytes.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fastres.kernels.gpu.launch import Launch
@@ -31,7 +33,19 @@ from fastres.kernels.tools.networks import PRECISIONS
 from fastres.kernels.tools.peak_rates import PEAK_RATES
 from fastres.kernels.tools.torch_launches import TorchLaunch
 
-__all__ = ["StepReport", "StepRow", "count_step", "plan_launches", "torch_attainable_us"]
+__all__ = [
+    "RECORDED_PATH",
+    "StepReport",
+    "StepRow",
+    "count_step",
+    "plan_launches",
+    "recorded_steps",
+    "torch_attainable_us",
+]
+
+# What was counted of the steps of both networks on an H100, launch by launch. A test holds it
+# against the code.
+RECORDED_PATH = Path(__file__).with_name("step_bounds.json")
 
 
 @dataclass(frozen=True)
@@ -141,6 +155,17 @@ class StepReport:
             "launches": self.num_launches,
             "rows": [row.record() for row in self.rows],
         }
+
+
+def recorded_steps() -> dict[str, Any]:
+    """The counts of RECORDED_PATH.
+
+    Returns: "triton", "arch", "precision", "batch", and "steps": {network and phase: {layer, kernel
+    and form: launches of a step, then microseconds of all of them together: issue, bytes,
+    arithmetic, bound}}.
+    """
+    recorded: dict[str, Any] = json.loads(RECORDED_PATH.read_text())
+    return recorded
 
 
 def _card(arch: str) -> Gpu:

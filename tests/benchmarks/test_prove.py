@@ -305,13 +305,15 @@ def _rehearse(out, stage, budget):
 
 
 def test_look_is_rehearsed_on_a_cpu(tmp_path):
-    summary = _rehearse(tmp_path / "out", ["--stage", "look"], 90)
-    names = [part.name for part in STAGES["look"].parts(None)]
-    assert [part["name"] for part in summary["parts"]] == ["machine", *names]
-    # All that can go wrong without a GPU has been run.
-    expected = {"ok", "left out"} if "memcheck of what failed" in names else {"ok"}
-    assert {part["status"] for part in summary["parts"]} <= expected
-    assert summary["left out"] == ["memcheck of what failed"]
+    summary = _rehearse(tmp_path / "out", ["--stage", "look"], 120)
+    planned = [part.rehearsed() for part in STAGES["look"].parts(None)]
+    statuses = {part["name"]: part["status"] for part in summary["parts"]}
+    assert list(statuses) == ["machine", *(part.name for part in planned)]
+    # All that can go wrong without a GPU has been run, but for what a slow machine cut.
+    needs_gpu = [part.name for part in planned if part.obstacle]
+    assert summary["left out"] == [*needs_gpu[:1], "parity resnet20 resumed", *needs_gpu[1:]]
+    assert {statuses["compile kernels"], statuses["parity resnet20"]} == {"ok"}
+    assert len(summary["ok"]) >= 5
 
 
 @pytest.mark.slow

@@ -238,6 +238,15 @@ def test_names_are_shortened_for_people(name, short):
     assert kernel_table.short_name(name) == short
 
 
+def test_the_committed_count_is_there_for_its_steps_alone():
+    wanted = {"step": "resnet20", "phase": "training", "batch": 512, "precision": "bf16"}
+    estimates = kernel_table.recorded_estimates({**wanted, "arch": "sm_90"})
+    assert 700 < sum(estimates.values()) < 900
+    assert estimates["_sgd_kernel"] > 0
+    for other in ({"arch": "sm_80"}, {"batch": 128}, {"step": "resnet8"}):
+        assert kernel_table.recorded_estimates({**wanted, "arch": "sm_90", **other}) == {}
+
+
 def test_an_estimate_of_another_step_is_refused(tmp_path):
     file = tmp_path / "step.json"
     report = {"step": "resnet8", "batch": 512, "rows": []}

@@ -1,11 +1,12 @@
 """What a step takes at least, by its launches: sums under bounds, and what changed named.
 
 All figures are ESTIMATES of lower bounds on one H100 SXM, batch 512, bf16, counted in machine code.
-step_bounds.json holds the launches of each step, how many there are of each and what they add, so
-that nothing grows and nothing is forgotten. After a change that is meant, it is written anew by
-`TRITON_INTERPRET=0 python tests/kernels/test_step_report.py --record`. Another release of Triton
-makes other machine code: there the launches and the bounds alone are compared. Without the option
-the file is the program of the processes that compile: the tests' own interprets kernels.
+kernels/tools/step_bounds.json holds the launches of each step, how many there are of each and what
+they add, so that nothing grows and nothing is forgotten. After a change that is meant, it is
+written anew by `TRITON_INTERPRET=0 python tests/kernels/test_step_report.py --record`. Another
+release of Triton makes other machine code: there the launches and the bounds alone are compared.
+Without the option the file is the program of the processes that compile: the tests' own interprets
+kernels.
 """
 
 import json
@@ -18,10 +19,9 @@ from pathlib import Path
 import pytest
 
 from fastres.kernels.tools.networks import NETWORKS
-from fastres.kernels.tools.step_report import count_step
+from fastres.kernels.tools.step_report import RECORDED_PATH, count_step, recorded_steps
 
 REPO = Path(__file__).resolve().parents[2]
-RECORDED = Path(__file__).with_name("step_bounds.json")
 
 # Microseconds: the sum over launches of max(issue / 0.7, bytes, arithmetic). Those of inference are
 # 5 % above what was counted, 172 and 839: all launches of ResNet-20 were bound by their bytes, and
@@ -33,6 +33,8 @@ BOUNDS = {
     "resnet18 inference": 880,
 }
 MAX_LAUNCHES = {"resnet20 training": 90, "resnet18 training": 121}
+
+ARCH, PRECISION, BATCH = "sm_90", "bf16", 512
 
 # How far a sum may be from what is recorded, in microseconds.
 TOLERANCE = 1.0
@@ -49,7 +51,7 @@ def compiling_environment():
 def count(name):
     """The report of one step."""
     network, phase = name.split()
-    return count_step("sm_90", network, "bf16", 512, phase, jobs=1).record()
+    return count_step(ARCH, network, PRECISION, BATCH, phase, jobs=1).record()
 
 
 def totals_of(report):
@@ -108,7 +110,7 @@ def reports():
 
 @pytest.fixture(scope="module")
 def recorded():
-    return json.loads(RECORDED.read_text())
+    return recorded_steps()
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -197,9 +199,15 @@ def as_json(steps):
     for name, totals in steps.items():
         rows = (f"   {json.dumps(row)}: {json.dumps(totals[row])}" for row in sorted(totals))
         texts.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n  }")
-    return (
-        f'{{\n "triton": "{version("triton")}",\n "steps": {{\n' + ",\n".join(texts) + "\n }\n}\n"
-    )
+    head = {"triton": version("triton"), "arch": ARCH, "precision": PRECISION, "batch": BATCH}
+    lines = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items())
+    return "{\n" + lines + ' "steps": {\n' + ",\n".join(texts) + "\n }\n}\n"
+
+
+def test_the_file_is_as_it_would_be_written(recorded):
+    of_this = recorded["triton"] == version("triton")
+    text = as_json(recorded["steps"])
+    assert not of_this or text == RECORDED_PATH.read_text()
 
 
 def record() -> int:
@@ -208,7 +216,7 @@ def record() -> int:
         report = count(name)
         steps[name] = totals_of(report)
         print({key: value for key, value in report.items() if key != "rows"})
-    RECORDED.write_text(as_json(steps))
+    RECORDED_PATH.write_text(as_json(steps))
     return 0
 
 
