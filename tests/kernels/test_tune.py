@@ -12,6 +12,7 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 from unittest.mock import MagicMock
 
@@ -40,6 +41,7 @@ from fastres.kernels.tools.candidates import (
     start_configs,
 )
 from fastres.kernels.tools.graph_timer import L2, GraphTimer, Trial
+from fastres.kernels.tools.launchers import build_launcher
 from fastres.kernels.tools.networks import NETWORKS, PRECISIONS, network_convs
 from fastres.kernels.tools.tune_workloads import (
     PARITY_BATCH,
@@ -932,6 +934,10 @@ def test_the_graph_timer_takes_medians_of_turns(l2, states, times, monkeypatch):
     one_round = [(call, cold) for call in (1.0, 2.0) for cold in states]
     assert turns == one_round * (len(turns) // len(one_round))
     assert len(turns) >= 10 * len(one_round)
+    monkeypatch.setattr(graph_timer, "_SECONDS_A_TRIAL", -1.0)
+    del turns[:]
+    timer([Trial("a", lambda: 1.0)])
+    assert len(turns) == graph_timer._LEAST_ROUNDS * len(states)
 
 
 def stand_in_for_cuda(events):
@@ -964,7 +970,8 @@ def test_captured_launches_draw_tickets_from_a_buffer_that_lives_with_the_graph(
             buffers.append(weakref.ref(drawn._base))
 
     seconds = sampler.sample(call)
-    assert events == ["own counters", *(3 * i for i in range(num_calls))]
+    # Three counters, and one that keeps the next ones aligned.
+    assert events == ["own counters", *(4 * i for i in range(num_calls))]
     assert counters._own.value is None
     gc.collect()
     assert all(buffer() is not None for buffer in buffers)
@@ -1043,3 +1050,22 @@ def test_kernels_of_a_race_are_compiled_before_it(tmp_path):
     assert done.stdout.splitlines() == ["0 too late", "2 of 2 compiled", "0 compiled again"], (
         done.stderr
     )
+
+
+def test_launchers_are_built_where_triton_has_one_for_each_signature(monkeypatch):
+    """Without a GPU: a driver module like Triton 3.6's, with the driver's library and without."""
+    from triton.backends.nvidia import driver
+
+    built = []
+    compiled = SimpleNamespace(src="source", metadata="metadata")
+    monkeypatch.delattr(driver, "make_launcher", raising=False)
+    assert not build_launcher(compiled)
+    monkeypatch.setattr(driver, "make_launcher", None, raising=False)
+    monkeypatch.setattr(driver, "CudaUtils", lambda: built.append("utilities"))
+    monkeypatch.setattr(driver, "CudaLauncher", lambda *of: built.append(of))
+    monkeypatch.setattr(driver, "library_dirs", MagicMock(side_effect=AssertionError("no libcuda")))
+    assert not build_launcher(compiled)
+    assert built == []
+    monkeypatch.setattr(driver, "library_dirs", list)
+    assert build_launcher(compiled)
+    assert built == ["utilities", ("source", "metadata")]
