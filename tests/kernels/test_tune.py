@@ -874,6 +874,7 @@ def test_the_table_ships_with_the_package():
 
 
 @needs_gpu
+@pytest.mark.slow
 def test_tuning_this_gpu_writes_a_table_that_training_reads(tmp_path, monkeypatch, capsys):
     workloads = [ConvWorkload(ConvShape(8, 8, 8, 16, 16), BF16, {FIRST: 1, INNER: 1}, bytes=1)]
     monkeypatch.setattr(tune, "_workloads", lambda options: workloads)
