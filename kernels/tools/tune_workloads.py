@@ -10,7 +10,8 @@ convolution and all that is fused with it.
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -244,7 +245,7 @@ class ParityCheck:
         """Run the pass; say what is wrong with it, or None."""
         precision = self._workload.precision
         for variant, case in self.cases.items():
-            with precision_set(precision):
+            with precision_set(precision), _without_search():
                 computed = _outcome(case, name, backend)
             eager, truth = self._expect(name, variant)
             for what, value in computed.items():
@@ -257,11 +258,22 @@ class ParityCheck:
         place = name, variant
         if place not in self._expected:
             case = self.cases[variant]
-            with precision_set(self._workload.precision):
+            with precision_set(self._workload.precision), _without_search():
                 eager = _outcome(case, name, reference_backend)
-            truth = _outcome(case.double(), name, reference_backend)
+                truth = _outcome(case.double(), name, reference_backend)
             self._expected[place] = _Expected(eager, truth)
         return self._expected[place]
+
+
+@contextmanager
+def _without_search() -> Iterator[None]:
+    """Have cuDNN choose by rule inside the `with` block: what runs once is not worth a search."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class _Expected(NamedTuple):

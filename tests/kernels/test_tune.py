@@ -405,17 +405,21 @@ def test_a_gradient_that_is_a_little_wrong_is_found(name, monkeypatch):
 
 def test_truth_and_plain_torch_are_computed_once_for_all_candidates(monkeypatch):
     calls = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     for name in ("conv_bn", "conv_backward"):
         honest = getattr(reference_backend, name)
 
         def counted(x, *args, honest=honest, name=name, **options):
             calls.append(name)
+            # cuDNN would time its algorithms for a call or two.
+            assert not torch.backends.cudnn.benchmark
             return honest(x, *args, **options)
 
         monkeypatch.setattr(reference_backend, name, counted)
     workload = replace(OTHER, variants={FIRST: 1, INNER: 1})
     _, left_out = run(Told(), [workload], limit=1)
     assert left_out == []
+    assert torch.backends.cudnn.benchmark
     # In each of two variants, in bf16 and in fp64.
     assert sorted(calls) == ["conv_backward"] * 4 + ["conv_bn"] * 4
 
