@@ -1,8 +1,8 @@
 """The C launchers of compiled kernels, built before their first launch.
 
-Up to Triton 3.6 every kernel is started by a C function of its own signature, which the first
-launch has a C compiler make: a third of a second each, one after the other, in the process that
-waits for them. A network has dozens of signatures. Triton 3.7 and later have one for all.
+In Triton 3.6 every kernel is started by a C function of its own signature, which the first
+launch has a C compiler make: a fifth of a second each, one after the other, in the process that
+waits for them. A training step of ResNet-20 has 28 signatures. Triton 3.8 has one function for all.
 
 Nothing here touches a GPU: the driver's library is linked against, and no context made.
 """
