@@ -1063,14 +1063,16 @@ def test_launchers_are_built_where_triton_has_one_for_each_signature(monkeypatch
 
     built = []
     compiled = SimpleNamespace(src="source", metadata="metadata")
-    monkeypatch.delattr(driver, "make_launcher", raising=False)
-    assert not build_launcher(compiled)
-    monkeypatch.setattr(driver, "make_launcher", None, raising=False)
+    monkeypatch.setattr(driver, "PyCUtensorMap", None)
     monkeypatch.setattr(driver, "CudaUtils", lambda: built.append("utilities"))
     monkeypatch.setattr(driver, "CudaLauncher", lambda *of: built.append(of))
-    monkeypatch.setattr(driver, "library_dirs", MagicMock(side_effect=AssertionError("no libcuda")))
+    monkeypatch.setattr(driver, "library_dirs", list)
+    monkeypatch.delattr(driver, "make_launcher", raising=False)
     assert not build_launcher(compiled)
     assert built == []
-    monkeypatch.setattr(driver, "library_dirs", list)
+    monkeypatch.setattr(driver, "make_launcher", None, raising=False)
     assert build_launcher(compiled)
     assert built == ["utilities", ("source", "metadata")]
+    monkeypatch.setattr(driver, "library_dirs", MagicMock(side_effect=AssertionError("no libcuda")))
+    assert not build_launcher(compiled)
+    assert len(built) == 2
