@@ -6,8 +6,10 @@ against a proof. Exit code 1 where something needed is missing.
 
 import argparse
 import importlib.util
+import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,16 @@ def _gpu() -> dict[str, Any] | None:
     }
 
 
+def _missing_to_launch() -> list[str]:
+    """What Triton lacks here to build the C functions that start its kernels."""
+    missing = []
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
+        missing.append("a C compiler")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        missing.append("the headers of Python")
+    return missing
+
+
 def find_problems(found: dict[str, Any]) -> list[str]:
     """Say what in a description of `main` stands against a proof."""
     faults = [f"{name} is not installed" for name in found["missing"] if name in _NEEDED]
@@ -65,6 +77,9 @@ def find_problems(found: dict[str, Any]) -> list[str]:
         if numbers < _LEAST_TORCH:
             faults.append(f"torch {torch_version} is older than 2.11")
     gpu = found["gpu"]
+    if gpu is not None and found["missing_to_launch"]:
+        what = " and ".join(found["missing_to_launch"])
+        faults.append(f"Triton can start no kernel without {what}")
     if gpu is None and found["nvidia_smi"]:
         faults.append("there is an NVIDIA driver here and torch finds no usable GPU")
     if gpu is not None and gpu["free_gib"] < _LEAST_FREE_GIB:
@@ -87,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "gpu": None if "torch" in missing else _gpu(),
         "nvidia_smi": shutil.which("nvidia-smi") is not None,
         "missing": missing,
+        "missing_to_launch": _missing_to_launch(),
     }
     found["faults"] = find_problems(found)
     options.out.write_text(strict_json.dumps(found, indent=2) + "\n")

@@ -179,19 +179,20 @@ def make_inputs(
         nhwc: whether tensors are channels_last.
         batch: another batch size than the case's.
     """
-    generator = torch.Generator().manual_seed(0)
+    # Drawn where they are wanted: a CPU takes a second for the images of a large batch.
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
     layout = torch.channels_last if nhwc else torch.contiguous_format
 
-    def pixels(n: int, *size: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn((n, *size), generator=generator) * scale
-        return values.bfloat16().to(dtype).to(device, memory_format=layout)
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    def pixels(*size: int, scale: float = 1.0) -> Tensor:
+        return (normal(*size) * scale).bfloat16().to(dtype).to(memory_format=layout)
 
     def layer(conv: ConvShape) -> ConvBN:
         w = pixels(conv.K, conv.C, conv.R, conv.S, scale=conv.RSC**-0.5)
-        weight = 1 + 0.1 * torch.randn(conv.K, generator=generator)
-        bias = torch.randn(conv.K, generator=generator)
         wide = stat_dtype(dtype)
-        vectors = (weight.to(device, wide), bias.to(device, wide))
+        vectors = (1 + 0.1 * normal(conv.K)).to(wide), normal(conv.K).to(wide)
         return ConvBN(w, *vectors, conv.stride, conv.padding)
 
     first, last = case.layers[0], case.layers[-1]

@@ -4,6 +4,7 @@ A graph has no launch latency between its kernels, as the captured training step
 """
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +25,11 @@ __all__ = [
 
 GRAPH_REPLAYS = 10
 _HOT_CALLS = 8
+# A race has this many rounds, or fewer once it has taken so many seconds for each of its trials:
+# those of the longest kernels, whose times spread least.
 _ROUNDS = 15
+_LEAST_ROUNDS = 5
+_SECONDS_A_TRIAL = 0.03
 
 L2 = Literal["cold", "hot", "both"]
 
@@ -50,6 +55,7 @@ def capture(
     *,
     num_calls: int = 1,
     pool: Any = None,
+    stream: torch.cuda.Stream | None = None,
     before: Callable[[], object] | None = None,
 ) -> Captured:
     """Capture calls in a CUDA graph as training captures its step, after three of them outside.
@@ -59,11 +65,12 @@ def capture(
         device: a CUDA device.
         num_calls: how often the graph has it.
         pool: memory to share with other graphs; None: it has its own.
+        stream: to capture on; of captures on another one a pool reuses no memory. None: a new one.
         before: called once on the stream of the capture. The autograd engine runs a backward pass
             on the stream of its forward, which must be the one that captures.
     """
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
+        stream = stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # Compiles, and lets cuDNN choose its algorithm, before the capture.
         with torch.cuda.stream(stream):
@@ -95,6 +102,8 @@ class GraphSampler:
         self.device = device
         self.cold = cold
         self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()
         num_flushed = 2 * torch.cuda.get_device_properties(device).L2_cache_size
         self._flush = torch.empty(num_flushed if cold else 0, dtype=torch.int8, device=device)
 
@@ -111,7 +120,14 @@ class GraphSampler:
         """
         # Hot calls follow each other in the graph, or the gaps between launches would be timed too.
         num_calls = 1 if self.cold else _HOT_CALLS
-        captured = capture(call, self.device, num_calls=num_calls, pool=self._pool, before=before)
+        captured = capture(
+            call,
+            self.device,
+            num_calls=num_calls,
+            pool=self._pool,
+            stream=self._stream,
+            before=before,
+        )
         return lambda: self._seconds(captured)
 
     def _seconds(self, captured: Captured) -> float:
@@ -146,6 +162,9 @@ def graph_sample(
 class GraphTimer:
     """A `Timer`: the median over rounds in which all trials take turns.
 
+    Graphs of one race share memory, those of different races do not: torch takes a pool for new
+    graphs only while one of its graphs lives, or once nothing of it is in use.
+
     Args:
         device: the GPU.
         l2: "cold": the L2 cache is emptied before each call. "hot": it holds what the last call of
@@ -154,14 +173,19 @@ class GraphTimer:
     """
 
     def __init__(self, device: torch.device, *, l2: L2):
-        states = {"cold": [True], "hot": [False], "both": [True, False]}[l2]
-        self._samplers = [GraphSampler(device, cold=cold) for cold in states]
+        self._device = device
+        self._states = {"cold": [True], "hot": [False], "both": [True, False]}[l2]
 
     def __call__(self, trials: Sequence[Trial]) -> list[float]:
         """Median seconds of one run of each trial."""
-        samples = [[s.sample(trial.run) for s in self._samplers] for trial in trials]
+        samplers = [GraphSampler(self._device, cold=cold) for cold in self._states]
+        samples = [[s.sample(trial.run) for s in samplers] for trial in trials]
         times: list[list[list[float]]] = [[[] for _ in of_trial] for of_trial in samples]
-        for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        for done in range(_ROUNDS):
+            is_long = time.perf_counter() - started > _SECONDS_A_TRIAL * len(trials)
+            if is_long and done >= _LEAST_ROUNDS:
+                break
             for of_trial, spent in zip(samples, times, strict=True):
                 for sample, seconds in zip(of_trial, spent, strict=True):
                     seconds.append(sample())

@@ -10,7 +10,8 @@ convolution and all that is fused with it.
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -253,7 +254,7 @@ class ParityCheck:
             return None
         precision = self._workload.precision
         for variant, case in self.cases.items():
-            with precision_set(precision):
+            with precision_set(precision), _without_search():
                 computed = conv_outcome(case, name, backend)
             eager, truth = self._expect(name, variant)
             for found in deviations(computed, eager, truth, precision_roundoff(precision)):
@@ -265,11 +266,22 @@ class ParityCheck:
         place = name, variant
         if place not in self._expected:
             case = self.cases[variant]
-            with precision_set(self._workload.precision):
+            with precision_set(self._workload.precision), _without_search():
                 eager = conv_outcome(case, name, reference_backend)
-            truth = conv_outcome(case.double(), name, reference_backend)
+                truth = conv_outcome(case.double(), name, reference_backend)
             self._expected[place] = _Expected(eager, truth)
         return self._expected[place]
+
+
+@contextmanager
+def _without_search() -> Iterator[None]:
+    """Have cuDNN choose by rule inside the `with` block: what runs once is not worth a search."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class _Expected(NamedTuple):

@@ -243,7 +243,7 @@ def test_tests_that_lack_a_package_are_left_out_with_a_line(tmp_path):
 def test_the_machine_check_names_what_is_wrong(tmp_path):
     gpu = {"free_gib": 70.0}
     good = {"missing": ["nvidia.dali"], "versions": {"torch": "2.11.0+cu130"}, "gpu": gpu}
-    good["nvidia_smi"] = True
+    good |= {"nvidia_smi": True, "missing_to_launch": []}
     assert environment.find_problems(good) == []
     assert environment.find_problems(good | {"gpu": None}) == [
         "there is an NVIDIA driver here and torch finds no usable GPU"
@@ -251,6 +251,11 @@ def test_the_machine_check_names_what_is_wrong(tmp_path):
     assert environment.find_problems(good | {"gpu": None, "nvidia_smi": False}) == []
     assert "older" in environment.find_problems(good | {"versions": {"torch": "2.9.1"}})[0]
     assert environment.find_problems(good | {"missing": ["pytest"]}) == ["pytest is not installed"]
+    without = {"missing_to_launch": ["a C compiler", "the headers of Python"]}
+    assert environment.find_problems(good | without) == [
+        "Triton can start no kernel without a C compiler and the headers of Python"
+    ]
+    assert environment.find_problems(good | without | {"gpu": None, "nvidia_smi": False}) == []
     assert "1.0 GiB" in environment.find_problems(good | {"gpu": {"free_gib": 1.0}})[0]
     assert environment.is_installed("torch")
     assert not environment.is_installed("no_such_package.part")

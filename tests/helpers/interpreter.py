@@ -19,6 +19,8 @@ if not HAS_GPU:
 
 # The baseline in float32 must not round to TF32 behind its back; tests of TF32 turn it on.
 torch.backends.cudnn.allow_tf32 = False
+# What is compared bit for bit may contain convolutions of cuDNN, some of which add in any order.
+torch.backends.cudnn.deterministic = True
 
 
 def _replace_language_once():

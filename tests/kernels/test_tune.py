@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 from unittest.mock import MagicMock
 
@@ -44,6 +45,7 @@ from fastres.kernels.tools.candidates import (
 )
 from fastres.kernels.tools.error_check import map_tensors
 from fastres.kernels.tools.graph_timer import L2, GraphTimer, Trial
+from fastres.kernels.tools.launchers import build_launcher
 from fastres.kernels.tools.networks import NETWORKS, PRECISIONS, network_convs
 from fastres.kernels.tools.peak_rates import PEAK_RATES
 from fastres.kernels.tools.table_writer import merge_table
@@ -433,17 +435,21 @@ def test_a_gradient_that_is_a_little_wrong_is_found(name, monkeypatch):
 
 def test_truth_and_plain_torch_are_computed_once_for_all_candidates(monkeypatch):
     calls = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     for name in ("conv_bn", "conv_backward"):
         honest = getattr(reference_backend, name)
 
         def counted(x, *args, honest=honest, name=name, **options):
             calls.append(name)
+            # cuDNN would time its algorithms for a call or two.
+            assert not torch.backends.cudnn.benchmark
             return honest(x, *args, **options)
 
         monkeypatch.setattr(reference_backend, name, counted)
     workload = replace(OTHER, variants={FIRST: 1, INNER: 1})
     _, left_out = run(Told(), [workload], limit=1)
     assert left_out == []
+    assert torch.backends.cudnn.benchmark
     # In each of two variants, in bf16 and in fp64.
     assert sorted(calls) == ["conv_backward"] * 4 + ["conv_bn"] * 4
 
@@ -918,6 +924,7 @@ def test_the_table_ships_with_the_package():
 
 
 @needs_gpu
+@pytest.mark.slow
 def test_tuning_this_gpu_writes_a_table_that_training_reads(tmp_path, monkeypatch, capsys):
     workloads = [ConvWorkload(ConvShape(8, 8, 8, 16, 16), BF16, {FIRST: 1, INNER: 1}, bytes=1)]
     monkeypatch.setattr(tune, "_workloads", lambda options: workloads)
@@ -977,6 +984,10 @@ def test_the_graph_timer_takes_medians_of_turns(l2, states, times, monkeypatch):
     one_round = [(call, cold) for call in (1.0, 2.0) for cold in states]
     assert turns == one_round * (len(turns) // len(one_round))
     assert len(turns) >= 10 * len(one_round)
+    monkeypatch.setattr(graph_timer, "_SECONDS_A_TRIAL", -1.0)
+    del turns[:]
+    timer([Trial("a", lambda: 1.0)])
+    assert len(turns) == graph_timer._LEAST_ROUNDS * len(states)
 
 
 def stand_in_for_cuda(events):
@@ -1009,6 +1020,7 @@ def test_captured_launches_draw_tickets_from_a_buffer_that_lives_with_the_graph(
             buffers.append(weakref.ref(drawn._base))
 
     seconds = sampler.sample(call)
+    # Three counters, and one that keeps the next ones aligned.
     assert events == ["own counters", *(4 * i for i in range(num_calls))]
     assert counters._own.value is None
     gc.collect()
@@ -1088,3 +1100,24 @@ def test_kernels_of_a_race_are_compiled_before_it(tmp_path):
     assert done.stdout.splitlines() == ["0 too late", "2 of 2 compiled", "0 compiled again"], (
         done.stderr
     )
+
+
+def test_launchers_are_built_where_triton_has_one_for_each_signature(monkeypatch):
+    """Without a GPU: a driver module like Triton 3.6's, with the driver's library and without."""
+    from triton.backends.nvidia import driver
+
+    built = []
+    compiled = SimpleNamespace(src="source", metadata="metadata")
+    monkeypatch.setattr(driver, "PyCUtensorMap", None)
+    monkeypatch.setattr(driver, "CudaUtils", lambda: built.append("utilities"))
+    monkeypatch.setattr(driver, "CudaLauncher", lambda *of: built.append(of))
+    monkeypatch.setattr(driver, "library_dirs", list)
+    monkeypatch.delattr(driver, "make_launcher", raising=False)
+    assert not build_launcher(compiled)
+    assert built == []
+    monkeypatch.setattr(driver, "make_launcher", None, raising=False)
+    assert build_launcher(compiled)
+    assert built == ["utilities", ("source", "metadata")]
+    monkeypatch.setattr(driver, "library_dirs", MagicMock(side_effect=AssertionError("no libcuda")))
+    assert not build_launcher(compiled)
+    assert len(built) == 2

@@ -40,6 +40,7 @@ X, Y = (f"{op}/bfloat16/n2/h6w6c3k5r3s3u1p1" for op in ("fprop", "wgrad"))
 def runs(monkeypatch):
     """Steps that do nothing but tell how they were run, and how large their numbers are."""
     seen = SimpleNamespace(switches=[], entries=[], deterministic=[], change=0.0)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     forced, assumed = launch_table._forced_pdl, launch_table._assumed_entries
 
     def run(step, backend):
@@ -268,6 +269,7 @@ def test_the_command_writes_the_choice_last_and_leaves_time_for_it(
 
 
 @needs_gpu
+@pytest.mark.slow
 def test_this_gpu_is_asked(tmp_path, monkeypatch):
     """Both ways compute the same bits, and kernels start as the table says."""
     device = torch.device("cuda", torch.cuda.current_device())

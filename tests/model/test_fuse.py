@@ -251,7 +251,7 @@ def test_a_hooked_block_stays():
 def test_torchvision_net():
     resnet = pytest.importorskip("torchvision.models.resnet")
     torch.manual_seed(0)
-    model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=4).double()
+    model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=4).to(DEVICE).double()
     faster = fuse(model, verbose=False)
     assert isinstance(faster, resnet.ResNet)
     assert list(faster.state_dict()) == list(model.state_dict())
