@@ -51,12 +51,12 @@ def machine_part() -> Part:
     return Part("machine", command, seconds=5, least=3)
 
 
-def _warm(seconds: float) -> Part:
-    """Every kernel of both networks, in as many processes as cores; nothing is timed beside it."""
-    command = ("fastres.kernels.tools.warm", "--budget", "{SECONDS}", "--jobs")
+def _compile(what: str, seconds: float, *words: str) -> Part:
+    """Kernels of both networks, in as many processes as cores; nothing is timed beside it."""
+    command = ("fastres.kernels.tools.warm", "--budget", "{SECONDS}", *words, "--jobs")
     return Part(
-        "compile kernels",
-        (*command, str(max(1, usable_cores() - 2)), "--models", *NETWORKS),
+        f"compile {what}",
+        (*command, str(max(1, usable_cores() - 2))),
         seconds,
         8,
         rehearsal=Rehearsal((*command, "2", "--models", "resnet20", "--arch", "sm_90")),
@@ -142,7 +142,7 @@ def _step_times(network: str, seconds: float) -> Part:
 
 def _look(_data_dir: Path | None) -> list[Part]:
     return [
-        _warm(25),
+        _compile("kernels", 25, "--phases", "training", "checks"),
         _parity("resnet20", 25),
         _parity("resnet18", 25),
         _parity("resnet20", 5, resumed=True),
@@ -171,7 +171,11 @@ def _ablation(network: str, seconds: float) -> Part:
 
 def _inference(seconds: float) -> Part:
     providers = ("fast", "compile", "amp")
-    cases = [f"bench_inference[{n} batch 500-{p}]" for n in reversed(NETWORKS) for p in providers]
+    cases = [
+        f"bench_inference[{n} batch {BATCH_SIZE}-{p}]"
+        for n in reversed(NETWORKS)
+        for p in providers
+    ]
     return suite_part(
         "model",
         seconds,
@@ -185,21 +189,22 @@ def _inference(seconds: float) -> Part:
 def _measure(_data_dir: Path | None) -> list[Part]:
     tune = ("fastres.kernels.tools.tune", "--budget", "{SECONDS}")
     return [
-        _warm(15),
+        _compile("steps and forms", 33, "--phases", "training", "inference", "forms"),
+        _compile("dependent launches", 14, "--phases", "training", "--pdl", "on"),
         Part(
             "tune",
             (*tune, "--out", "{OUT}/launch_table.json"),
-            65,
+            55,
             25,
             rehearsal=Rehearsal((*tune, "--dry-run", "--models", "resnet20")),
             needs=("triton",),
         ),
-        _ablation("resnet20", 40),
-        _ablation("resnet18", 40),
-        _kernel_table("resnet20", 12),
-        _kernel_table("resnet18", 13),
-        _inference(20),
-        suite_part("ops", 20, 15, rehearsal=("-k", "bench_")),
+        _ablation("resnet20", 35),
+        _ablation("resnet18", 35),
+        _kernel_table("resnet20", 10),
+        _kernel_table("resnet18", 10),
+        _inference(18),
+        suite_part("ops", 15, 15, rehearsal=("-k", "bench_")),
     ]
 
 
@@ -234,30 +239,33 @@ def _decode(seconds: float, data_dir: Path | None) -> list[Part]:
 def _confirm(data_dir: Path | None) -> list[Part]:
     curves = ("benchmarks.prove.loss_curves", "--out", "{OUT}", "--model")
     images = () if data_dir is None else ("--data-dir", str(data_dir))
+    sizes = ("--batches", "128", "256", "1000")
     return [
         *_decode(15, data_dir),
+        _compile("recipes", 20, "--phases", "training", "inference", *sizes),
         _gpu_tests(45),
         Part(
             "loss curves",
             (*curves, "resnet20", "--steps", "200", "--batch-size", BATCH_SIZE, *images),
-            20,
+            15,
             10,
             rehearsal=Rehearsal((*curves, "resnet8", "--steps", "4", "--batch-size", "8", *images)),
         ),
+        _train("quick", 30, data_dir),
         suite_part(
             "train",
-            30,
+            25,
             20,
             name="time to accuracy",
             cases=("bench_time_to_accuracy[fast]",),
             rehearsal=("-k", "bench_time_to_accuracy and fast"),
         ),
-        _train("standard", 20, data_dir, "--recipe", "standard"),
-        # A quarter of the recipe's epochs: the whole of it takes minutes.
-        _train("accurate", 45, data_dir, "--recipe", "accurate", "--epochs", "50"),
-        _other_precisions(20),
-        _sanitize("memcheck", 15, "--all"),
-        _sanitize("racecheck", 15, "--all"),
+        _train("standard", 15, data_dir, "--recipe", "standard"),
+        # A tenth of the recipe's epochs: the whole of it takes minutes.
+        _train("accurate", 25, data_dir, "--recipe", "accurate", "--epochs", "20"),
+        _other_precisions(15),
+        _sanitize("memcheck", 10, "--all"),
+        _sanitize("racecheck", 10, "--all"),
         suite_part("loaders", 10, 10, rehearsal=("-k", "bench_")),
     ]
 

@@ -37,7 +37,7 @@ _STEP_BATCHES = {
 }[DEVICE.type]
 _INFERENCE_BATCHES = {
     "cpu": {"resnet20": (32, 500), "resnet18": (32,), "resnet50": (8,)},
-    "cuda": {"resnet20": (1, 500, 2000), "resnet18": (1, 500), "resnet50": (1, 500)},
+    "cuda": {"resnet20": (1, 512, 2048), "resnet18": (1, 512), "resnet50": (1, 512)},
 }[DEVICE.type]
 _CURVE_BATCHES = (32, 128, 512, 2048) if ON_GPU else (16, 64, 256)
 _CURVE_DEPTHS = (20, 32, 44, 56, 110)
@@ -184,9 +184,9 @@ def _logits(model: str, batch_size: int) -> list[Tensor]:
 
 
 def _prepare_inference(model: str, batch_size: int, provider: str) -> Prepared:
-    if provider == "compile" and (not ON_GPU or batch_size != 500):
-        raise Unavailable("compiled at batch 500 on a GPU alone, for the time that it takes")
-    options = {} if batch_size == 500 or not ON_GPU else {"compile": "off"}
+    if provider == "compile" and (not ON_GPU or batch_size != 512):
+        raise Unavailable("compiled at batch 512 on a GPU alone, for the time that it takes")
+    options = {} if batch_size == 512 or not ON_GPU else {"compile": "off"}
     machine.keep_freed_memory()
     predict, runtime = ablation.build_inference(provider, model, batch_size, DEVICE, **options)
     error = error_bound.distance([predict().cpu().float()], _logits(model, batch_size))

@@ -282,11 +282,7 @@ class Tuner:
     def _try_forms(self, contest: _Contest) -> None:
         """The start of each form, one product after the other; then routes, and both in one."""
         starts = [start_configs(product, self.gpu) for product in contest.products]
-        forms = [
-            [contest.with_config(position, config) for config in configs]
-            for position, configs in enumerate(starts)
-        ]
-        self._compile(contest, [contest.unmeasured, *itertools.chain(*forms)])
+        self._compile(contest, _first_options(contest, starts))
         self._race(contest, [contest.unmeasured])
         if contest.leader is None:
             # Partners of what follows must be right, or nothing would be.
@@ -296,6 +292,20 @@ class Tuner:
             self._race(contest, [contest.with_config(position, config) for config in alone])
         self._race(contest, contest.routes())
         self._race(contest, [contest.fused(c) for c in starts[0] if c.form == "fused"])
+
+    def launches_of_forms(self, workload: ConvWorkload) -> list[Launch]:
+        """What the first round starts of a layer, recorded without starting it.
+
+        For those who compile before they tune; combinations that follow from times are not there.
+        """
+        launches: list[Launch] = []
+
+        def record(contest: _Contest) -> None:
+            starts = [start_configs(product, self.gpu) for product in contest.products]
+            launches.extend(self._launches(contest, _first_options(contest, starts)))
+
+        self._tune(workload, self._contests(workload), record)
+        return launches
 
     def _try_tiles(self, contest: _Contest) -> None:
         """The knobs of the leading form, then the routes again."""
@@ -417,6 +427,16 @@ class Tuner:
         contest.leader = min(
             totals, key=lambda entries: (totals[entries], self.rank(shape, entries))
         )
+
+
+def _first_options(contest: _Contest, starts: Sequence[Sequence[ConvConfig]]) -> list[Entries]:
+    """What an unmeasured GPU uses, with it every start of each product; and all on cuDNN."""
+    forms = (
+        contest.with_config(position, config)
+        for position, configs in enumerate(starts)
+        for config in configs
+    )
+    return [contest.unmeasured, *forms, contest.all_cudnn()]
 
 
 def _is_fused(entries: Entries) -> bool:

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+WARM_PHASES = (*PHASES, "checks", "forms")
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
@@ -62,7 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     add_names("--models", NETWORKS, NETWORKS, "networks")
     add("--batches", nargs="+", type=int, default=[512], metavar="N", help="images; default 512")
     add_names("--dtypes", DTYPES, ["bf16"], "precisions (tf32: fp32 as torch multiplies it)")
-    add_names("--phases", PHASES, PHASES, "what the networks do")
+    what = (
+        "what the networks do; checks: what the parity command runs; forms: what the tuner times "
+        "first"
+    )
+    add_names("--phases", WARM_PHASES, PHASES, what)
     text = "programmatic dependent launch; default: what the launch table says of the GPU"
     add("--pdl", choices=("on", "off", "both"), default="table", help=text)
     add("--jobs", type=int, metavar="N", help="processes that compile; default: the usable cores")

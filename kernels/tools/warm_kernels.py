@@ -5,23 +5,30 @@ their keys, so that a launch on such a GPU finds its entry. `fill_cache` compile
 processes. Neither starts anything on a GPU.
 """
 
+import contextlib
+import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal, NamedTuple
 
 import torch
 
-from fastres.kernels.gpu.launch import Launch
+from fastres.kernels.gpu.launch import Launch, recording
 from fastres.kernels.gpu.launch_table import Gpu, assume_gpu, gpu_of, load_table, wants_pdl
 from fastres.kernels.tools.cache_keys import is_cached
+from fastres.kernels.tools.candidates import unmeasured_start
 from fastres.kernels.tools.codegen_report import architecture
 from fastres.kernels.tools.compile_pool import in_processes
+from fastres.kernels.tools.launchers import build_launcher
 from fastres.kernels.tools.machine_code import Build, to_build
 from fastres.kernels.tools.network_launches import NamedLaunch, network_launches, other_launches
 from fastres.kernels.tools.networks import PRECISIONS
+from fastres.kernels.tools.parity_plan import plan_checks
+from fastres.kernels.tools.tune_workloads import conv_workloads
+from fastres.kernels.tools.tuner import Tuner
 
 __all__ = [
     "Outcome",
@@ -36,9 +43,11 @@ __all__ = [
 
 PdlChoice = Literal["table", "on", "off", "both"]
 
+_META = torch.device("meta")
+
 
 class Workload(NamedTuple):
-    """Steps of one kind: keys of NETWORKS and PRECISIONS, "training" or "inference", images."""
+    """What a network does: keys of NETWORKS and PRECISIONS, one of WARM_PHASES, images."""
 
     network: str
     phase: str
@@ -126,11 +135,44 @@ def plan_kernels(
 
 def _launches(workload: Workload) -> Iterator[NamedLaunch]:
     """Those of this project's kernels."""
-    network, phase, dtype, batch = workload
-    steps = (network, batch, PRECISIONS[dtype], phase)
-    for named in chain(network_launches(*steps), other_launches(*steps)):
+    of_phase: dict[str, Callable[[Workload], Iterable[NamedLaunch]]] = {
+        "checks": _launches_of_checks,
+        "forms": _launches_of_forms,
+    }
+    for named in of_phase.get(workload.phase, _launches_of_step)(workload):
         if isinstance(named.launch, Launch):
             yield named
+
+
+def _launches_of_step(workload: Workload) -> Iterator[NamedLaunch]:
+    network, phase, dtype, batch = workload
+    steps = (network, batch, PRECISIONS[dtype], phase)
+    return chain(network_launches(*steps), other_launches(*steps))
+
+
+def _launches_of_checks(workload: Workload) -> Iterator[NamedLaunch]:
+    """What the parity command launches."""
+    network, phase, dtype, batch = workload
+    for check in plan_checks([network], batch, batch, [dtype], "chosen", _META):
+        with recording() as launches:
+            check.run(check.make(_META, 0))
+        for launch in launches:
+            yield NamedLaunch(phase, check.name, launch, 1)
+
+
+def _launches_of_forms(workload: Workload) -> Iterator[NamedLaunch]:
+    """What the tuner's first round launches."""
+    network, phase, dtype, batch = workload
+    gpu = gpu_of(_META)
+    assert gpu is not None
+    tuner = Tuner(
+        _META,
+        timer=lambda trials: [0.0] * len(trials),
+        unmeasured=functools.partial(unmeasured_start, gpu=gpu),
+    )
+    for layer in conv_workloads([network], [batch], [PRECISIONS[dtype]]):
+        for launch in tuner.launches_of_forms(layer):
+            yield NamedLaunch(phase, layer.shape.layer_key, launch, 1)
 
 
 def _pdl_choices(gpu: Gpu, pdl: PdlChoice) -> tuple[bool, ...]:
@@ -183,10 +225,13 @@ def _compile(build: Build, deadline: float) -> Outcome:
     if started >= deadline:
         return Outcome("left")
     try:
-        key = build.run_launcher(remembers=False).hash
+        kernel = build.run_launcher(remembers=False)
     except Exception as error:
         # Not raised: not every exception of the compiler can be sent from one process to another.
         line = f"{type(error).__name__}: {error}".splitlines()[0]
         return Outcome("failed", time.monotonic() - started, line)
+    key = kernel.hash
     assert key == build.key, f"{build.kernel} was cached as {key}, not as {build.key}"
+    with contextlib.suppress(Exception):  # The first launch meets it again, and names it.
+        build_launcher(kernel)
     return Outcome("compiled", time.monotonic() - started)

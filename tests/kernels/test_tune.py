@@ -1091,6 +1091,27 @@ print(len(compiled) - number, "compiled again")
 """
 
 
+def test_what_the_first_round_starts_is_known_before_it():
+    """With all its constants, so that it can be compiled by others; here everything is right."""
+
+    def described(launches):
+        plain = (bool, int, float, str)
+        return {
+            (launch.name, *launch.options.items(), *(
+                (name, value) for name, value in launch.leaves.items() if isinstance(value, plain)
+            ))
+            for launch in launches
+        }  # fmt: skip
+
+    made, left_out = tuner(Told())
+    ahead = described(made.launches_of_forms(WORKLOAD))
+    with recording() as launches:
+        next(made.run([WORKLOAD]))
+    assert left_out == []
+    assert len(described(launches)) > 5
+    assert described(launches) <= ahead
+
+
 def test_kernels_of_a_race_are_compiled_before_it(tmp_path):
     """Without a GPU, by a driver that stands for one; each kernel once, none after the deadline."""
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
