@@ -1,8 +1,8 @@
 """Kernels under NVIDIA's compute-sanitizer: `python -m benchmarks.prove.sanitize --tool memcheck`.
 
 Runs `fastres.kernels.tools.parity` under it, on a few images. With --all every check of ResNet-20;
-else, of what failed in the reports of that command in --reports, the last. Exit codes: 0 nothing
-was found, 1 something was, 2 bad use, 5 nothing to run.
+else, of what crashed or failed in the reports of that command in --reports, the smallest. Exit
+codes: 0 nothing was found, 1 something was, 2 bad use, 5 nothing to run.
 """
 
 import argparse
@@ -23,16 +23,22 @@ _NOTHING_TO_RUN = 5
 _PARITY = ("fastres.kernels.tools.parity", "--batch", "4", "--models", "resnet20")
 
 
+# What no later call of the process survived comes before what only raised an error.
+_CRASHES = ("LOST", "begun")
+
+
 def failed_checks(reports: Path) -> list[str]:
-    """Return the names of what failed or did not end, the last first."""
-    states = [last_states(path) for path in sorted(reports.glob("parity*.jsonl"))]
-    failed = [
-        name
-        for report in states
-        for name, status in report.items()
-        if status in ("FAILED", "LOST", "begun")
-    ]
-    return failed[::-1]
+    """Return the names of what crashed, then of what failed, each the smallest first.
+
+    Checks run from single kernels to whole networks, which fail where one of their kernels does.
+    """
+    states = {
+        name: status
+        for path in sorted(reports.glob("parity*.jsonl"))
+        for name, status in last_states(path).items()
+        if status in (*_CRASHES, "FAILED")
+    }
+    return sorted(states, key=lambda name: states[name] not in _CRASHES)
 
 
 def _parser() -> argparse.ArgumentParser:
