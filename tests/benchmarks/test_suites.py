@@ -339,6 +339,9 @@ def test_on_a_gpu_the_compiler_is_the_first_rival_and_trains_as_often():
     rivals = ["fast", "compile", "peer_compiled", "peer_amp", "amp", "eager", "peer_fp32"]
     assert orders["cuda"][:7] == rivals
     assert sorted(orders["cuda"][7:]) == ["channels_last", "fast_uncompiled", "fused", "graph"]
+    # Alone it needs no compiler, and what a compiler takes must not leave it without time.
+    without = conftest._in_order(["compile", "amp", "fast_uncompiled"], torch.device("cuda"))
+    assert without == ["fast_uncompiled", "compile", "amp"]
     assert orders["cpu"][:5] == ["peer_fp32", "fast", "eager", "amp", "peer_amp"]
     assert {"fast", "compile", "peer_compiled"} <= set(ablation_cases.OFTEN["cuda"])
     assert {ladders[f"cuda {net}"].batch_size for net in ("resnet20", "resnet18")} == {512}
