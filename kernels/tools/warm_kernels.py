@@ -26,6 +26,7 @@ from fastres.kernels.tools.launchers import build_launcher
 from fastres.kernels.tools.machine_code import Build, to_build
 from fastres.kernels.tools.network_launches import NamedLaunch, network_launches, other_launches
 from fastres.kernels.tools.networks import PRECISIONS
+from fastres.kernels.tools.parity import TRAINING_BATCH
 from fastres.kernels.tools.parity_plan import plan_checks
 from fastres.kernels.tools.tune_workloads import conv_workloads
 from fastres.kernels.tools.tuner import Tuner
@@ -153,7 +154,8 @@ def _launches_of_step(workload: Workload) -> Iterator[NamedLaunch]:
 def _launches_of_checks(workload: Workload) -> Iterator[NamedLaunch]:
     """What the parity command launches."""
     network, phase, dtype, batch = workload
-    for check in plan_checks([network], batch, batch, [dtype], "chosen", _META):
+    chosen_batch = max(batch, TRAINING_BATCH)
+    for check in plan_checks([network], batch, chosen_batch, [dtype], "chosen", _META):
         with recording() as launches:
             check.run(check.make(_META, 0))
         for launch in launches:
