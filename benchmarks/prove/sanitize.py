@@ -21,8 +21,6 @@ _TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 _NOTHING_TO_RUN = 5
 # So slow is every access under it that few images have to be enough.
 _PARITY = ("fastres.kernels.tools.parity", "--batch", "4", "--models", "resnet20")
-
-
 # What no later call of the process survived comes before what only raised an error.
 _CRASHES = ("LOST", "begun")
 
@@ -51,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="every check of ResNet-20")
     which.add_argument("--reports", type=Path, help="folder of parity's reports")
+    text = "begin no check after this time; default: until all is done"
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help=text)
     return parser
 
 
@@ -69,6 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _NOTHING_TO_RUN
         chosen = ("resnet18", "--only", failed[0])
     sanitizer = ("compute-sanitizer", "--tool", options.tool, "--error-exitcode", "1")
-    command = [*sanitizer, sys.executable, "-m", *_PARITY, *chosen]
+    # A run that ends in time is not killed before the sanitizer has printed what it found.
+    limit = () if options.budget is None else ("--budget", f"{options.budget:g}")
+    command = [*sanitizer, sys.executable, "-m", *_PARITY, *chosen, *limit]
     print("+", *command, flush=True)
-    return min(subprocess.run(command).returncode & 0xFF, 1)
+    code = subprocess.run(command).returncode
+    return code if code in (0, _NOTHING_TO_RUN) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

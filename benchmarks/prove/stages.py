@@ -253,10 +253,10 @@ def _confirm(data_dir: Path | None) -> list[Part]:
             10,
             Rehearsal((*curves, "--model", "resnet8", "--steps", "4", "--batch-size", "8")),
         ),
-        _train("quick", 30, data_dir),
+        _train("quick", 20, data_dir),
         suite_part(
             "train",
-            25,
+            20,
             20,
             name="time to accuracy",
             cases=("bench_time_to_accuracy[fast]",),
@@ -264,10 +264,10 @@ def _confirm(data_dir: Path | None) -> list[Part]:
         ),
         _train("standard", 15, data_dir, "--recipe", "standard"),
         # A tenth of the recipe's epochs: the whole of it takes minutes.
-        _train("accurate", 25, data_dir, "--recipe", "accurate", "--epochs", "20"),
+        _train("accurate", 20, data_dir, "--recipe", "accurate", "--epochs", "20"),
         _other_precisions(15),
-        _sanitize("memcheck", 10, "--all"),
-        _sanitize("racecheck", 10, "--all"),
+        _sanitize("memcheck", 20, "--all", "--budget", "{SECONDS}"),
+        _sanitize("racecheck", 20, "--all", "--budget", "{SECONDS}"),
         suite_part("loaders", 10, 10, rehearsal=("-k", "bench_")),
     ]
 

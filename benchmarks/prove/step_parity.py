@@ -16,6 +16,7 @@ A line each: ok, DIFFERS (from which step on, which tensor first, how many value
 WRONG. Exit codes: 0 all is ok, 1 something is not, 2 bad use, 5 nothing to run on this machine.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -125,13 +126,18 @@ def _check_update(
     return True
 
 
-def _run(argv: Sequence[str]) -> int:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser("benchmarks.prove.step_parity", __doc__)
     parser.add_argument("--steps", type=int, default=5, help="of each training; default 5")
     options = parser.parse_args(argv)
-    step = step_options(options)
     if options.steps < 1:
         raise UsageError(f"--steps must be at least 1, got {options.steps}")
+    return options
+
+
+def _run(argv: Sequence[str]) -> int:
+    options = _parse(argv)
+    step = step_options(options)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     machine.keep_freed_memory()
     case = (options.model, options.batch_size)

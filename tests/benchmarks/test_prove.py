@@ -1,5 +1,6 @@
 """The proof in one command: its budget, what it leaves out, what it calls red, and a rehearsal."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from benchmarks.prove import proof as prove
 from benchmarks.prove.choose_tests import missing_imports, usable_test_files
 from benchmarks.prove.parts import Part, Rehearsal
 from benchmarks.prove.stages import STAGES, machine_part
+from fastres.config import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_GPU = "nothing to run on this machine: no GPU"
@@ -177,6 +179,30 @@ def test_the_claims_have_their_denominators_and_all_cases_exist():
     command = [sys.executable, "-c", code, *cases]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+def _parse(module, words):
+    """Read a command line as the command itself does."""
+    tool = importlib.import_module(module)
+    if module == "fastres.train":
+        base = tool.TrainOptions.of(tool._base(words)[0])
+        validate(tool.parse(tool.TrainOptions, "", "", words, base).to_config())
+    elif hasattr(tool, "_parser"):
+        tool._parser().parse_args(words)
+    else:
+        tool._parse(words)
+
+
+@pytest.mark.parametrize("stage", ["look", "measure", "confirm"])
+def test_what_a_gpu_is_told_to_run_is_understood(stage, tmp_path):
+    """No rehearsal has these words, and `python -m` on a file without an entry succeeds."""
+    for part in STAGES[stage].parts(tmp_path):
+        module, *words = part.arguments(tmp_path, part.seconds)
+        if module == "pytest":
+            continue
+        source = Path(importlib.util.find_spec(module).origin).read_text()
+        assert source.endswith('if __name__ == "__main__":\n    sys.exit(main())\n'), module
+        _parse(module, words)
 
 
 def test_gpu_tests_come_in_the_order_of_their_worth():
