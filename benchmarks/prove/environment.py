@@ -63,7 +63,9 @@ def _missing_to_launch() -> list[str]:
     missing = []
     if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
         missing.append("a C compiler")
-    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+    # As Triton looks for them: Debian's own scheme may name a folder under /usr/local.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    if not Path(sysconfig.get_path("include", scheme), "Python.h").is_file():
         missing.append("the headers of Python")
     return missing
 

@@ -11,7 +11,8 @@ to, for GPUs that need not be here: codegen_report.py plans and checks, step_rep
 whole step, machine_code.py compiles under stand_in_driver.py and counts, control_flow.py counts
 what a warp issues, peak_rates.py has the cards, describe.py names. warm.py fills Triton's cache,
 for such GPUs too: warm_kernels.py plans and compiles, cache_keys.py has the launcher's own keys.
-compile_pool.py has the processes of both, command_line.py what the options of all share. They learn
-from networks.py which convolutions the real networks have; seeded.py draws their tensors,
-network_launches.py and torch_launches.py list what they launch.
+compile_pool.py has the processes of both, launchers.py builds what starts a kernel in Triton 3.6,
+command_line.py has what the options of all share. They learn from networks.py which convolutions
+the real networks have; seeded.py draws their tensors, network_launches.py and torch_launches.py
+list what they launch.
 """
