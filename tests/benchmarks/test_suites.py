@@ -316,6 +316,7 @@ def test_what_a_machine_lacks_is_said():
 
 def test_fast_uncompiled_is_fast_without_the_compiler(monkeypatch):
     monkeypatch.setattr("fastres.engine.machine.cxx_compiler", lambda: "g++")
+    monkeypatch.setattr("fastres.engine.runtime.fused_kernels", lambda device: "Triton kernels")
     cuda = torch.device("cuda")
     configs = [ablation.make_config(name, cuda) for name in ("fast", "fast_uncompiled")]
     assert configs[0] == configs[1].replace(compile="auto")
