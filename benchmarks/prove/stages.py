@@ -224,7 +224,8 @@ def _gpu_tests(seconds: float) -> Part:
 def _train(name: str, seconds: float, data_dir: Path | None, *words: str) -> Part:
     """A whole training, with its run folder among the results."""
     source = ("--dataset", "synthetic") if data_dir is None else ("--data-dir", str(data_dir))
-    command = ("fastres.train", "--fast", *source, "--out", f"{{OUT}}/runs/{name}")
+    out = ("--out", f"{{OUT}}/runs/{name}", "--overwrite")
+    command = ("fastres.train", "--fast", *source, *out)
     small = ("--model", "resnet8", "--limit-train", "100", "--epochs", "1", "--batch-size", "50")
     rehearsal = Rehearsal((*command, *small))
     return Part(f"train {name}", (*command, *words), seconds, 15, rehearsal, needs=("tyro",))
