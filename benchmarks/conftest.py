@@ -3,7 +3,8 @@
 pytest benchmarks/                        everything that this machine can do
 pytest benchmarks/ --quick                the same in a minute, on small cases
 pytest benchmarks/ -k cpu                 the CPU ladder, in three minutes
-pytest benchmarks/ -m slow                the CPU ladder with torch.compile
+pytest benchmarks/ -m slow                the ladders with torch.compile on a CPU, and with its
+                                          max-autotune on a GPU
 pytest benchmarks/ --benchmark-json F     keep the times; `report.collect` makes rows of F
 """
 

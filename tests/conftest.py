@@ -66,6 +66,17 @@ def pytest_configure() -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU begin with what trains there: bfloat16."""
+    if torch.cuda.is_available():
+        items.sort(key=lambda item: not _is_bfloat16(item))
+
+
+def _is_bfloat16(item: pytest.Item) -> bool:
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    return "bf16" in item.nodeid or any(value is torch.bfloat16 for value in params.values())
+
+
 def pytest_runtest_makereport(call: pytest.CallInfo) -> None:
     """End a worker of pytest-xdist whose GPU failed: a new one takes over what is left.
 

@@ -213,15 +213,23 @@ def build(
 
 
 def build_inference(
-    configuration: str, model_name: str, batch_size: int, device: torch.device, **options: Any
+    configuration: str,
+    model_name: str,
+    batch_size: int,
+    device: torch.device,
+    *,
+    mode: str | None = None,
+    **options: Any,
 ) -> tuple[Callable[[], Tensor], Runtime]:
     """Return a function that evaluates the fixed batch and gives its logits, and how it does.
+
+    `mode` is torch.compile's; further options are those of `Config`.
 
     Raises:
         Unavailable: when this machine cannot have it.
     """
     net, runtime = place(make_config(configuration, device, model=model_name, **options))
-    forward = torch.compile(net.eval()) if runtime.compiled else net.eval()
+    forward = torch.compile(net.eval(), mode=mode) if runtime.compiled else net.eval()
     images = fixed_batch(batch_size)[0].to(device, memory_format=runtime.memory_format)
 
     @torch.no_grad()

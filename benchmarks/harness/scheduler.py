@@ -7,6 +7,7 @@ groups leave over, or overdraw, goes to the later ones.
 
 import contextlib
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,8 @@ __all__ = ["Measured", "Prepared", "Scheduler", "Started"]
 # paid once: the first import, the first compilation.
 _OVERDRAFT = 2.0
 _ONCE_S = 5.0
+# Whoever interrupts waits no longer than some seconds for the report.
+_MOMENT_S = 1.0
 # A group that would get less than this part of what it wants is left out.
 _WORTHWHILE = 0.1
 
@@ -108,21 +111,27 @@ class Scheduler:
             share = share if self._fill_budget else min(wanted, share)
             share = share if share >= _WORTHWHILE * wanted else 0.0
             with started(providers if share else []):
-                self.results[key] = _measure_group(providers, prepare, share)
+                self.results[key], was_stopped = _measure_group(providers, prepare, share)
+            if was_stopped:
+                self._deadline = -math.inf
         return self.results[key]
 
 
 def _measure_group(
     providers: Sequence[str], prepare: Prepare, share: float
-) -> dict[str, Measured | Exception]:
+) -> tuple[dict[str, Measured | Exception], bool]:
     """Make providers ready, warm them up and time them in turns within `share` seconds.
 
-    A provider that fails fails its own test and leaves the others theirs.
+    A provider that fails fails its own test and leaves the others theirs. Once interrupted while
+    one gets ready, those that are ready are timed for a moment and nothing further is begun.
+
+    Returns: the results, and whether it was interrupted.
     """
     started = time.perf_counter()
     limit = _OVERDRAFT * share + _ONCE_S
     ready: dict[str, Prepared] = {}
     results: dict[str, Measured | Exception] = {}
+    was_stopped = False
     for name in providers:
         spent = time.perf_counter() - started
         # One provider alone compares with nothing: two are prepared whatever they take.
@@ -138,8 +147,12 @@ def _measure_group(
             results[name] = error
             if name in ready:
                 _finish(ready.pop(name))
+        except KeyboardInterrupt:
+            ready.pop(name, None)
+            results[name] = Unavailable("interrupted while it got ready")
+            was_stopped, share = True, 0.0
     if not ready:
-        return results
+        return results, was_stopped
     spent = time.perf_counter() - started
     most = min(p.rounds for p in ready.values())
     try:
@@ -149,16 +162,17 @@ def _measure_group(
             min_rounds=min(3, most),
             max_rounds=most,
             # Short rounds are worth their number even where preparing has taken all.
-            limit_s=max(limit - spent, _ONCE_S),
+            limit_s=_MOMENT_S if was_stopped else max(limit - spent, _ONCE_S),
             every={name: provider.every for name, provider in ready.items()},
         )
     except Exception as error:
-        return results | dict.fromkeys(ready, error)
+        return results | dict.fromkeys(ready, error), was_stopped
     finally:
         for provider in ready.values():
             _finish(provider)
         gc.collect()
-    return results | {name: Measured(times[name], p.info) for name, p in ready.items()}
+    measured = {name: Measured(times[name], p.info) for name, p in ready.items()}
+    return results | measured, was_stopped
 
 
 def _finish(provider: Prepared) -> None:

@@ -2,7 +2,7 @@
 
 Memory settings, thread settings and compiled code belong to a process, so providers that differ in
 them can be compared only between processes. All of them are started, and import and read their
-data side by side; then each is told to get ready when nothing else runs, and they take turns:
+data side by side; then each is told to get ready, when nothing else runs, and they take turns:
 a line with a number on stdin asks for that many steps, a JSON line on stdout answers.
 """
 
@@ -69,6 +69,7 @@ class Worker:
         env: dict[str, str] | None = None,
     ):
         self.name, self.steps = module, steps
+        self._is_told = False
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
@@ -87,8 +88,14 @@ class Worker:
         Raises:
             RuntimeError: when it ends before, with the end of what it wrote to stderr.
         """
-        self._ask("start")
+        self.get_ready()
         return cast(WorkerReady, self._hear())
+
+    def get_ready(self) -> None:
+        """Tell the process to get ready, once, and do not wait for it."""
+        if not self._is_told:
+            self._is_told = True
+            self._ask("start")
 
     def sample(self) -> float:
         """Have one round trained and return the seconds of one step."""
@@ -142,10 +149,18 @@ class WorkerPool:
     Args:
         command: module and arguments of a provider's worker; may raise, for `worker` to pass on.
         steps: in a round.
+        at_once: have all get ready side by side. Beside a GPU that is compiling, for which there
+            are cores; on a CPU it would be training, for which there are not.
     """
 
-    def __init__(self, command: Callable[[str], tuple[str, list[str]]], steps: int):
-        self._command, self._steps = command, steps
+    def __init__(
+        self,
+        command: Callable[[str], tuple[str, list[str]]],
+        steps: int,
+        *,
+        at_once: bool = False,
+    ):
+        self._command, self._steps, self._at_once = command, steps, at_once
         self._started: dict[str, Worker | Exception] = {}
 
     @contextlib.contextmanager
@@ -153,7 +168,9 @@ class WorkerPool:
         """Start all providers; at the end of the context none of them is left."""
         for name in providers:
             try:
-                self._started[name] = Worker(*self._command(name), self._steps)
+                self._started[name] = started = Worker(*self._command(name), self._steps)
+                if self._at_once:
+                    started.get_ready()
             except Exception as error:
                 self._started[name] = error
         try:

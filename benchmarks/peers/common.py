@@ -105,8 +105,13 @@ def make_train_loader(
     )
 
 
-def parse(argv: Sequence[str] | None, module: str, description: str | None) -> Any:
-    """Read the options that all peers have."""
+def parse(
+    argv: Sequence[str] | None,
+    module: str,
+    description: str | None,
+    add_own: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> Any:
+    """Read the options that all peers have, and those that `add_own` adds."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("--data-dir", help="images; default: synthetic ones")
     parser.add_argument("--model", default="resnet20")
@@ -118,6 +123,7 @@ def parse(argv: Sequence[str] | None, module: str, description: str | None) -> A
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, help="serve rounds of so many steps, see rounds.py")
+    add_own(parser)
     return parser.parse_args(argv)
 
 

@@ -1,5 +1,6 @@
 """Peer: the one-file torch.compile trainer: channels_last, bfloat16 autocast, compiled network."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -11,15 +12,20 @@ import fastres
 from benchmarks.peers import common
 
 
+def _add_mode(parser: argparse.ArgumentParser) -> None:
+    modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+    parser.add_argument("--mode", choices=modes, default="default", help="of torch.compile")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate and print one JSON line."""
-    options = common.parse(argv, "benchmarks.peers.compiled", __doc__)
+    options = common.parse(argv, "benchmarks.peers.compiled", __doc__, _add_mode)
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
     data = common.load_data(options.data_dir, options.limit)
     model = fastres.create_model(options.model, data.num_classes, seed=options.seed)
     model = model.to(device).to(memory_format=torch.channels_last)
-    network = torch.compile(model)
+    network = torch.compile(model, mode=options.mode)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=options.lr, momentum=0.9, weight_decay=5e-4, fused=True
     )

@@ -101,15 +101,17 @@ def suite_part(
     cases: tuple[str, ...] = (),
     rehearsal: tuple[str, ...] | None = None,
     quick_below: float = 0.0,
+    marks: str = "not slow",
 ) -> Part:
     """Return the part that measures a suite, or of it the tests `cases`, with their parameters.
 
-    rehearsal: words that choose among the suite's small cases on a machine without a GPU.
+    marks: which of them, by pytest's marks. rehearsal: words that choose among the suite's small
+    cases on a machine without a GPU.
     """
     file = f"benchmarks/suites/bench_{suite}.py"
     name = name or suite
     report = ("--benchmark-json", f"{{OUT}}/{_report_name(name)}", "--budget", "{SECONDS}")
-    command = (*PYTEST, "-m", "not slow", *report)
+    command = (*PYTEST, "-m", marks, *report)
     small = None
     if rehearsal is not None:
         small = Rehearsal((*command, file, "--quick", *rehearsal))

@@ -106,13 +106,14 @@ class Proof:
         """Seconds until the budget is spent."""
         return self.budget - (time.monotonic() - self._started)
 
-    def run(self, parts: Sequence[Part], behind: float = 0.0) -> None:
+    def run(self, parts: Sequence[Part], later: Sequence[Part] = ()) -> None:
         """Run `parts` in order; what does not fit any more is left out.
 
-        behind: seconds of time boxes that are still to come after them.
+        later: what is still to come after them, and keeps its time.
         """
+        behind = sum(part.seconds for part in later)
         for number, part in enumerate(parts):
-            self._left = list(parts[number:])
+            self._left = [*parts[number:], *later]
             print(f"{part.name}: {max(0, self.remaining):.0f} s left", flush=True)
             limit = self._limit(parts[number:], behind)
             outcome = self._why_not(part) or self._run(part, limit)
@@ -292,7 +293,7 @@ def _run_stages(proof: Proof, stages: Sequence[list[Part]]) -> None:
             why = f"repair what was red first: {', '.join(proof.failed)}"
             proof.leave_out([*parts, *later], why)
             return
-        proof.run(parts, behind=sum(part.seconds for part in later))
+        proof.run(parts, later)
 
 
 def _parser() -> argparse.ArgumentParser:

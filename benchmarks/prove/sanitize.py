@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastres.kernels.tools.parity import last_states
+from fastres.kernels.tools.command_line import DTYPES
+from fastres.kernels.tools.parity import NOTHING_RUN, last_states
 from fastres.output import reader_may_leave
 
 __all__ = ["failed_checks", "main"]
 
 _TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-_NOTHING_TO_RUN = 5
 # So slow is every access under it that few images have to be enough.
 _PARITY = ("fastres.kernels.tools.parity", "--batch", "4", "--models", "resnet20")
 # What no later call of the process survived comes before what only raised an error.
@@ -60,21 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if shutil.which("compute-sanitizer") is None:
         print("nothing to run on this machine: there is no compute-sanitizer")
-        return _NOTHING_TO_RUN
+        return NOTHING_RUN
     chosen: tuple[str, ...] = ()
     if not options.all:
         failed = failed_checks(options.reports)
         if not failed:
             print("nothing to run: no kernel failed")
-            return _NOTHING_TO_RUN
-        chosen = ("resnet18", "--only", failed[0])
+            return NOTHING_RUN
+        chosen = ("resnet18", "--dtypes", *DTYPES, "--only", failed[0])
     sanitizer = ("compute-sanitizer", "--tool", options.tool, "--error-exitcode", "1")
     # A run that ends in time is not killed before the sanitizer has printed what it found.
     limit = () if options.budget is None else ("--budget", f"{options.budget:g}")
     command = [*sanitizer, sys.executable, "-m", *_PARITY, *chosen, *limit]
     print("+", *command, flush=True)
     code = subprocess.run(command).returncode
-    return code if code in (0, _NOTHING_TO_RUN) else 1
+    return code if code in (0, NOTHING_RUN) else 1
 
 
 if __name__ == "__main__":

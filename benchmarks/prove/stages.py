@@ -210,6 +210,23 @@ def _measure(_data_dir: Path | None) -> list[Part]:
     ]
 
 
+def _max_autotune(seconds: float) -> Part:
+    """Against the best that torch.compile finds, which takes it minutes."""
+    ladder = ("fast", "fast_uncompiled", "peer_compiled", "peer_max_autotune")
+    inference = ("fast", "compile", "max_autotune")
+    return suite_part(
+        "model",
+        seconds,
+        60,
+        name="max-autotune resnet18",
+        cases=(
+            *(f"bench_ablation[autotuned resnet18-{provider}]" for provider in ladder),
+            *(f"bench_inference[resnet18 batch {BATCH_SIZE}-{provider}]" for provider in inference),
+        ),
+        marks="slow or not slow",
+    )
+
+
 def _gpu_tests(seconds: float) -> Part:
     files, notes = usable_test_files(ROOT / "tests")
     names = [path.relative_to(ROOT).as_posix() for path in files if marked_for_gpus(path)]
@@ -225,7 +242,8 @@ def _train(name: str, seconds: float, data_dir: Path | None, *words: str) -> Par
     """A whole training, with its run folder among the results."""
     source = ("--dataset", "synthetic") if data_dir is None else ("--data-dir", str(data_dir))
     out = ("--out", f"{{OUT}}/runs/{name}", "--overwrite")
-    command = ("fastres.train", "--fast", *source, *out)
+    # Whether torch.compile around the fused kernels pays is what `measure` tells.
+    command = ("fastres.train", "--fast", "--compile", "off", *source, *out)
     small = ("--model", "resnet8", "--limit-train", "100", "--epochs", "1", "--batch-size", "50")
     rehearsal = Rehearsal((*command, *small))
     return Part(f"train {name}", (*command, *words), seconds, 15, rehearsal, needs=("tyro",))
@@ -242,10 +260,10 @@ def _decode(seconds: float, data_dir: Path | None) -> list[Part]:
 def _confirm(data_dir: Path | None) -> list[Part]:
     images = () if data_dir is None else ("--data-dir", str(data_dir))
     curves = ("benchmarks.prove.loss_curves", "--out", "{OUT}", "--compile", "off", *images)
-    sizes = ("--batches", "128", "256", "1000")
     return [
         *_decode(15, data_dir),
-        _compile("recipes", 20, "--phases", "training", "inference", *sizes),
+        _compile("recipes", 12, "--phases", "training", "--batches", "128", "256"),
+        _compile("evaluation", 8, "--phases", "inference", "--batches", "1000"),
         _gpu_tests(45),
         Part(
             "loss curves",
@@ -269,7 +287,8 @@ def _confirm(data_dir: Path | None) -> list[Part]:
         _other_precisions(15),
         _sanitize("memcheck", 20, "--all", "--budget", "{SECONDS}"),
         _sanitize("racecheck", 20, "--all", "--budget", "{SECONDS}"),
-        suite_part("loaders", 10, 10, rehearsal=("-k", "bench_")),
+        suite_part("loaders", 15, 10, rehearsal=("-k", "bench_")),
+        _max_autotune(75),
     ]
 
 
@@ -302,6 +321,6 @@ def _cpu(data_dir: Path | None) -> list[Part]:
 STAGES = {
     "look": Stage(200, _look),
     "measure": Stage(230, _measure),
-    "confirm": Stage(240, _confirm),
+    "confirm": Stage(320, _confirm),
     "cpu": Stage(550, _cpu),
 }

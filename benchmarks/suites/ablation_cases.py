@@ -12,10 +12,12 @@ from fastres.data.dataset import Dataset
 
 __all__ = ["CASES", "OFTEN", "PEERS", "AblationCase", "data_arguments", "load_data"]
 
+# Their modules, with words of their command lines.
 PEERS = {
-    "peer_fp32": "benchmarks.peers.eager_fp32",
-    "peer_amp": "benchmarks.peers.eager_amp",
-    "peer_compiled": "benchmarks.peers.compiled",
+    "peer_fp32": ("benchmarks.peers.eager_fp32",),
+    "peer_amp": ("benchmarks.peers.eager_amp",),
+    "peer_compiled": ("benchmarks.peers.compiled",),
+    "peer_max_autotune": ("benchmarks.peers.compiled", "--mode", "max-autotune"),
 }
 # Those whose ratio is claimed somewhere: they train in every turn, the others in every third.
 OFTEN = {
@@ -24,6 +26,9 @@ OFTEN = {
 }
 _ALL = (*PEERS, *ablation.CONFIGURATIONS)
 _COMPILED = ("peer_compiled", "compile")
+# It searches for minutes, so it has a ladder of its own.
+_AUTOTUNED = "peer_max_autotune"
+_CUDA = tuple(provider for provider in _ALL if provider != _AUTOTUNED)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ class AblationCase:
         _refuse(provider, self.device)
         words = data_arguments(self.device, self.model, self.batch_size, self.steps, data_dir)
         if provider in PEERS:
-            return PEERS[provider], words
+            module, *mode = PEERS[provider]
+            return module, [*mode, *words]
         return "benchmarks.suites.ablation_worker", ["--configuration", provider, *words]
 
 
@@ -73,7 +79,8 @@ class AblationCase:
 # is repeated in three minutes. A step of ResNet-18 takes a CPU a second, so few climb it.
 CASES = (
     AblationCase(
-        "cpu resnet20", "cpu", "resnet20", 128, 4, 60, tuple(p for p in _ALL if p not in _COMPILED)
+        "cpu resnet20", "cpu", "resnet20", 128, 4, 60,
+        tuple(provider for provider in _CUDA if provider not in _COMPILED),
     ),
     AblationCase(
         "cpu resnet18", "cpu", "resnet18", 64, 1, 45,
@@ -83,8 +90,15 @@ CASES = (
         "compiled resnet20", "cpu", "resnet20", 128, 4, 180,
         ("peer_fp32", "amp", *_COMPILED, "fast"), slow=True,
     ),
-    AblationCase("cuda resnet20", "cuda", "resnet20", 512, 40, 45, _ALL),
-    AblationCase("cuda resnet18", "cuda", "resnet18", 512, 20, 45, _ALL),
+    AblationCase("cuda resnet20", "cuda", "resnet20", 512, 40, 45, _CUDA),
+    AblationCase("cuda resnet18", "cuda", "resnet18", 512, 20, 45, _CUDA),
+    *(
+        AblationCase(
+            f"autotuned {model}", "cuda", model, 512, 20, 300,
+            ("fast", "fast_uncompiled", *_COMPILED, _AUTOTUNED), slow=True,
+        )
+        for model in ("resnet20", "resnet18")
+    ),
     AblationCase("resnet8", here().type, "resnet8", 64, 2, 10, ("peer_fp32", "fast"), quick=True),
 )  # fmt: skip
 
@@ -96,7 +110,7 @@ def _refuse(provider: str, device: str) -> None:
         raise Unavailable("needs an NVIDIA GPU")
     if device == "cpu" and on_gpu:
         raise Unavailable("hide the GPU with CUDA_VISIBLE_DEVICES= to see the CPU's ladder")
-    if provider == "peer_compiled":
+    if provider in ("peer_compiled", _AUTOTUNED):
         reason = why_not("compile", torch.device(device))
         if reason:
             raise Unavailable(reason)

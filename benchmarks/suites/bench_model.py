@@ -72,7 +72,12 @@ class _Ablation:
 
     def __init__(self, case: AblationCase, data_dir: str | None):
         self.case = case
-        self.pool = WorkerPool(lambda provider: case.command(provider, data_dir), case.steps)
+        self.pool = WorkerPool(
+            lambda provider: case.command(provider, data_dir),
+            case.steps,
+            # Beside others max-autotune would time its candidates wrongly.
+            at_once=case.device == "cuda" and not case.slow,
+        )
         self.data = load_data(data_dir).name
 
     def prepare(self, provider: str) -> Prepared:
@@ -184,11 +189,16 @@ def _logits(model: str, batch_size: int) -> list[Tensor]:
 
 
 def _prepare_inference(model: str, batch_size: int, provider: str) -> Prepared:
-    if provider == "compile" and (not ON_GPU or batch_size != 512):
+    if provider in ("compile", "max_autotune") and (not ON_GPU or batch_size != 512):
         raise Unavailable("compiled at batch 512 on a GPU alone, for the time that it takes")
-    options = {} if batch_size == 512 or not ON_GPU else {"compile": "off"}
+    options: dict[str, Any] = {}
+    if batch_size != 512 and ON_GPU:
+        options["compile"] = "off"
+    configuration = provider
+    if provider == "max_autotune":
+        configuration, options["mode"] = "compile", "max-autotune"
     machine.keep_freed_memory()
-    predict, runtime = ablation.build_inference(provider, model, batch_size, DEVICE, **options)
+    predict, runtime = ablation.build_inference(configuration, model, batch_size, DEVICE, **options)
     error = error_bound.distance([predict().cpu().float()], _logits(model, batch_size))
     if not error <= error_bound.LOGITS_BOUND:
         raise AssertionError(f"{provider}: logits are off by {error:.2e} of their RMS")
@@ -206,7 +216,10 @@ def _prepare_inference(model: str, batch_size: int, provider: str) -> Prepared:
 
 @pytest.mark.parametrize(
     "provider",
-    [name for name in ablation.CONFIGURATIONS if name not in ("graph", "fast_uncompiled")],
+    [
+        *(name for name in ablation.CONFIGURATIONS if name not in ("graph", "fast_uncompiled")),
+        pytest.param("max_autotune", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(("model", "batch_size"), _sized_params(_INFERENCE_BATCHES))
 def bench_inference(measure, model, batch_size, provider):

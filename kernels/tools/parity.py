@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from fastres.kernels.tools.parity_check import Check, ParityRun, Result
 
-__all__ = ["TRAINING_BATCH", "last_states", "main"]
+__all__ = ["NOTHING_RUN", "TRAINING_BATCH", "last_states", "main"]
 
 # Images: of training, whose configurations every check has, and of a check in the interpreter.
 TRAINING_BATCH = 512

@@ -18,7 +18,7 @@ from benchmarks.harness import ablation, error_bound, timing
 from benchmarks.harness.rows import read_results, write_results
 from benchmarks.harness.scheduler import Measured, Prepared, Scheduler
 from benchmarks.harness.step_check import check_step
-from benchmarks.harness.worker_pool import WorkerPool
+from benchmarks.harness.worker_pool import Worker, WorkerPool
 from benchmarks.peers import common, compiled, eager_amp, eager_fp32
 from benchmarks.report import collect
 from benchmarks.suites import ablation_cases, bench_ops, op_cases
@@ -177,7 +177,7 @@ def test_groups_share_the_budget_and_get_no_more_than_they_want(monkeypatch):
     shares = []
     monkeypatch.setattr(
         "benchmarks.harness.scheduler._measure_group",
-        lambda providers, prepare, share: shares.append(share),
+        lambda providers, prepare, share: (shares.append(share), False),
     )
     groups = {"a": (10.0, ["x"]), "b": (30.0, ["x"])}
     for scheduler in (
@@ -187,6 +187,49 @@ def test_groups_share_the_budget_and_get_no_more_than_they_want(monkeypatch):
     ):
         scheduler.measure("a", None)
     assert shares == pytest.approx([5, 10, 100], rel=0.01)
+
+
+def test_an_interrupted_group_has_the_times_of_those_that_were_ready():
+    def prepare(name):
+        if name == "compiles":
+            raise KeyboardInterrupt
+        return Prepared(lambda: 1.0)
+
+    groups = {"group": (1.0, ["a", "compiles", "b"]), "next": (1.0, ["a"])}
+    scheduler = Scheduler(60, groups)
+    results = scheduler.measure("group", prepare)
+    assert isinstance(results["a"], Measured)
+    assert "interrupted" in str(results["compiles"])
+    assert "no time left" in str(results["b"])
+    # Nothing else is begun: whoever interrupted waits for the report.
+    assert "no time left" in str(scheduler.measure("next", prepare)["a"])
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_workers_get_ready_one_by_one_or_side_by_side(at_once, monkeypatch):
+    told = []
+
+    class Told(Worker):
+        def __init__(self, name, *_):
+            self.name, self._is_told = name, False
+
+        def _ask(self, line):
+            told.append((self.name, line))
+
+        def _hear(self):
+            return {"loss": 1.0}
+
+        def kill(self):
+            pass
+
+    monkeypatch.setattr("benchmarks.harness.worker_pool.Worker", Told)
+    pool = WorkerPool(lambda name: (name, []), 1, at_once=at_once)
+    with pool.started(["a", "b"]):
+        before = list(told)
+        for name in "ab":
+            assert pool.worker(name).hello == {"loss": 1.0}
+    assert before == ([("a", "start"), ("b", "start")] if at_once else [])
+    assert told == [("a", "start"), ("b", "start")]
 
 
 def test_what_was_started_for_a_group_is_ended_after_it():
@@ -352,7 +395,9 @@ def test_on_a_gpu_the_compiler_is_the_first_rival_and_trains_as_often():
 def test_peers_train_on_a_handful_of_images(peer, capsys, monkeypatch):
     compiled_models = []
     # Compiling takes half a minute; what is compiled is the matter of torch's tests.
-    monkeypatch.setattr(torch, "compile", lambda model: compiled_models.append(model) or model)
+    monkeypatch.setattr(
+        torch, "compile", lambda model, mode: compiled_models.append(model) or model
+    )
     words = ["--model", "resnet8", "--batch-size", "20", "--limit", "60", "--workers", "0"]
     assert peer.main(words) == 0
     result = json.loads(capsys.readouterr().out)
