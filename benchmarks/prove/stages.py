@@ -95,28 +95,26 @@ def _other_precisions(seconds: float) -> Part:
     return Part("parity fp16 fp32", whole, seconds, 10, rehearsal=small, needs=("triton",))
 
 
-def _step_parity(network: str, seconds: float) -> Part:
-    command = ("benchmarks.prove.step_parity", "--model")
+def _of_step(name: str, network: str, seconds: float, module: str, *words: str) -> Part:
+    """A command that takes the fast step of a network, without torch.compile around it."""
+    command = (module, *words, "--model")
     small = Rehearsal((*command, "resnet8", "--batch-size", "8", "--steps", "2"))
     return Part(
-        f"step parity {network}",
+        f"{name} {network}",
         (*command, network, "--batch-size", BATCH_SIZE, "--compile", "off"),
         seconds,
         8,
         rehearsal=_once(network, small),
     )
+
+
+def _step_parity(network: str, seconds: float) -> Part:
+    return _of_step("step parity", network, seconds, "benchmarks.prove.step_parity")
 
 
 def _kernel_table(network: str, seconds: float) -> Part:
-    command = ("benchmarks.roofline.kernel_table", "--out", "{OUT}", "--model")
-    small = Rehearsal((*command, "resnet8", "--batch-size", "4", "--steps", "2"))
-    return Part(
-        f"kernel table {network}",
-        (*command, network, "--batch-size", BATCH_SIZE, "--compile", "off"),
-        seconds,
-        8,
-        rehearsal=_once(network, small),
-    )
+    module = "benchmarks.roofline.kernel_table"
+    return _of_step("kernel table", network, seconds, module, "--out", "{OUT}")
 
 
 def _sanitize(tool: str, seconds: float, *words: str) -> Part:
