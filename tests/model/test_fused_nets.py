@@ -21,7 +21,7 @@ MOST_DRAWS = 9
 
 @pytest.fixture(autouse=True)
 def quick_tiles(monkeypatch):
-    """Tiles that the interpreter is quickest with for these nets: few programs, none much larger."""
+    """Tiles that the interpreter is quickest with here: few programs, little of each cut away."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     tiles = ConvConfig(128, 16, 64, num_warps=4, num_stages=2, split_k=2)
 
