@@ -11,10 +11,9 @@ from typing import Any
 from benchmarks.harness.ablation import Unavailable
 from fastres.cli import guarded
 from fastres.config import Config, validate
+from fastres.kernels.tools.command_line import NOTHING_TO_RUN
 
-__all__ = ["NOTHING_TO_RUN", "make_parser", "run_check", "step_options"]
-
-NOTHING_TO_RUN = 5
+__all__ = ["make_parser", "run_check", "step_options"]
 
 
 def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:

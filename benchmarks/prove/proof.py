@@ -33,6 +33,7 @@ from benchmarks.prove.parts import ROOT, Part
 from benchmarks.prove.stages import STAGES, Stage, machine_part
 from benchmarks.report.collect import rows_of_report
 from fastres import strict_json
+from fastres.kernels.tools.command_line import NOTHING_TO_RUN
 from fastres.output import reader_may_leave
 
 __all__ = ["Outcome", "judge", "main"]
@@ -47,7 +48,6 @@ _TEST_LINES = (
     re.compile(rf"^\S+::\S.* {_WORDS}\b", re.MULTILINE),
     re.compile(rf"^\[gw\d+\] \[ *\d+%\] {_WORDS} \S+::", re.MULTILINE),
 )
-_NOTHING_COLLECTED = 5
 
 
 @dataclass
@@ -72,7 +72,7 @@ def judge(code: int, cut: bool, log: str) -> tuple[str, str]:
         return "failed", said
     if cut:
         return "cut", "; ".join(filter(None, ["its time was over", said]))
-    if code == _NOTHING_COLLECTED:
+    if code == NOTHING_TO_RUN:
         return "left out", last if last.startswith("nothing to run") else "nothing to run here"
     if code:
         return "failed", f"exit code {code}: {last[:160]}"

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastres.kernels.tools.command_line import DTYPES
-from fastres.kernels.tools.parity import NOTHING_RUN, last_states
+from fastres.kernels.tools.command_line import DTYPES, NOTHING_TO_RUN
+from fastres.kernels.tools.parity import last_states
 from fastres.output import reader_may_leave
 
 __all__ = ["failed_checks", "main"]
@@ -60,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if shutil.which("compute-sanitizer") is None:
         print("nothing to run on this machine: there is no compute-sanitizer")
-        return NOTHING_RUN
+        return NOTHING_TO_RUN
     chosen: tuple[str, ...] = ()
     if not options.all:
         failed = failed_checks(options.reports)
         if not failed:
             print("nothing to run: no kernel failed")
-            return NOTHING_RUN
+            return NOTHING_TO_RUN
         chosen = ("resnet18", "--dtypes", *DTYPES, "--only", failed[0])
     sanitizer = ("compute-sanitizer", "--tool", options.tool, "--error-exitcode", "1")
     # A run that ends in time is not killed before the sanitizer has printed what it found.
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = [*sanitizer, sys.executable, "-m", *_PARITY, *chosen, *limit]
     print("+", *command, flush=True)
     code = subprocess.run(command).returncode
-    return code if code in (0, NOTHING_RUN) else 1
+    return code if code in (0, NOTHING_TO_RUN) else 1
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.harness import ablation
@@ -30,13 +29,12 @@ from benchmarks.harness.check_command import make_parser, run_check, step_option
 from benchmarks.harness.step_check import check_step
 from fastres.engine import machine
 from fastres.errors import UsageError
+from fastres.kernels.tools.error_check import as_bits
 
 __all__ = ["State", "difference", "main", "train"]
 
 State = dict[str, Tensor]
 """Everything that a step may change, by name: the loss first, then in the order of the network."""
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def train(
@@ -72,8 +70,7 @@ def _state(built: ablation.Configuration, batch_size: int) -> State:
 
 def _num_differing(first: Tensor, second: Tensor) -> int:
     """Values whose bits differ: two equal NaNs do not, two zeros of unlike sign do."""
-    bits = _INTEGERS[first.element_size()]
-    return int((first.view(bits) != second.view(bits)).sum())
+    return int((as_bits(first) != as_bits(second)).sum())
 
 
 def difference(first: Sequence[State], second: Sequence[State]) -> str | None:

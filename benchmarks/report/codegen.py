@@ -25,7 +25,7 @@ from benchmarks.harness.rows import (
     read_results,
     write_results,
 )
-from fastres.kernels.tools import codegen
+from fastres.kernels.tools.command_line import ARCHITECTURES
 from fastres.output import reader_may_leave
 
 __all__ = ["fill", "main", "rows_of"]
@@ -34,7 +34,7 @@ __all__ = ["fill", "main", "rows_of"]
 SUITE = "kernel_card"
 PRECISION = "bf16"  # of the page
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "codegen.md"
-COMMAND = ("python", "-m", "fastres.kernels.tools.codegen", "--arch", *codegen.ARCHITECTURES)
+COMMAND = ("python", "-m", "fastres.kernels.tools.codegen", "--arch", *ARCHITECTURES)
 
 # What depends on the architecture, and what a launch declares whatever it runs on.
 _UNITS = {
@@ -111,7 +111,7 @@ def worst_table(launches: dict[str, list[Launch]]) -> str:
     lines = []
     kernels = sorted({launch.labels["kernel"] for every in launches.values() for launch in every})
     for kernel in kernels:
-        for arch in codegen.ARCHITECTURES:
+        for arch in ARCHITECTURES:
             of_kernel = [x for x in launches.get(arch, []) if x.labels["kernel"] == kernel]
             if not of_kernel:
                 continue

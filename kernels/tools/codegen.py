@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastres.host import usable_cores
 from fastres.kernels.tools.command_line import (
+    ARCHITECTURES,
     DTYPES,
     NETWORKS,
     PHASES,
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from fastres.kernels.tools.step_report import StepReport
 
 __all__ = ["entry_record", "main"]
-
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
 def _parser() -> argparse.ArgumentParser:

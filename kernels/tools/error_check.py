@@ -23,6 +23,7 @@ from fastres.kernels.tools.networks import Precision
 __all__ = [
     "Deviation",
     "Tensors",
+    "as_bits",
     "deviations",
     "map_tensors",
     "poisoned_memory",
@@ -104,10 +105,14 @@ def _rms(t: Tensor) -> Tensor:
     return t.square().mean().sqrt()
 
 
+def as_bits(t: Tensor) -> Tensor:
+    """The same memory as integers, which are equal where all bits are, NaN or not."""
+    return t.view(_SAME_SIZE[t.element_size()])
+
+
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal bit for bit; a NaN is equal to itself."""
-    dtype = _SAME_SIZE[one.element_size()]
-    return one.dtype == other.dtype and torch.equal(one.view(dtype), other.view(dtype))
+    return one.dtype == other.dtype and torch.equal(as_bits(one), as_bits(other))
 
 
 def map_tensors(value: Any, of_tensor: Callable[[Tensor], Tensor]) -> Any:

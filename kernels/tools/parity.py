@@ -39,7 +39,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from fastres.host import usable_cores
-from fastres.kernels.tools.command_line import DTYPES, NETWORKS, Parser
+from fastres.kernels.tools.command_line import (
+    DTYPES,
+    NETWORKS,
+    NOTHING_TO_RUN,
+    Parser,
+    bad_budget,
+    bad_file,
+)
 from fastres.output import reader_may_leave
 from fastres.strict_json import dumps
 
@@ -48,7 +55,7 @@ if TYPE_CHECKING:
 
     from fastres.kernels.tools.parity_check import Check, ParityRun, Result
 
-__all__ = ["NOTHING_RUN", "TRAINING_BATCH", "last_states", "main"]
+__all__ = ["TRAINING_BATCH", "last_states", "main"]
 
 # Images: of training, whose configurations every check has, and of a check in the interpreter.
 TRAINING_BATCH = 512
@@ -57,8 +64,6 @@ INTERPRETED_BATCH = 2
 # How checks end, the bad ones worst first.
 BAD = ("LOST", "FAILED", "WRONG", "DIFFERS")
 STATUSES = ("ok", *BAD, "left out", "not run")
-
-NOTHING_RUN = 5
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,15 +104,11 @@ def _parser() -> argparse.ArgumentParser:
 def _wrong_use(options: argparse.Namespace) -> str | None:
     if options.batch is not None and options.batch < 1:
         return f"--batch must be at least 1, got {options.batch}"
-    if not options.budget > 0:  # Nor is NaN.
-        return f"--budget must be above 0 seconds, got {options.budget:g}"
     if options.threads < 0:
         return f"--threads must not be negative, got {options.threads}"
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        return f"--json: there is no folder {options.json.parent}"
     if options.resume and options.json is None:
         return "--resume goes on from a file: name it with --json"
-    return None
+    return bad_budget(options.budget) or bad_file("--json", options.json)
 
 
 def _obstacle(options: argparse.Namespace) -> str | None:
@@ -236,7 +237,7 @@ def _summarise(results: "Sequence[Result]") -> int:
     if by_status["ok"]:
         return 0
     print(f"nothing to run on this machine: {results[0].detail}")
-    return NOTHING_RUN
+    return NOTHING_TO_RUN
 
 
 def _repeat(options: argparse.Namespace, name: str) -> str:
@@ -282,7 +283,7 @@ def _prove(options: argparse.Namespace) -> int:
     checks, results = _resume(options, checks)
     if not checks and not results:
         print(f"nothing to run: {options.json} has all of it")
-        return NOTHING_RUN
+        return NOTHING_TO_RUN
     gpu = gpu_of(device)
     where = "CPU, interpreted" if gpu is None else gpu.name
     count = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
@@ -316,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reason = _obstacle(options)
     if reason is not None:
         print(f"nothing to run on this machine: {reason}")
-        return NOTHING_RUN
+        return NOTHING_TO_RUN
     try:
         return _prove(options)
     except OSError as error:

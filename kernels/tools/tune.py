@@ -29,7 +29,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastres.host import provenance, usable_cores
-from fastres.kernels.tools.command_line import DTYPES, NETWORKS, Parser, bad_batch
+from fastres.kernels.tools.command_line import (
+    ARCHITECTURES,
+    DTYPES,
+    NETWORKS,
+    Parser,
+    bad_batch,
+    bad_budget,
+    bad_file,
+    why_not_compile,
+)
 from fastres.output import reader_may_leave
 
 if TYPE_CHECKING:
@@ -44,7 +53,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 BUDGET = 180.0
 
 # Of the budget, what the rounds leave for programmatic dependent launch.
@@ -78,24 +86,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _obstacle(options: argparse.Namespace) -> str | None:
     """Why nothing can be measured here, or None."""
-    wrong = bad_batch("--batches", options.batches)
+    wrong = bad_batch("--batches", options.batches) or bad_budget(options.budget)
     if wrong is not None:
         return wrong
     if options.candidates < 1:
         return f"--candidates must be at least 1, got {options.candidates}"
-    if not options.budget > 0:  # Nor is NaN.
-        return f"--budget must be above 0 seconds, got {options.budget:g}"
     if options.jobs is not None and options.jobs < 1:
         return f"--jobs must be at least 1, got {options.jobs}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton (Linux only)"
-    if options.out is not None and not options.out.resolve().parent.is_dir():
-        return f"--out: there is no folder {options.out.parent}"
-    if options.estimate:
-        import triton
-
-        interprets = "kernels are interpreted in this process: unset TRITON_INTERPRET"
-        return interprets if triton.knobs.runtime.interpret else None
+    wrong = bad_file("--out", options.out)
+    if wrong is not None or options.estimate:
+        return wrong or why_not_compile()
     import torch
 
     if not options.dry_run and not torch.cuda.is_available():

@@ -33,6 +33,8 @@ from fastres.kernels.tools.command_line import (
     PHASES,
     Parser,
     bad_batch,
+    bad_budget,
+    bad_file,
     why_not_compile,
 )
 from fastres.output import reader_may_leave
@@ -84,11 +86,12 @@ def _obstacle(options: argparse.Namespace) -> str | None:
     """Fill in the architecture; say why nothing can be compiled, or None."""
     if options.jobs is not None and options.jobs < 1:
         return f"--jobs must be at least 1, got {options.jobs}"
-    if not options.budget > 0:  # Nor is NaN.
-        return f"--budget must be above 0 seconds, got {options.budget:g}"
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        return f"--json: there is no folder {options.json.parent}"
-    reason = bad_batch("--batches", options.batches) or why_not_compile()
+    reason = (
+        bad_budget(options.budget)
+        or bad_file("--json", options.json)
+        or bad_batch("--batches", options.batches)
+        or why_not_compile()
+    )
     if reason is not None:
         return reason
     from fastres.kernels.tools.warm_kernels import arch_here

@@ -15,6 +15,7 @@ from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.launch_table import assume_entries
 from fastres.kernels.tools import parity, parity_check, parity_kernels
 from fastres.kernels.tools.candidates import im2col_start, product_of
+from fastres.kernels.tools.command_line import NOTHING_TO_RUN
 from fastres.kernels.tools.error_check import Deviation, deviations, same_bits
 from fastres.kernels.tools.networks import PRECISIONS
 from fastres.kernels.tools.parity_check import Check, ParityRun
@@ -160,7 +161,7 @@ def test_a_lost_gpu_stops_it_and_is_named(command, monkeypatch):
 @interpreted
 def test_what_no_time_is_left_for_is_named(command):
     code, out, records = command("cross_entropy", "--budget", "1e-9")
-    assert code == parity.NOTHING_RUN
+    assert code == NOTHING_TO_RUN
     assert {r["status"] for r in records.values()} == {"not run"}
     assert "not run, since no time was left: cross_entropy/bf16, cross_entropy_backward" in out
     assert out.splitlines()[-1] == "nothing to run on this machine: no time was left"
@@ -181,7 +182,7 @@ def test_an_interrupted_run_keeps_what_it_has(command, monkeypatch):
 @interpreted
 def test_graphs_alone_prove_nothing_without_a_gpu(command):
     code, out, records = command("tma-rank-4/fprop/bf16/h32w32c16k16r3s3u1p1/prologue/tma/graph")
-    assert code == parity.NOTHING_RUN
+    assert code == NOTHING_TO_RUN
     assert len(records) == 1
     assert out.splitlines()[-1].startswith("nothing to run on this machine: CUDA graphs are")
 
@@ -197,7 +198,7 @@ def test_what_was_unknown_is_right_on_a_gpu(tmp_path, capsys):
 @interpreted
 def test_without_gpu_and_interpreter_nothing_is_proved(monkeypatch, capsys):
     monkeypatch.setattr(primitives, "INTERPRETED", SimpleNamespace(value=False))
-    assert parity.main([]) == parity.NOTHING_RUN == 5
+    assert parity.main([]) == NOTHING_TO_RUN == 5
     assert capsys.readouterr().out.startswith("nothing to run on this machine: no NVIDIA GPU")
 
 
@@ -216,7 +217,7 @@ def test_a_run_goes_on_behind_what_was_begun(command, tmp_path):
     assert f"{killed}: LOST: its process ended" in out
     assert f"1/1 {left}" in out
     code, out, _ = command("bn_stats/bf16", "--resume")
-    assert (code, out) == (parity.NOTHING_RUN, f"nothing to run: {path} has all of it\n")
+    assert (code, out) == (NOTHING_TO_RUN, f"nothing to run: {path} has all of it\n")
 
 
 @pytest.mark.parametrize(
