@@ -4,6 +4,7 @@ Triton chooses when it is imported and torch does not import it, so conftest.py 
 before anything else. A subprocess that compiles kernels is started with TRITON_INTERPRET=0.
 """
 
+import dataclasses
 import importlib.util
 import inspect
 import os
@@ -41,8 +42,22 @@ def _replace_language_once():
     interpreter.InterpretedFunction.__call__ = call
 
 
+def _leave_out_unread_checks():
+    """Make Triton's interpreter look for no overflow of integers where it would not report one.
+
+    It repeats every sum and product of them in 64 bits, half of a test's time, for an assertion
+    that exists in debug mode alone.
+    """
+    from triton.runtime.interpreter import interpreter_builder
+
+    options = interpreter_builder.options
+    if not options.debug:
+        interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+
 if not HAS_GPU and importlib.util.find_spec("triton"):
     _replace_language_once()
+    _leave_out_unread_checks()
 
 
 def needs_gpu(test):
