@@ -2,9 +2,11 @@
 
 from tests.helpers import interpreter  # noqa: F401, I001 - before anything imports Triton
 
+import fcntl
 import os
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +17,21 @@ REPO = Path(__file__).resolve().parents[1]
 ARCHIVE = "cifar10-jpeg.tar.xz"
 
 
+@pytest.fixture(scope="session")
+def shared_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test run alone, the same in all workers of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests read no data of the user's, write nothing into the user's cache and never download."""
+def _isolated(shared_dir: Path) -> Iterator[None]:
+    """Tests read no data of the user's, write nothing into the user's cache and never download.
+
+    Workers share a cache: what one of them has compiled or decoded, the other finds.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTRES_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FASTRES_CACHE", str(shared_dir / "fastres-cache"))
         patch.setenv("FASTRES_OFFLINE", "1")
         patch.delenv("FASTRES_DATA", raising=False)
         yield
@@ -36,13 +48,24 @@ def plain() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def jpeg_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CIFAR-10's 60,000 images as JPEG, unpacked once a session from $FASTRES_TEST_DATA."""
+def jpeg_dir(shared_dir: Path) -> Path:
+    """CIFAR-10's 60,000 images as JPEG, unpacked once a test run from $FASTRES_TEST_DATA."""
     folder = Path(os.environ.get("FASTRES_TEST_DATA", REPO.parent / "shared" / "data"))
     archive = folder / ARCHIVE
     if not archive.is_file():
         pytest.skip(f"no {ARCHIVE} in {folder}: set FASTRES_TEST_DATA to the folder that holds it")
-    root = tmp_path_factory.mktemp("cifar10-jpeg")
+    root = shared_dir / "cifar10-jpeg"
+    with open(shared_dir / "cifar10-jpeg.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not root.exists():
+            unfinished = Path(tempfile.mkdtemp(dir=shared_dir))
+            _unpack(archive, unfinished)
+            unfinished.rename(root)
+    return root
+
+
+def _unpack(archive: Path, root: Path) -> None:
+    """Write the images into a folder for each split and class."""
     made = set()
     # One pass over the stream, and the bytes alone: `extractall` takes several times as long.
     with tarfile.open(archive, "r|xz") as tar:
@@ -56,7 +79,6 @@ def jpeg_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     made.add(folder)
                 with open(f"{folder}/{image}", "wb") as file:
                     file.write(content.read())
-    return root
 
 
 def pytest_configure() -> None:
