@@ -85,7 +85,7 @@ def _next_batch(batches: Any) -> Any:
             except _NoBatchError:
                 continue
         raise _stalled()
-    except WorkerError:
+    except Exception:
         _end_workers(batches)
         raise
 
