@@ -4,16 +4,16 @@ This file is also a program: a process that interprets kernels cannot compile th
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-REPO = Path(__file__).resolve().parents[2]
+from tests.helpers.compiling import run_compiling
+
+# The tensor-core instruction of each compute capability.
+PRODUCTS = {90: "hgmma", 100: "tcgen05"}
 BF16 = torch.bfloat16
 
 # The layers of ResNet-20 that are computed in strips: C, K, height and width.
@@ -88,38 +88,34 @@ def main() -> int:
 
     from fastres.kernels.tools.machine_code import compile_launch
 
-    capability = int(sys.argv[1])
-    codes = {}
-    for name in CASES:
-        launch = record(name)
-        code = asdict(compile_launch(launch, capability))
-        codes[name] = {"kernel": launch.name, **code}
+    launches = {name: record(name) for name in CASES}
+    codes = {
+        kind: {
+            name: {"kernel": launch.name, **asdict(compile_launch(launch, capability))}
+            for name, launch in launches.items()
+        }
+        for capability, kind in PRODUCTS.items()
+    }
     print(json.dumps(codes))
     return 0
 
 
-@pytest.fixture(scope="module", params=[90, 100])
-def codes(request):
-    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    command = [sys.executable, __file__, str(request.param)]
-    done = subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return request.param, json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def codes():
+    return run_compiling(__file__)
 
 
-def test_no_registers_spill_and_tensor_cores_multiply(codes):
-    capability, found = codes
-    kind = {90: "hgmma", 100: "tcgen05"}[capability]
-    for name, code in found.items():
+@pytest.mark.parametrize("kind", PRODUCTS.values())
+def test_no_registers_spill_and_tensor_cores_multiply(codes, kind):
+    for name, code in codes[kind].items():
         assert re.fullmatch(r"conv_(strip_\w+|backward)_kernel", code["kernel"]), name
         assert code["spills"] == 0, name
         assert code[kind] == code["hgmma"] + code["hmma"] + code["tcgen05"] > 0, name
 
 
-def test_pixels_are_loaded_and_stored_16_bytes_at_a_time(codes):
-    _, found = codes
-    for name, code in found.items():
+@pytest.mark.parametrize("kind", PRODUCTS.values())
+def test_pixels_are_loaded_and_stored_16_bytes_at_a_time(codes, kind):
+    for name, code in codes[kind].items():
         bits = code["load_bits"]
         # Filters aside: rows of a window, and outputs.
         pixels = {pointer for pointer in bits if pointer in ("ptr", "producer_y_ptr")}
