@@ -66,6 +66,16 @@ class BlockSpec(NamedTuple):
     shortcut: Shortcut
     relu: bool
 
+    @property
+    def keeps_out(self) -> bool:
+        """Whether backward needs out, which alone tells the mask of a ReLU behind a shortcut."""
+        return self.relu and self.shortcut != "none"
+
+    @property
+    def masks_residual(self) -> bool:
+        """Whether a given residual has a gradient of its own; without a ReLU that is dout."""
+        return self.relu and self.shortcut == "given"
+
     @classmethod
     def of(cls, block: Block) -> "BlockSpec":
         """Describe a block."""
@@ -135,7 +145,7 @@ def run_backward(
 ) -> list[Tensor]:
     """`block.backward` of flat tensors in any layout.
 
-    Returns: dx where wanted, dresidual where there is one, then the gradients of all params.
+    Returns: dx where wanted, dresidual where it is not dout, then the gradients of all params.
     """
     with no_autocast(x):
         grads = backward(
@@ -147,7 +157,7 @@ def run_backward(
             backend,
             need_dx=need_dx,
         )
-    return _flat_grads(grads, params)
+    return _flat_grads(spec, grads, params)
 
 
 def _as_kernels_left(t: Tensor) -> Tensor:
@@ -174,12 +184,13 @@ def recompute_gradients(
         states = layer_states(block, x, reference_backend)
         mask = None if out is None else out.detach()
         grads = backward(block, dout, x, mask, states, reference_backend, need_dx=need_dx)
-        return _flat_grads(grads, params)
+        return _flat_grads(spec, grads, params)
 
 
-def _flat_grads(grads: BlockGrads, params: Sequence[Tensor]) -> list[Tensor]:
-    """Return dx where wanted, dresidual where there is one, then the gradients of all params."""
-    inputs = [t for t in (grads.dx, grads.dresidual) if t is not None]
+def _flat_grads(spec: BlockSpec, grads: BlockGrads, params: Sequence[Tensor]) -> list[Tensor]:
+    """Return what `run_backward` does; dout is none of it, for no op may return its input."""
+    dresidual = grads.dresidual if spec.masks_residual else None
+    inputs = [t for t in (grads.dx, dresidual) if t is not None]
     of_params = (tensor for layer in grads.layers for tensor in layer)
     return [*inputs, *(t.to(param.dtype) for t, param in zip(of_params, params, strict=True))]
 
@@ -194,9 +205,8 @@ def save_block(
 ) -> None:
     """Keep in an autograd context what `block_gradients` needs."""
     ctx.set_materialize_grads(False)
-    # Without a shortcut the ReLU's mask follows from y, which is kept anyway.
-    mask = None if spec.shortcut == "none" else out
-    ctx.save_for_backward(x, mask, *params, *saved)
+    # An out that is not kept may be changed in place before backward.
+    ctx.save_for_backward(x, out if spec.keeps_out else None, *params, *saved)
     ctx.spec, ctx.num_params = spec, len(params)
 
 
@@ -218,7 +228,9 @@ def block_gradients(
     else:
         grads = run(ctx.spec, dout, x, out, params, saved, need_dx=need_dx)
     dx = grads.pop(0) if need_dx else None
-    dresidual = grads.pop(0) if ctx.spec.shortcut == "given" else None
+    dresidual = None
+    if ctx.spec.shortcut == "given":
+        dresidual = grads.pop(0) if ctx.spec.masks_residual else dout
     return dx, dresidual, [*grads]
 
 

@@ -2,6 +2,8 @@
 
     y_1 = conv(x);  y_i = conv(relu(bn(y_i-1)));  out = relu(bn(y_n) + shortcut)
 
+The last ReLU may be left out, as behind the additions of MobileNetV2.
+
 One layer is conv-BN-ReLU, two with a shortcut a basic block, three a bottleneck. No activation
 between the layers is ever stored: each convolution forms it from the raw y of its producer.
 
@@ -44,8 +46,8 @@ class Block(NamedTuple):
     """What is computed.
 
     layers: the main path. projection: the layer of a projected shortcut. shortcut: what is added
-    before the last ReLU: nothing, x itself, a given tensor, or the projection of x. relu: whether
-    there is a last ReLU; with a shortcut there is.
+    behind the last batch norm: nothing, x itself, a given tensor, or the projection of x. relu:
+    whether there is a ReLU behind that.
     """
 
     layers: Sequence[ConvBN]
@@ -62,7 +64,8 @@ class Block(NamedTuple):
 class BlockGrads(NamedTuple):
     """Gradients of a block: of x (None where unwanted), of a given residual, of the parameters.
 
-    layers: in the order of `Block.all_layers`.
+    dresidual: without a last ReLU it may be dout itself. layers: in the order of
+    `Block.all_layers`.
     """
 
     dx: Tensor | None
@@ -102,7 +105,8 @@ class Backend(Protocol):
     ) -> tuple[BatchNormGrads, BatchNormGrads | None]:
         """Gradients of a batch norm behind a ReLU, and of that of a projected shortcut.
 
-        mask: out (N, K, P, Q), or scale_shift (2, K) to recompute it from y; None: no ReLU.
+        mask: out (N, K, P, Q), or scale_shift (2, K) to recompute it from y; None: no ReLU, and
+        dy.g may be dout itself.
         """
 
     def conv_backward(
@@ -226,7 +230,8 @@ def backward(
         block: as in forward.
         dout: (N, K, P, Q) gradient of out.
         x: (N, C, H, W) input of the block.
-        out: its output; None where there is no shortcut, and the mask follows from y.
+        out: its output; None where there is no ReLU, which has no mask, or no shortcut, where the
+            mask follows from y.
         states: as forward returned them.
         backend: as in forward.
         need_dx: whether the gradient of x is wanted.

@@ -152,12 +152,12 @@ def _backward_fake(
     saved: list[Tensor],
     geometry: list[int],
     eps: list[float],
-    shortcut: str,
+    shortcut: Shortcut,
     relu: bool,
     need_dx: bool,
 ) -> list[Tensor]:
     inputs = [empty_channels_last(x, *x.shape)] if need_dx else []
-    if shortcut == "given":
+    if BlockSpec(geometry, eps, shortcut, relu).masks_residual:
         inputs.append(empty_channels_last(dout, *dout.shape))
     grads = [
         empty_channels_last(p, *p.shape) if p.dim() == 4 else torch.empty_like(p) for p in params
@@ -259,11 +259,13 @@ def residual_block(
     projection: ConvBN | None = None,
     residual: Tensor | None = None,
     add_input: bool = True,
+    relu: bool = True,
 ) -> tuple[Tensor, list[BatchStats]]:
     """`relu(bn(conv(.. relu(bn(conv(x))))) + shortcut)`: two layers basic, three bottleneck.
 
     Fused: no activation between the layers is stored; the shortcut's gradient is added by the last
-    kernel of backward. Saved: x, out, the raw y of every convolution, per-channel numbers.
+    kernel of backward. Saved: x, the raw y of every convolution, per-channel numbers, and out where
+    a ReLU follows a shortcut; an out that is not saved may be changed in place.
 
     Args:
         x: as in `conv_bn_relu`, as are the numerics.
@@ -271,6 +273,7 @@ def residual_block(
         projection: the layer that makes the shortcut from x.
         residual: (N, K, P, Q) channels_last, dtype of x: a shortcut made elsewhere.
         add_input: without the two above, x itself is the shortcut; False: there is none.
+        relu: whether the last ReLU is applied; those between the layers always are.
 
     Returns: out: (N, K, P, Q) dense channels_last; the statistics of the layers, the projection's
         last.
@@ -284,7 +287,7 @@ def residual_block(
         shortcut = "projected"
     elif residual is not None:
         shortcut = "given"
-    return _run(_residual_block, Block(layers, projection, shortcut), x, residual)
+    return _run(_residual_block, Block(layers, projection, shortcut, relu), x, residual)
 
 
 def _fold(
@@ -390,6 +393,7 @@ def residual_block_folded(
     *,
     projection: ConvBN | None = None,
     add_input: bool = True,
+    relu: bool = True,
 ) -> Tensor:
     """`residual_block` for inference, each layer as in `conv_bn_folded`.
 
@@ -399,11 +403,12 @@ def residual_block_folded(
         scale_shifts: (2, K) of each layer, the projection's last.
         projection: the layer that makes the shortcut from x.
         add_input: without a projection, x itself is the shortcut; False: there is none.
+        relu: whether the last ReLU is applied.
 
     Returns, raises: as `conv_bn_folded`; ValueError too where a layer has no scale_shift.
     """
     shortcut: Shortcut = "input" if add_input else "none"
-    block = Block(layers, projection, shortcut if projection is None else "projected")
+    block = Block(layers, projection, shortcut if projection is None else "projected", relu)
     filters = [layer.w for layer in block.all_layers]
     if not layers or len(scale_shifts) != len(filters):
         raise ValueError(f"got {len(scale_shifts)} scale_shifts for {len(filters)} layers")
@@ -419,4 +424,4 @@ def residual_block_folded(
     *inner, last = zip(layers, scale_shifts, strict=False)
     for layer, scale_shift in inner:
         x = conv_bn_folded(x, layer, scale_shift)
-    return conv_bn_folded(x, *last, residual=residual)
+    return conv_bn_folded(x, *last, residual=residual, relu=relu)

@@ -260,18 +260,18 @@ def conv_bn(
     Args:
         x: (N, C, H, W).
         layer: the convolution and its batch norm.
-        relu: whether the ReLU is applied; no op adds a residual without it while training.
+        relu: whether the ReLU is applied.
         residual: (N, K, P, Q), or None.
 
     Returns: (N, K, P, Q), channels_last when fused.
     """
-    if can_train(x, [layer]) and (relu or residual is None):
+    if can_train(x, [layer]):
         operand, params = to_compute_dtype(x), layer_params(layer, x)
         if residual is None:
             out, stats = ops.conv_bn_relu(operand, params, relu=relu)
         else:
             given = residual.to(operand.dtype)
-            out, stats = ops.residual_block(operand, [params], residual=given)
+            out, stats = ops.residual_block(operand, [params], residual=given, relu=relu)
         update_running_stats([layer.bn], stats)
         return recomputed_to_here(out)
     if can_fold(x, [layer], residual):

@@ -336,6 +336,7 @@ def _fuses_block(x: Tensor, block: Block, scale_shifts: Sequence[Tensor]) -> boo
     wanted: list[tuple[int, ...]] = [(k, c, 3, 3), (k, k, 3, 3), (k, c, 1, 1)]
     return (
         n > 0
+        and block.relu
         and [filters.shape for filters in operands] == wanted[: len(operands)]
         and all(filters.dtype == x.dtype for filters in operands)
         and [(t.shape, t.dtype) for t in scale_shifts] == [((2, k), torch.float32)] * len(operands)
@@ -355,7 +356,7 @@ def adds_in_projection(x: Tensor, first: ConvBN, projection: ConvBN) -> bool:
 
 
 def block_folded(x: Tensor, block: Block, scale_shifts: Sequence[Tensor]) -> Tensor | None:
-    """See `block.Backend`: there is one for bf16 basic blocks of few channels."""
+    """See `block.Backend`: there is one for bf16 basic blocks of few channels, with ReLU."""
     if not _fuses_block(x, block, scale_shifts):
         return None
     x, first = to_dense_channels_last(x), block.layers[0]

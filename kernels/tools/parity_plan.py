@@ -70,10 +70,12 @@ def plan_checks(
 def _block_checks(
     network: str, batch: int, precision: str, entries: Mapping[str, ConvConfig]
 ) -> Iterator[Check]:
-    """Every kind of block of a network, forward and backward."""
-    for block in network_blocks(network, batch):
-        name = f"block/{precision}/{network}/{block.name.replace(' ', '-')}"
-        yield _step_check(name, [block], precision, entries)
+    """Every kind of block of a network, forward and backward; two in a row without a last ReLU."""
+    blocks, kind = network_blocks(network, batch), f"block/{precision}/{network}"
+    for block in blocks:
+        yield _step_check(f"{kind}/{block.name.replace(' ', '-')}", [block], precision, entries)
+    first = [block for block in blocks if block.shortcut != "none"][:2]
+    yield _step_check(f"{kind}/no-last-relu", first, precision, entries, relu=False)
 
 
 def _network_checks(
@@ -88,10 +90,16 @@ def _network_checks(
 
 
 def _step_check(
-    name: str, blocks: Sequence[NamedBlock], precision: str, entries: Mapping[str, ConvConfig]
+    name: str,
+    blocks: Sequence[NamedBlock],
+    precision: str,
+    entries: Mapping[str, ConvConfig],
+    *,
+    relu: bool = True,
 ) -> Check:
     def make(device: torch.device, seed: int) -> NetworkStep:
-        return blocks_step(blocks, PRECISIONS[precision], device, seed)
+        step = blocks_step(blocks, PRECISIONS[precision], device, seed)
+        return replace(step, blocks=tuple((b._replace(relu=relu), dx) for b, dx in step.blocks))
 
     return Check(
         name=name,

@@ -157,7 +157,7 @@ def cases(draw: st.DrawFn, op: str, depth: int = 1, shortcut: Shortcut = "none")
         layers,
         shortcut,
         projection,
-        relu=draw(st.booleans()) if shortcut == "none" and op != "residual_block" else True,
+        relu=draw(st.booleans()),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         gaps=draw(st.sampled_from([(0, 0), (3, 0), (0, 2), (8, 1)])),
         tile=draw(
@@ -385,7 +385,8 @@ def run_op(
     projection = layers[-1] if case.projection is not None else None
     main = layers[:-1] if projection is not None else layers
     options = {"projection": projection, "residual": residual}
-    return ops.residual_block(x, main, **options, add_input=case.shortcut == "input")[0]
+    options |= {"add_input": case.shortcut == "input", "relu": case.relu}
+    return ops.residual_block(x, main, **options)[0]
 
 
 def judge(case: Case) -> PooledErrorBound:

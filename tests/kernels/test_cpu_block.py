@@ -29,6 +29,7 @@ BLOCKS = {
     "projected at stride 1": ((2, 16, 5, 9, 32, 1), "projected"),
     "strided, odd": ((2, 16, 9, 8, 32, 2), "projected"),
     "deep": ((1, 64, 4, 16, 128, 2), "projected"),
+    "no ReLU": ((2, 32, 5, 19, 32, 1), "input"),
 }
 BLOCKS_OF_ONE_KERNEL = list(BLOCKS)[:8]
 
@@ -38,6 +39,7 @@ class BlockCase:
 
     def __init__(self, name):
         (n, c, h, w, k, stride), self.kind = BLOCKS[name]
+        self.relu = name != "no ReLU"
         sizes = [(n, c, h, w, k, 3, stride), (n, k, 1, 1, k, 3, 1), (n, c, h, w, k, 1, stride)]
         if self.kind != "projected":
             sizes.pop()
@@ -54,6 +56,7 @@ class BlockCase:
             self.scale_shifts,
             projection=projection,
             add_input=self.kind == "input",
+            relu=self.relu,
         )
 
     def layer_by_layer(self, convolve):
@@ -62,7 +65,7 @@ class BlockCase:
         if self.kind == "projected":
             shortcut = convolve(self.x, self.layers[2], self.scale_shifts[2], None, False)
         inner = convolve(self.x, self.layers[0], self.scale_shifts[0], None, True)
-        return convolve(inner, self.layers[1], self.scale_shifts[1], shortcut, True)
+        return convolve(inner, self.layers[1], self.scale_shifts[1], shortcut, self.relu)
 
 
 @pytest.fixture

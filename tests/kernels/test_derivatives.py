@@ -45,13 +45,8 @@ def block_of(name):
             )
         ]
         projection = layers.pop() if case.projection else None
-        return block(
-            named["x"],
-            layers,
-            projection=projection,
-            residual=named.get("residual"),
-            add_input=case.kind == "input",
-        )
+        others = {"projection": projection, "residual": named.get("residual")}
+        return block(named["x"], layers, **case.options() | others)
 
     def fused(*tensors):
         return with_tensors(lambda *a, **k: ops.residual_block(*a, **k)[0], tensors)

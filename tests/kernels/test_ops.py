@@ -1,4 +1,4 @@
-"""The registered ops: schema, fakes, autograd, numbers on both backends and both routes."""
+"""The registered ops: schema, fakes, autograd, numbers on all backends and both routes."""
 
 from dataclasses import replace
 
@@ -9,22 +9,27 @@ import torch.nn.functional as F
 from fastres.kernels import block as block_ops
 from fastres.kernels import ops
 from fastres.kernels.conv_types import ConvBN
+from fastres.kernels.cpu import backend as cpu_backend
+from fastres.kernels.cpu import build as cpu_build
 from fastres.kernels.dispatch import force_backend
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.reference import backend as reference_backend
-from tests.helpers.interpreter import DEVICE
+from tests.helpers.interpreter import DEVICE, HAS_GPU
 from tests.helpers.kernel_cases import TILES, channels_last
 from tests.helpers.numerics import assert_like_eager
 
 
-@pytest.fixture(params=["plain", "triton", "cudnn"])
+@pytest.fixture(params=["plain", "triton", "cudnn", "cpu"])
 def backend(request, monkeypatch):
-    """Plain torch; Triton kernels; torch convolutions with Triton kernels around them."""
+    """Plain torch; Triton kernels; torch convolutions with these around them; CPU kernels."""
+    if request.param == "cpu" and (HAS_GPU or cpu_build.library() is None):
+        pytest.skip(f"no CPU kernels: {cpu_build.unavailable() or 'the tests run on a GPU'}")
     route = "cudnn" if request.param == "cudnn" else "triton"
     config = replace(TILES, route=route)
     monkeypatch.setattr(gpu_backend, "conv_config", lambda *_, **__: config)
-    with force_backend(reference_backend if request.param == "plain" else gpu_backend):
+    others = {"plain": reference_backend, "cpu": cpu_backend}
+    with force_backend(others.get(request.param, gpu_backend)):
         yield
 
 
@@ -48,7 +53,7 @@ def eager_conv_bn(x, layer: ConvBN):
     return F.batch_norm(y, None, None, layer.weight, layer.bias, True, 0.1, layer.eps)
 
 
-def eager_block(x, layers, projection=None, residual=None, add_input=True):
+def eager_block(x, layers, projection=None, residual=None, add_input=True, relu=True):
     z = x
     for layer in layers[:-1]:
         z = F.relu(eager_conv_bn(z, layer))
@@ -59,7 +64,7 @@ def eager_block(x, layers, projection=None, residual=None, add_input=True):
         z = z + residual
     elif add_input:
         z = z + x
-    return F.relu(z)
+    return F.relu(z) if relu else z
 
 
 CASES = {
@@ -70,6 +75,8 @@ CASES = {
     "projected": ([(32, 16, 3, 2), (32, 32, 3, 1)], (32, 16, 1, 2), "none"),
     "bottleneck": ([(8, 16, 1, 1), (8, 8, 3, 1), (16, 8, 1, 1)], None, "input"),
 }
+NO_RELU = [f"{name}, no ReLU" for name in ("layer + residual", "basic", "projected")]
+CASES |= {name: CASES[name.removesuffix(", no ReLU")] for name in NO_RELU}
 
 
 class Case:
@@ -77,6 +84,7 @@ class Case:
 
     def __init__(self, name: str, dtype: torch.dtype = torch.float32):
         layers, projection, self.kind = CASES[name]
+        self.relu = name not in NO_RELU
         generator = torch.Generator().manual_seed(0)
         self.x = channels_last(torch.randn(2, 16, 6, 5, generator=generator), dtype)
         self.layers = [make_layer(*layer, generator, dtype) for layer in layers]
@@ -92,7 +100,8 @@ class Case:
             return value if value is None else value.double()
 
         wide = object.__new__(Case)
-        wide.x, wide.residual, wide.kind = widen(self.x), widen(self.residual), self.kind
+        wide.x, wide.residual = widen(self.x), widen(self.residual)
+        wide.kind, wide.relu = self.kind, self.relu
         wide.layers = [widen(layer) for layer in self.layers]
         wide.projection = widen(self.projection)
         return wide
@@ -107,18 +116,21 @@ class Case:
             named |= {f"{field} {i}": getattr(layer, field) for field in ("w", "weight", "bias")}
         return named
 
+    def options(self) -> dict[str, object]:
+        """What a block is told beside x and layers."""
+        return {
+            "projection": self.projection,
+            "residual": self.residual,
+            "add_input": self.kind == "input",
+            "relu": self.relu,
+        }
+
     def step(self, block) -> dict[str, torch.Tensor]:
         """Output and every gradient of `block`."""
         inputs = self.inputs()
         for tensor in inputs.values():
             tensor.requires_grad_()
-        out = block(
-            self.x,
-            self.layers,
-            projection=self.projection,
-            residual=self.residual,
-            add_input=self.kind == "input",
-        )
+        out = block(self.x, self.layers, **self.options())
         dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         return {"out": out, **dict(zip(inputs, _grads(out, inputs, dout), strict=True))}
 
@@ -153,6 +165,17 @@ def test_output_and_every_gradient_in_bfloat16(name):
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("name", NO_RELU)
+def test_without_a_relu_out_may_be_changed_in_place_before_backward(name):
+    case = Case(name)
+    wanted = Case(name).step(fused_block)
+    # Doubled and halved again, so that every gradient is the same bit for bit.
+    got = case.step(lambda *args, **options: fused_block(*args, **options).mul_(2).mul_(0.5))
+    for key, value in got.items():
+        assert torch.equal(value, wanted[key]), key
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("relu", [True, False])
 def test_layer_and_its_statistics(relu):
     case = Case("layer")
@@ -179,7 +202,9 @@ def test_folded_layer():
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("name", ["basic", "no shortcut", "projected", "bottleneck"])
+@pytest.mark.parametrize(
+    "name", ["basic", "no shortcut", "projected", "bottleneck", "projected, no ReLU"]
+)
 def test_folded_block(name):
     case = Case(name)
     layers = [*case.layers, case.projection] if case.projection else case.layers
@@ -195,6 +220,7 @@ def test_folded_block(name):
         scale_shifts,
         projection=case.projection,
         add_input=case.kind == "input",
+        relu=case.relu,
     )
     z = case.x
     for layer in case.layers[:-1]:
@@ -202,7 +228,8 @@ def test_folded_block(name):
     z = folded(z, case.layers[-1])
     if case.projection is not None:
         z = z + folded(case.x, case.projection)
-    wanted = (z + case.x if case.kind == "input" else z).relu()
+    z = z + case.x if case.kind == "input" else z
+    wanted = z.relu() if case.relu else z
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -222,6 +249,7 @@ def test_a_folded_block_needs_a_scale_and_shift_for_every_layer():
     [
         ("conv_bn_relu", "layer", "none"),
         ("residual_block", "layer + residual", "given"),
+        ("residual_block", "layer + residual, no ReLU", "given"),
         ("residual_block", "projected", "projected"),
     ],
 )
@@ -231,18 +259,18 @@ def test_opcheck(op, name, shortcut):
     params = [t.requires_grad_() for layer in layers for t in layer[:3]]
     geometry = [number for layer in layers for number in (layer.stride, layer.padding)]
     eps = [layer.eps for layer in layers]
-    arguments = (params, geometry, eps, shortcut, True)
+    arguments = (params, geometry, eps, shortcut, case.relu)
     forward = getattr(torch.ops.fastres, f"{op}_fwd").default
     torch.library.opcheck(forward, (case.x.requires_grad_(), case.residual, *arguments))
     with torch.no_grad():
         out, saved = forward(case.x, case.residual, *arguments)
     backward = getattr(torch.ops.fastres, f"{op}_bwd").default
-    mask = None if shortcut == "none" else out
+    mask = out if case.relu and shortcut != "none" else None
     detached = [t.detach() for t in params]
     for need_dx in (True, False):
         torch.library.opcheck(
             backward,
-            (out, case.x.detach(), mask, detached, saved, geometry, eps, shortcut, True, need_dx),
+            (out, case.x.detach(), mask, detached, saved, *arguments[1:], need_dx),
             test_utils=("test_schema", "test_faketensor"),
         )
 
