@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["create_model", "fuse", "load_dataset", "make_loader"]
+__all__ = ["create_model", "explain", "fuse", "load_dataset", "make_loader"]
 
 _HOMES = {
     "create_model": "fastres.model.resnet",
-    "fuse": "fastres.model.fuse",
+    "explain": "fastres.fusion.explain",
+    "fuse": "fastres.fusion.fuse",
     "load_dataset": "fastres.data.source",
     "make_loader": "fastres.data.loaders",
 }
@@ -19,7 +20,8 @@ _HOMES = {
 if TYPE_CHECKING:
     from fastres.data.loaders import make_loader
     from fastres.data.source import load_dataset
-    from fastres.model.fuse import fuse
+    from fastres.fusion.explain import explain
+    from fastres.fusion.fuse import fuse
     from fastres.model.resnet import create_model
 
 

@@ -177,7 +177,7 @@ def _evaluate(
     from fastres.engine.evaluation import evaluate, evaluation_loader
     from fastres.engine.runtime import resolve_runtime
     from fastres.errors import FailureError
-    from fastres.model.fuse import fuse
+    from fastres.fusion.fuse import fuse
 
     path = folder.result() if options.checkpoint == "auto" else folder.file(options.checkpoint)
     weights, meta = read_weights(path)

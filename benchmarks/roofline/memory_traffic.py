@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastres.fusion.fuse import fuse
 from fastres.kernels import ops
 from fastres.kernels.block import Backend
 from fastres.kernels.dispatch import force_backend
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu.launch import Launch, num_bytes, recording
-from fastres.model.fuse import fuse
 from fastres.model.resnet import create_model
 from fastres.output import reader_may_leave
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness.launch_bytes import tensor_bytes
+from fastres.fusion.fuse import fuse
 from fastres.kernels.conv_shape import ConvShape
-from fastres.model.fuse import fuse
 
 __all__ = [
     "CATEGORIES",

@@ -18,8 +18,8 @@ from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.ema import WeightAverage
 from fastres.engine.optim import Optimizer, lr_factor
 from fastres.engine.runtime import Runtime
-from fastres.engine.step_kernels import add_to_totals, copy_filters, has_step_kernels
-from fastres.model.fused_modules import SmoothCrossEntropy, own_counters
+from fastres.engine.step_kernels import add_to_totals, copy_filters, has_step_kernels, own_counters
+from fastres.model.head import SmoothCrossEntropy
 from fastres.model.running_stats import batched_running_stats
 
 __all__ = ["Totals", "TrainStep"]

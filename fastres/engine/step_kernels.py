@@ -15,11 +15,19 @@ from torch.autograd.graph import increment_version
 from fastres.engine.runtime import Runtime
 from fastres.kernels.dispatch import runs_on_triton
 from fastres.kernels.filter_copies import FilterCopies
+from fastres.kernels.gpu.counters import own_counters
 
 if TYPE_CHECKING:
     from fastres.kernels.gpu.sgd import SGDTensors, SGDUpdate
 
-__all__ = ["FilterCopies", "OneLaunchSGD", "add_to_totals", "copy_filters", "has_step_kernels"]
+__all__ = [
+    "FilterCopies",
+    "OneLaunchSGD",
+    "add_to_totals",
+    "copy_filters",
+    "has_step_kernels",
+    "own_counters",
+]
 
 
 def has_step_kernels(runtime: Runtime) -> bool:

@@ -35,7 +35,7 @@ from fastres.engine.state import TrainingState
 from fastres.engine.step import TrainStep
 from fastres.engine.summary import ExecutionMode, MetricsRow, Summary, chosen_row
 from fastres.errors import FailureError
-from fastres.model.fuse import fuse
+from fastres.fusion.fuse import fuse
 from fastres.model.resnet import create_model
 from fastres.model.summary import ModelSummary, summarize
 from fastres.model.whiten import whiten_stem

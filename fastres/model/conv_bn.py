@@ -1,41 +1,45 @@
-"""A convolution and its batch norm as modules, computed by the fused ops.
+"""A convolution and its batch norm, as they stand in a network, and what ops need of the two.
 
-In training with the statistics of the batch, in evaluation with the running statistics folded into
-the convolution, and by the modules themselves wherever an op would compute something else. Under
-autocast activations and filters are cast to its dtype, the filters by the ops where kernels run;
-parameters and statistics of batch norm are used in float32.
+Which parameters an op takes, which layers it may compute, and the batch norm folded into its
+convolution for evaluation. residual_block.py calls the ops.
+
+Under autocast activations and filters are cast to its dtype, the filters by the ops where kernels
+run; parameters and statistics of batch norm are used in float32. The bias of a convolution has no
+place in an op: a batch norm that uses the statistics of the batch takes it away again, so that it
+moves the running mean alone, and in evaluation it is folded with the batch norm.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastres.kernels import ops
 from fastres.kernels.conv_types import ConvBN, stat_dtype
 from fastres.kernels.dispatch import runs_on_triton
 from fastres.kernels.plain_tensors import have_plain_types
 from fastres.kernels.reference.block import bn_fold_ref
-from fastres.model.interception import is_overridden
-from fastres.model.running_stats import update_running_stats
+from fastres.model.interception import computes_as, is_overridden
 
 __all__ = [
+    "ConvArguments",
     "ConvBNModules",
-    "block_folded",
+    "NormArguments",
+    "are_images",
     "can_fold",
     "can_train",
     "cast_dtype",
     "constant_parameters",
-    "conv_bn",
-    "conv_bn_folded",
+    "fold_once",
     "is_unmodified_relu",
     "layer_params",
-    "recomputed_to_here",
+    "normalize",
+    "takes_tensors",
     "to_compute_dtype",
+    "wants_gradient",
     "why_not_fused",
 ]
 
@@ -44,16 +48,40 @@ _folded_layers: ContextVar[dict[Any, tuple[ConvBN, Tensor]] | None] = ContextVar
 )
 
 
+class ConvArguments(NamedTuple):
+    """What F.conv2d is called with, named as the attributes of nn.Conv2d."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
+class NormArguments(NamedTuple):
+    """What F.batch_norm is called with, named as the attributes of nn.BatchNorm2d."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor
+    bias: Tensor
+    training: bool
+    momentum: float
+    eps: float
+    # Whoever calls the function counts the batches.
+    num_batches_tracked: None = None
+    track_running_stats: bool = True
+
+
 class ConvBNModules(NamedTuple):
     """One layer of a net: a convolution and the batch norm that reads it."""
 
-    conv: nn.Conv2d
-    bn: nn.BatchNorm2d
+    conv: nn.Conv2d | ConvArguments
+    bn: nn.BatchNorm2d | NormArguments
 
 
 def is_unmodified_relu(module: Any) -> bool:
     """Whether a module is a ReLU that an op may take over."""
-    return type(module) is nn.ReLU and not is_overridden(module)
+    return computes_as(module, nn.ReLU) and not is_overridden(module)
 
 
 def _is_cast(x: Tensor) -> bool:
@@ -86,10 +114,12 @@ def layer_params(layer: ConvBNModules, x: Tensor) -> ConvBN:
     # A compiler cannot ask for kernels. Where none run, the op does what is done here.
     if w.dtype != torch.float32 or not (torch.compiler.is_compiling() or runs_on_triton(x)):
         w = w.to(cast_dtype(x))
+    bias = bn.bias.to(wide)
+    if conv.bias is not None:
+        # The mean of the batch takes it away again; its gradient is zero, but it has one.
+        bias = bias + 0 * conv.bias.to(wide)
     padding = cast(tuple[int, int], conv.padding)
-    return ConvBN(
-        w, bn.weight.to(wide), bn.bias.to(wide), conv.stride[0], padding[0], float(bn.eps)
-    )
+    return ConvBN(w, bn.weight.to(wide), bias, conv.stride[0], padding[0], float(bn.eps))
 
 
 @contextmanager
@@ -114,10 +144,13 @@ def _fold(layer: ConvBNModules, x: Tensor) -> tuple[ConvBN, Tensor]:
     assert bn.running_mean is not None
     assert bn.running_var is not None
     rstd = (bn.running_var.to(wide) + bn.eps).rsqrt()
-    return params, bn_fold_ref(bn.running_mean.to(wide), rstd, params.weight, params.bias)
+    mean = bn.running_mean.to(wide)
+    if layer.conv.bias is not None:
+        mean = mean - layer.conv.bias.to(wide)
+    return params, bn_fold_ref(mean, rstd, params.weight, bn.bias.to(wide))
 
 
-def _fold_once(layer: ConvBNModules, x: Tensor) -> tuple[ConvBN, Tensor]:
+def fold_once(layer: ConvBNModules, x: Tensor) -> tuple[ConvBN, Tensor]:
     """`_fold`, or what it returned before in the same `constant_parameters`."""
     folded = None if torch.compiler.is_compiling() else _folded_layers.get()
     if folded is None:
@@ -128,63 +161,15 @@ def _fold_once(layer: ConvBNModules, x: Tensor) -> tuple[ConvBN, Tensor]:
     return folded[key]
 
 
-def conv_bn_folded(
-    x: Tensor, layer: ConvBNModules, *, relu: bool, residual: Tensor | None = None
-) -> Tensor:
-    """`conv_bn` with the running statistics, in one op."""
-    params, scale_shift = _fold_once(layer, x)
-    given = None if residual is None else to_compute_dtype(residual)
-    return ops.conv_bn_folded(to_compute_dtype(x), params, scale_shift, residual=given, relu=relu)
-
-
-def block_folded(
-    x: Tensor, layers: Sequence[ConvBNModules], *, projection: ConvBNModules | None, add_input: bool
-) -> Tensor:
-    """A residual block with the running statistics."""
-    all_layers = layers if projection is None else [*layers, projection]
-    params, scale_shifts = zip(*(_fold_once(layer, x) for layer in all_layers), strict=True)
-    return ops.residual_block_folded(
-        to_compute_dtype(x),
-        params[: len(layers)],
-        scale_shifts,
-        projection=None if projection is None else params[-1],
-        add_input=add_input,
-    )
-
-
-class _SaveATensor(torch.autograd.Function):
-    """The identity, with something kept for backward."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor) -> Tensor:
-        ctx.save_for_backward(out.new_zeros(1))
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Tensor:
-        return dout
-
-
-def recomputed_to_here(out: Tensor) -> Tensor:
-    """Return out, having torch.utils.checkpoint recompute all that came before.
-
-    Without reentrance it leaves a segment, by an exception, at the last tensor that backward needs.
-    A plain batch norm has then moved its running statistics for the second time; a fused block
-    saves its last tensor before it can.
-    """
-    if torch.compiler.is_compiling() or not out.requires_grad:
-        return out
-    has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return _SaveATensor.apply(out) if has_hooks else out
-
-
-def why_not_fused(conv: Any, bn: Any) -> str | None:
+def why_not_fused(conv: Any, bn: Any, *, is_norm_alone: bool = False) -> str | None:
     """Say why a convolution and the module behind it cannot be one op, or return None.
 
     Asked when a net is fused, and again whenever it runs: a fused net can be hooked, pruned, given
     another convolution or norm. Then the modules themselves are called.
+
+    is_norm_alone: whether only the batch norm is meant that a module of another class begins with.
     """
-    if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
+    if not (computes_as(conv, nn.Conv2d) and (is_norm_alone or _begins_with_norm(bn))):
         return f"{type(conv).__name__} before {type(bn).__name__}"
     if is_overridden(conv) or is_overridden(bn):
         return "a hook or a replaced method on convolution or batch norm"
@@ -192,13 +177,13 @@ def why_not_fused(conv: Any, bn: Any) -> str | None:
         return f"{conv.groups} groups"
     if conv.dilation != (1, 1):
         return f"dilation {conv.dilation}"
-    if conv.bias is not None:
-        return "a bias"
     if conv.padding_mode != "zeros":
         return f"padding mode {conv.padding_mode}"
     if not _are_square(conv.stride, conv.padding):
         return f"stride {conv.stride}, padding {conv.padding}"
-    if bn._parameters.get("weight", bn) is None or bn._parameters.get("bias", bn) is None:
+    if conv._parameters.get("weight") is None or isinstance(conv, LazyModuleMixin):
+        return "filters that are computed or not made yet"
+    if bn._parameters.get("weight") is None or bn._parameters.get("bias") is None:
         return "batch norm without parameters"
     if bn.running_mean is None or bn.running_var is None:
         return "batch norm without running statistics"
@@ -207,76 +192,72 @@ def why_not_fused(conv: Any, bn: Any) -> str | None:
     return None
 
 
+def _begins_with_norm(bn: Any) -> bool:
+    """Whether a module is a batch norm, or known to compute one before all else."""
+    return computes_as(bn, nn.BatchNorm2d) or _is_marked(bn)
+
+
+def _is_marked(bn: Any) -> bool:
+    if not isinstance(bn, nn.BatchNorm2d):
+        return False
+    return vars(bn).get("begins_with_norm", vars) is type(bn).forward
+
+
+def normalize(bn: nn.BatchNorm2d, y: Tensor) -> Tensor:
+    """`bn(y)`, and nothing that a module of another class is known to compute behind it."""
+    return nn.BatchNorm2d.forward(bn, y) if _is_marked(bn) else bn(y)
+
+
 def _are_square(*sizes: Any) -> bool:
     """Whether every stride or padding is two equal numbers, and none a word or a rectangle."""
     return all(isinstance(size, tuple) and len(set(size)) == 1 for size in sizes)
 
 
-def _computes(x: Tensor, layer: ConvBNModules) -> bool:
-    """Whether an op computes on activations like x what calling the two modules would.
+def takes_tensors(x: Tensor, weight: Tensor, tensors: Iterable[Tensor | None]) -> bool:
+    """Whether ops take activations like x beside a layer's filters, and all of its tensors.
 
     Images of another dtype are left to the modules, which raise what they raise.
     """
-    conv, bn = layer
     return (
-        why_not_fused(conv, bn) is None
-        and (x.dtype == conv.weight.dtype or _is_cast(x))
-        and x.is_floating_point()
-        # Straight from the dictionaries: a module takes as long to find an attribute of these.
-        and have_plain_types(
-            *conv._parameters.values(), *bn._parameters.values(), *bn._buffers.values()
-        )
+        x.is_floating_point()
+        and (x.dtype == weight.dtype or _is_cast(x))
+        and have_plain_types(*tensors)
     )
 
 
-def _are_images(x: Tensor, layers: Sequence[ConvBNModules]) -> bool:
+def _computes(x: Tensor, layer: ConvBNModules) -> bool:
+    """Whether an op computes on activations like x what calling the two modules would."""
+    conv, bn = cast(tuple[nn.Conv2d, nn.BatchNorm2d], layer)
+    if why_not_fused(conv, bn) is not None:
+        return False
+    # Straight from the dictionaries: a module takes as long to find an attribute of these.
+    tensors = (*conv._parameters.values(), *bn._parameters.values(), *bn._buffers.values())
+    return takes_tensors(x, conv.weight, tensors)
+
+
+def are_images(x: Tensor, layers: Sequence[ConvBNModules]) -> bool:
     """Whether x holds images for the first layer; to all else the modules say what is wrong."""
-    return x.dim() == 4 and x.shape[0] > 0 and x.shape[1] == layers[0].conv.in_channels
+    return x.dim() == 4 and x.shape[0] > 0 and x.shape[1] == layers[0].conv.weight.shape[1]
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be wanted of any of these."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
 
 
 def can_train(x: Tensor, layers: Sequence[ConvBNModules]) -> bool:
     """Whether all batch norms use the statistics of a batch that is not empty."""
     is_training = all(layer.bn.training and _computes(x, layer) for layer in layers)
-    return is_training and _are_images(x, layers)
+    return is_training and are_images(x, layers)
 
 
 def can_fold(x: Tensor, layers: Sequence[ConvBNModules], residual: Tensor | None = None) -> bool:
     """Whether all batch norms use running statistics and nobody wants a gradient."""
     if any(layer.bn.training or not _computes(x, layer) for layer in layers):
         return False
-    if not _are_images(x, layers):
+    if not are_images(x, layers):
         return False
     if not torch.is_grad_enabled():
         return True
-    learns = any(p.requires_grad for layer in layers for m in layer for p in m.parameters())
-    return not (learns or x.requires_grad or (residual is not None and residual.requires_grad))
-
-
-def conv_bn(
-    x: Tensor, layer: ConvBNModules, *, relu: bool = True, residual: Tensor | None = None
-) -> Tensor:
-    """`relu(bn(conv(x)) + residual)`: by an op where one computes the same, else by the modules.
-
-    Args:
-        x: (N, C, H, W).
-        layer: the convolution and its batch norm.
-        relu: whether the ReLU is applied.
-        residual: (N, K, P, Q), or None.
-
-    Returns: (N, K, P, Q), channels_last when fused.
-    """
-    if can_train(x, [layer]):
-        operand, params = to_compute_dtype(x), layer_params(layer, x)
-        if residual is None:
-            out, stats = ops.conv_bn_relu(operand, params, relu=relu)
-        else:
-            given = residual.to(operand.dtype)
-            out, stats = ops.residual_block(operand, [params], residual=given, relu=relu)
-        update_running_stats([layer.bn], stats)
-        return recomputed_to_here(out)
-    if can_fold(x, [layer], residual):
-        return conv_bn_folded(x, layer, relu=relu, residual=residual)
-    z = layer.bn(layer.conv(x))
-    if residual is not None:
-        z = z + residual
-    return F.relu(z) if relu else z
+    modules = cast(list[nn.Module], [module for layer in layers for module in layer])
+    return not wants_gradient(x, residual, *(p for m in modules for p in m.parameters()))

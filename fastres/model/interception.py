@@ -21,7 +21,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastres.kernels.plain_tensors import are_plain
 
-__all__ = ["is_as_defined", "is_intercepted", "is_overridden", "replaced_functions"]
+__all__ = [
+    "computes_as",
+    "is_as_defined",
+    "is_intercepted",
+    "is_overridden",
+    "is_plain_tensor",
+    "replaced_functions",
+]
 
 # Methods between the call of a module and F: an instance that has its own computes something else.
 _METHODS = frozenset(
@@ -36,6 +43,10 @@ _METHODS = frozenset(
 )
 
 
+# The same of a class, where it may also change how its attributes are found.
+_OF_A_CLASS = (*_METHODS, "__call__", "__getattr__", "__getattribute__")
+
+
 def is_overridden(module: nn.Module) -> bool:
     """Whether a module has hooks or methods of its own, so that it must be called itself."""
     own = vars(module)
@@ -46,6 +57,15 @@ def is_overridden(module: nn.Module) -> bool:
         or own["_backward_pre_hooks"]
     )
     return bool(has_hooks) or not _METHODS.isdisjoint(own)
+
+
+def computes_as(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a module is of `kind`, or of a class derived from it that computes the same."""
+    derived = type(module)
+    return derived is kind or (
+        isinstance(module, kind)
+        and all(getattr(derived, name, None) is getattr(kind, name, None) for name in _OF_A_CLASS)
+    )
 
 
 def _functions() -> list[tuple[Any, str]]:
@@ -93,14 +113,18 @@ def _is_traced() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
+def is_plain_tensor(x: Any) -> bool:
+    """Whether x is a tensor whose numbers are all there is to it."""
+    return isinstance(x, Tensor) and are_plain(x)
+
+
 def is_intercepted(x: Any) -> bool:
     """Whether modules must be called on x, whatever they are: it may be no tensor at all.
 
     torch.compile does not count: it calls the ops in the graphs that it makes.
     """
     return (
-        not isinstance(x, Tensor)
-        or not are_plain(x)
+        not is_plain_tensor(x)
         or bool(_has_any_global_hook())
         or _is_traced()
         or any(getattr(owner, name) is not function for owner, name, function in _AS_DEFINED)

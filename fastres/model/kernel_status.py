@@ -1,14 +1,18 @@
 """Which kernels the fused modules would run on this machine, said in words."""
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from fastres.kernels.conv_types import ConvBN
 from fastres.kernels.cpu import build as cpu_build
+from fastres.kernels.cpu.backend import fuses_conv
 from fastres.kernels.dispatch import is_interpreted
 from fastres.kernels.gpu import launch_table
 
-__all__ = ["cpu_kernels_missing", "fused_kernels"]
+__all__ = ["cpu_kernels_missing", "fused_kernels", "why_slower_than_inductor"]
 
 
 def cpu_kernels_missing() -> str | None:
@@ -38,3 +42,34 @@ def fused_kernels(device: torch.device) -> str:
     if cpu_kernels_missing() is not None:
         return f"CPU kernels around oneDNN's convolutions: {cpu_kernels_missing()}"
     return "CPU kernels: bf16 convolutions with batch norm, ReLU and shortcut in one pass"
+
+
+def why_slower_than_inductor(x: Tensor, layers: Sequence[tuple[Tensor, int, int]]) -> str | None:
+    """Say why torch.compile's own code is the faster one for layers in a row, or return None.
+
+    On a CPU that is measured, see docs/your-own-network.md: fused convolutions win, and batch-norm
+    kernels around oneDNN's convolutions do not.
+
+    Args:
+        x: (N, C, H, W) in the dtype of the computation; only its shape is looked at.
+        layers: filters (K, C, R, S), stride and padding of each.
+    """
+    if x.dtype == torch.float64 or x.device.type not in ("cpu", "cuda"):
+        return f"no kernels for {x.dtype} on {x.device.type}"
+    if x.device.type == "cuda":
+        return "no Triton here" if importlib.util.find_spec("triton") is None else None
+    if is_interpreted():
+        return None
+    if cpu_build.unavailable() is not None:
+        return cpu_build.unavailable()
+    if x.dtype != torch.bfloat16:
+        return "inductor is faster on a CPU but in bfloat16"
+    height, width = x.shape[2:]
+    for w, stride, padding in layers:
+        if not fuses_conv(height, width, ConvBN(w, w, w, stride, padding)):
+            return "inductor is faster on a CPU where no fused convolution has the shape"
+        height, width = (
+            (size + 2 * padding - side) // stride + 1
+            for size, side in zip((height, width), w.shape[2:], strict=True)
+        )
+    return None

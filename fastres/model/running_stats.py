@@ -8,10 +8,10 @@ together, at its end.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -19,14 +19,25 @@ from fastres.kernels.dispatch import runs_on_triton
 from fastres.kernels.ops import BatchStats
 from fastres.kernels.plain_tensors import are_plain
 
-__all__ = ["batched_running_stats", "update_running_stats"]
+__all__ = ["Norm", "batched_running_stats", "update_running_stats"]
 
-_pending_updates: ContextVar[list[tuple[nn.BatchNorm2d, BatchStats]] | None] = ContextVar(
+
+class Norm(Protocol):
+    """What is asked of a batch norm: nn.BatchNorm2d has all of it."""
+
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
+    momentum: Any
+    track_running_stats: Any
+
+
+_pending_updates: ContextVar[list[tuple[Norm, BatchStats]] | None] = ContextVar(
     "fastres_pending_updates", default=None
 )
 
 
-def update_running_stats(norms: Sequence[nn.BatchNorm2d], batches: Sequence[BatchStats]) -> None:
+def update_running_stats(norms: Sequence[Norm], batches: Sequence[BatchStats]) -> None:
     """Move the running statistics towards those of the batch, as nn.BatchNorm2d does."""
     updates = [
         (bn, batch)
@@ -46,7 +57,7 @@ def batched_running_stats() -> Iterator[None]:
 
     Inside they are what they were before it, and an exception leaves them so.
     """
-    updates: list[tuple[nn.BatchNorm2d, BatchStats]] = []
+    updates: list[tuple[Norm, BatchStats]] = []
     token = _pending_updates.set(updates)
     try:
         yield
@@ -55,7 +66,7 @@ def batched_running_stats() -> Iterator[None]:
     _apply_updates(updates)
 
 
-def _can_update_together(norms: Sequence[nn.BatchNorm2d]) -> bool:
+def _can_update_together(norms: Sequence[Norm]) -> bool:
     """Whether one call can update all: they have one momentum, and no statistics occur twice."""
     # A compiler would guard on these very norms, and compile anew for every other net.
     if torch.compiler.is_compiling() or norms[0].momentum is None:
@@ -65,7 +76,7 @@ def _can_update_together(norms: Sequence[nn.BatchNorm2d]) -> bool:
 
 
 @torch.no_grad()
-def _apply_updates(updates: Sequence[tuple[nn.BatchNorm2d, BatchStats]]) -> None:
+def _apply_updates(updates: Sequence[tuple[Norm, BatchStats]]) -> None:
     if not updates:
         return
     if len(updates) > 1 and not _can_update_together([bn for bn, _ in updates]):

@@ -32,6 +32,7 @@ __all__ = [
     "conv_backward",
     "conv_bn",
     "conv_folded",
+    "fuses_conv",
     "reduce",
     "runs_on",
 ]
@@ -51,11 +52,14 @@ def runs_on(x: Tensor) -> bool:
 
 def _is_fused(x: Tensor, layer: ConvBN) -> bool:
     """Whether the fused kernels know this convolution."""
-    return x.dtype == torch.bfloat16 and _fuses_size(x.shape[2], x.shape[3], layer)
+    return x.dtype == torch.bfloat16 and fuses_conv(x.shape[2], x.shape[3], layer)
 
 
-def _fuses_size(height: int, width: int, layer: ConvBN) -> bool:
-    """Whether the fused kernels know this convolution of maps of a size, in bf16."""
+def fuses_conv(height: int, width: int, layer: ConvBN) -> bool:
+    """Whether the fused kernels know this convolution of maps of a size, in bf16.
+
+    height, width: of the input. layer: of it shape, stride and padding count.
+    """
     k, c, *filter_size = layer.w.shape
     is_3x3 = filter_size == [3, 3] and layer.padding == 1
     inputs, outputs = _CHANNELS.get(layer.stride, ((), ()))
@@ -345,8 +349,8 @@ def _fuses_block(x: Tensor, block: Block, scale_shifts: Sequence[Tensor]) -> boo
         and second.stride == 1
         and (projection is None or projection.stride == stride)
         and (block.shortcut != "input" or (c == k and stride == 1))
-        and all(_fuses_size(h, w, layer) for layer in block.all_layers if layer is not second)
-        and _fuses_size(h // stride, w // stride, second)
+        and all(fuses_conv(h, w, layer) for layer in block.all_layers if layer is not second)
+        and fuses_conv(h // stride, w // stride, second)
     )
 
 

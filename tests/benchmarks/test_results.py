@@ -244,6 +244,29 @@ def test_a_table_across_has_a_column_a_provider():
     assert "| resnet18 batch 8 |  | 8 |" in text
 
 
+def test_a_table_across_has_a_column_a_ratio():
+    def times(case, **ms):
+        return [Row("networks", case, p, "time", "ms", 1, t, t, t) for p, t in ms.items()]
+
+    spec = "networks | across: time | ratios: fastres / inductor, fastres / eager"
+    block = f"<!-- results: {spec} -->\n<!-- end -->"
+    first, second = born(), born("2026-01-03")
+    results = [(row, first) for row in times("net, training", eager=8, inductor=5, fastres=4)]
+    results += [(row, first) for row in times("net, inference", eager=3, fastres=2)]
+    text = report.fill(block, results)
+    header = (
+        "| case; time, ms | eager | inductor | fastres | fastres / inductor | fastres / eager |"
+    )
+    assert header in text
+    assert "| net, training | 8 | 5 | 4 | 1.25 x | 2.00 x |" in text
+    # Whom nobody measured beside it, in that run, it is not compared with.
+    assert "| net, inference | 3 |  | 2 |  | 1.50 x |" in text
+    results += [(row, second) for row in times("net, training", fastres=1)]
+    assert "| net, training | 8 | 5 | 1 |  |  |" in report.fill(block, results)
+    with pytest.raises(ValueError, match="a ratio is written C / D"):
+        report.fill(block.replace("fastres / inductor", "fastres"), results)
+
+
 def test_a_block_chooses_its_rows():
     results = [
         (speed("eager", 1), born()),

@@ -17,12 +17,12 @@ from fastres.engine.optim import Optimizer
 from fastres.engine.runtime import Runtime
 from fastres.engine.step import Totals, TrainStep
 from fastres.engine.step_kernels import FilterCopies, OneLaunchSGD
+from fastres.fusion.fuse import fuse
 from fastres.kernels import filter_copies
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu.launch import recording
 from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.gpu.launch_table import conv_config
-from fastres.model.fuse import fuse
 from fastres.model.resnet import BasicBlock, ResNet, create_model
 from tests.helpers.interpreter import DEVICE, HAS_GPU, needs_gpu
 from tests.helpers.numerics import assert_like_eager

@@ -14,13 +14,13 @@ import torch
 from fastres.config import Config
 from fastres.engine.runtime import Runtime
 from fastres.engine.step import TrainStep
+from fastres.fusion.fuse import fuse
 from fastres.kernels.dispatch import force_backend
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.tools.network_launches import record_update
 from fastres.kernels.tools.networks import PRECISIONS
 from fastres.kernels.tools.torch_launches import recording_all
-from fastres.model import conv_bn, fused_modules
-from fastres.model.fuse import fuse
+from fastres.model import conv_bn, head, residual_block
 from fastres.model.resnet import create_model
 
 BATCH = 16
@@ -37,7 +37,7 @@ class MetaRuntime(Runtime):
 def precision(request, monkeypatch):
     """Have a fused net on the meta device compute as under autocast of a GPU."""
     found = PRECISIONS[request.param]
-    for module in (conv_bn, fused_modules):
+    for module in (conv_bn, head, residual_block):
         monkeypatch.setattr(module, "cast_dtype", lambda x: found.dtype)
     monkeypatch.setattr(conv_bn, "_is_cast", lambda x: x.is_floating_point())
     with force_backend(gpu_backend):

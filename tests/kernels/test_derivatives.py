@@ -12,12 +12,12 @@ from torch.autograd.gradcheck import gradgradcheck
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastres.fusion.fuse import fuse
 from fastres.kernels import dispatch, ops
 from fastres.kernels.autograd import eager_backend
 from fastres.kernels.cpu import backend as cpu_backend
 from fastres.kernels.cpu import build as cpu_build
 from fastres.kernels.ops_head import pool_linear, smooth_cross_entropy
-from fastres.model.fuse import fuse
 from fastres.model.resnet import create_model
 from tests.helpers.interpreter import DEVICE, HAS_GPU
 from tests.kernels.test_ops import CASES, Case, eager_block

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from fastres.fusion.fuse import fuse
 from fastres.kernels import ops
 from fastres.kernels.ops_head import pool_linear
-from fastres.model.fuse import fuse
 from fastres.model.resnet import create_model
 from tests.helpers.interpreter import DEVICE
 from tests.kernels.test_ops import CASES, Case, eager_block

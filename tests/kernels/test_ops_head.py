@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastres.fusion.fuse import fuse
 from fastres.kernels import ops_head
 from fastres.kernels.gpu import cross_entropy
 from fastres.kernels.gpu import pool_linear as pool_linear_kernels
 from fastres.kernels.ops_head import pool_linear, smooth_cross_entropy
-from fastres.model import fused_modules
-from fastres.model.fuse import fuse
-from fastres.model.fused_modules import SmoothCrossEntropy, pool_classify
+from fastres.model import head
+from fastres.model.head import SmoothCrossEntropy, pool_classify
 from fastres.model.resnet import create_model
 from tests.helpers.head_cases import BF16, FP32, autocast, draw_labels, normal
 from tests.helpers.interpreter import DEVICE, needs_gpu, strict_memory  # noqa: F401
@@ -31,7 +31,7 @@ def backend(request, monkeypatch):
 def plain(monkeypatch):
     """Use the ops, and compute them in plain torch: for fp64, and nets without the interpreter."""
     monkeypatch.setattr(ops_head, "_find_kernels", lambda name, x: None)
-    monkeypatch.setattr(fused_modules, "is_worth_an_op", lambda x: True)
+    monkeypatch.setattr(head, "is_worth_an_op", lambda x: True)
 
 
 @pytest.mark.parametrize("wide", [torch.float64, FP32], ids=["plain", "kernels"])

@@ -208,8 +208,8 @@ def train_and_evaluate(config, dtype, spoil):
     from fastres.engine.evaluation import evaluate
     from fastres.engine.runtime import Runtime
     from fastres.engine.step import TrainStep
+    from fastres.fusion.fuse import fuse
     from fastres.kernels.gpu.augment import augment_normalize
-    from fastres.model.fuse import fuse
     from fastres.model.resnet import create_model
 
     device = torch.device("cpu")

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from fastres.model.conv_bn import ConvBNModules, conv_bn
-from fastres.model.fuse import fuse
-from fastres.model.fused_modules import FusedSequential
+from fastres.fusion.fuse import fuse
+from fastres.fusion.fused_module import FusedModule
+from fastres.model.conv_bn import ConvBNModules
+from fastres.model.residual_block import conv_bn
 from fastres.model.resnet import create_model
 from tests.helpers.interpreter import DEVICE
 
@@ -167,7 +168,7 @@ def test_statistics_may_be_missing(kept, momentum, training):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8])
 def test_images_of_another_dtype_are_refused_as_by_torch(dtype, training):
     faster = fuse(sequential().to(DEVICE), verbose=False).train(training)
-    assert isinstance(faster, FusedSequential)
+    assert isinstance(faster, FusedModule)
     with torch.no_grad(), pytest.raises(RuntimeError):
         faster(images().to(dtype))
 

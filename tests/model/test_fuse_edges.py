@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastres.fusion.fuse import fuse
 from fastres.kernels import block as block_ops
 from fastres.kernels.conv_types import ConvBN
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.reference import backend as reference_backend
-from fastres.model import conv_bn
+from fastres.model import conv_bn, residual_block
 from fastres.model.conv_bn import ConvBNModules, constant_parameters
-from fastres.model.fuse import fuse
 from fastres.model.resnet import create_model
 from tests.helpers.interpreter import DEVICE
 
@@ -41,7 +41,7 @@ def test_a_frozen_layer_in_evaluation_passes_the_residuals_gradient_on():
         module.to(DEVICE).eval().requires_grad_(False)
     x = torch.randn(2, 4, 5, 5, device=DEVICE)
     residual = torch.randn(2, 8, 5, 5, device=DEVICE, requires_grad=True)
-    out = conv_bn.conv_bn(x, pair, residual=residual)
+    out = residual_block.conv_bn(x, pair, residual=residual)
     (grad,) = torch.autograd.grad(out.sum(), residual)
     assert torch.equal(grad, (out > 0).float())
 

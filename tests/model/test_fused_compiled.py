@@ -17,12 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastres.config import Config
 from fastres.engine.runtime import Runtime
 from fastres.engine.step import TrainStep
+from fastres.fusion.fuse import fuse
 from fastres.kernels.gpu import backend as gpu_backend
-from fastres.model.fuse import fuse
 from fastres.model.resnet import create_model
+from tests.helpers.community_nets import with_random_norms
 from tests.helpers.interpreter import DEVICE, needs_gpu
 from tests.helpers.property_cases import Case, LayerSize, judge
-from tests.model.test_fused_nets import bottleneck_net, check_step, with_random_norms
+from tests.model.test_fused_nets import bottleneck_net, check_step
 
 CUDA = torch.device("cuda")
 

@@ -7,16 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastres.fusion.fuse import fuse
 from fastres.kernels.gpu import backend as gpu_backend
 from fastres.kernels.gpu.launch_config import ConvConfig
 from fastres.kernels.gpu.launch_table import conv_config
-from fastres.model.fuse import fuse
 from fastres.model.resnet import BasicBlock, Bottleneck, ResNet, create_model
+from tests.helpers.community_nets import with_random_norms
 from tests.helpers.interpreter import DEVICE, HAS_GPU
-from tests.helpers.numerics import UNIT_ROUNDOFF, PooledErrorBound
-
-# Draws of images on which a net that the error bound refuses is judged.
-MOST_DRAWS = 9
+from tests.helpers.net_steps import check_steps
+from tests.helpers.numerics import UNIT_ROUNDOFF
 
 
 @pytest.fixture(autouse=True)
@@ -31,51 +30,15 @@ def quick_tiles(monkeypatch):
     monkeypatch.setattr(gpu_backend, "conv_config", config)
 
 
-def with_random_norms(model: nn.Module) -> nn.Module:
-    """A fresh batch norm is the identity and would hide an exchanged gamma and beta."""
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
-            nn.init.normal_(module.bias, std=0.3, generator=generator)
-    return model.to(DEVICE)
-
-
 def bottleneck_net() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return ResNet(Bottleneck, (1, 1), 8, 10, "B")
 
 
-def train_once(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Logits, every gradient and every running statistic of a step; dtype is autocast's."""
-    model = copy.deepcopy(model).train()
-    half = dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(DEVICE.type, dtype if half else torch.bfloat16, enabled=half):
-        logits = model(x)
-    labels = torch.arange(len(x), device=x.device)
-    F.cross_entropy(logits.to(torch.promote_types(x.dtype, torch.float32)), labels).backward()
-    grads = {f"grad {name}": p.grad for name, p in model.named_parameters()}
-    buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
-    return {"logits": logits, **grads, **buffers}
-
-
 def check_step(model: nn.Module, dtype: torch.dtype, batch: int, size: int) -> None:
-    """Every tensor of a step is as near to fp64 as eager's, in the median of a few batches."""
-    bound = PooledErrorBound(dtype, has_relu=True)
-    faster = fuse(model, verbose=False)
-    for seed in range(MOST_DRAWS):
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn((batch, 3, size, size), generator=generator).to(DEVICE)
-        truth = train_once(copy.deepcopy(model).double(), x.double(), torch.float64)
-        got, eager = (train_once(net, x, dtype) for net in (faster, model))
-        nhwc = train_once(model, x.contiguous(memory_format=torch.channels_last), dtype)
-        assert got.keys() == truth.keys()
-        for name, value in got.items():
-            bound.add(name, value, [eager[name], nhwc[name]], truth[name])
-        if not bound.refused():
-            return
-    raise AssertionError("\n".join(bound.refused()))
+    """A training step of a fused net is as right as eager's."""
+    check_steps(model, {"fused": fuse(model, verbose=False)}, dtype, batch, size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

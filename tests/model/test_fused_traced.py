@@ -7,12 +7,12 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fastres.fusion.fuse import fuse
 from fastres.kernels import dispatch, ops
 from fastres.kernels.conv_types import ConvBN
 from fastres.kernels.cpu import backend as cpu_backend
 from fastres.kernels.cpu import build as cpu_build
 from fastres.kernels.reference import backend as reference_backend
-from fastres.model.fuse import fuse
 from fastres.model.resnet import create_model
 from tests.helpers.interpreter import HAS_GPU
 

@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastres.fusion.fuse import fuse
 from fastres.kernels import ops
 from fastres.model import resnet
-from fastres.model.fuse import fuse
 from fastres.model.resnet import create_model
 from tests.helpers.interpreter import DEVICE
 
