@@ -5,6 +5,7 @@ A document says where, and nothing else of it is touched:
     <!-- results: SUITE | case: TEXT | metrics: A, B | providers: C, D --> a table <!-- end -->
     <!-- results: SUITE | against: C, D --> with ratios to the providers C and D <!-- end -->
     <!-- results: SUITE | across: A -->     the metric A alone, a column a provider <!-- end -->
+    <!-- results: SUITE | across: A | ratios: C / D, C / E --> and one a ratio <!-- end -->
     <!-- plots: KIND -->                    pictures <!-- end -->
 
 All behind the suite is optional. Pictures are kept in docs/plots. `--check` changes nothing and
@@ -27,7 +28,11 @@ from fastres.output import reader_may_leave
 __all__ = ["fill", "loose_numbers", "main"]
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "docs" / "results.md",
+    ROOT / "docs" / "your-own-network.md",
+)
 PLOTS = ROOT / "docs" / "plots"
 _BLOCK = re.compile(r"(<!-- (results|plots): ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
@@ -58,7 +63,7 @@ def fill(document: str, results: Sequence[Result], plots: str = "docs/plots") ->
     return _BLOCK.sub(block, document)
 
 
-_OPTIONS = ("case", "metrics", "providers", "against", "across")
+_OPTIONS = ("case", "metrics", "providers", "against", "across", "ratios")
 
 
 def _table(spec: str, results: Sequence[Result]) -> str:
@@ -77,7 +82,10 @@ def _table(spec: str, results: Sequence[Result]) -> str:
     metrics, case = names("metrics"), options.get("case", "")
     chosen = choose(results, suite, case=case, metrics=metrics, providers=names("providers"))
     if "across" in options:
-        text = cross_table(chosen, options["across"])
+        pairs = [name.split(" / ") for name in names("ratios")]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"results block {spec!r}: a ratio is written C / D")
+        text = cross_table(chosen, options["across"], [(first, second) for first, second in pairs])
     else:
         text = table(chosen, metrics, names("against"))
     # Markdown needs an empty line between a comment and a paragraph, or a table behind one.

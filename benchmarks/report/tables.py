@@ -1,7 +1,8 @@
 """Rows as Markdown tables, one a machine.
 
 A `table` has a line a provider, with spread, number of measurements, and the ratio to a baseline; a
-`cross_table` has a line a case and a column a provider, for suites of many cases.
+`cross_table` has a line a case and a column a provider, for suites of many cases, with the ratios
+to the baseline or with those that it is told.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -155,9 +156,21 @@ def table(
     return _by_machine(chosen, body)
 
 
-def cross_table(chosen: Sequence[Result], metric: str) -> str:
-    """Lay the medians of one metric out, a line a case, a column a provider, ratios in brackets."""
-    return _by_machine([r for r in chosen if r[0].metric == metric], _cross_lines)
+def cross_table(
+    chosen: Sequence[Result], metric: str, ratios: Sequence[tuple[str, str]] = ()
+) -> str:
+    """Lay the medians of one metric out, a line a case, a column a provider.
+
+    Args:
+        chosen: of `choose`.
+        metric: to show.
+        ratios: pairs of providers: how many times faster the first is than the second, a column
+            each; default: every provider's ratio to the baseline, in brackets.
+    """
+    return _by_machine(
+        [result for result in chosen if result[0].metric == metric],
+        lambda group: _cross_lines(group, ratios),
+    )
 
 
 def _by_machine(chosen: Sequence[Result], body: Callable[[Sequence[Result]], list[str]]) -> str:
@@ -226,15 +239,21 @@ def _ratio(
     return ""
 
 
-def _cross_lines(group: Sequence[Result]) -> list[str]:
+def _cross_lines(group: Sequence[Result], ratios: Sequence[tuple[str, str]]) -> list[str]:
     baselines = Baselines(group)
-    providers = list(dict.fromkeys(row.provider for row, _ in group))
+    columns = list(dict.fromkeys(row.provider for row, _ in group))
     lines: dict[str, dict[str, str]] = {}
-    for row, provenance in group:
-        ratio = baselines.speedup((row, provenance))
-        text = number(row.median) + (f" ({ratio:.2f} x)" if ratio else "")
-        lines.setdefault(row.case, {})[row.provider] = text
-    header = [f"case; {_title(group[0][0])}", *providers]
+    for result in group:
+        cells = lines.setdefault(result[0].case, {})
+        text = number(result[0].median)
+        if not ratios and (ratio := baselines.speedup(result)):
+            text += f" ({ratio:.2f} x)"
+        cells[result[0].provider] = text
+        for faster, slower in ratios:
+            if result[0].provider == faster and (ratio := baselines.speedup(result, slower)):
+                cells[f"{faster} / {slower}"] = f"{ratio:.2f} x"
+    columns += [f"{faster} / {slower}" for faster, slower in ratios]
+    header = [f"case; {_title(group[0][0])}", *columns]
     return _markdown(
-        header, ([case, *(cells.get(p, "") for p in providers)] for case, cells in lines.items())
+        header, ([case, *(cells.get(c, "") for c in columns)] for case, cells in lines.items())
     )
