@@ -63,7 +63,7 @@ def why_slower_than_inductor(x: Tensor, layers: Sequence[tuple[Tensor, int, int]
     if cpu_build.unavailable() is not None:
         return cpu_build.unavailable()
     if x.dtype != torch.bfloat16:
-        return "inductor is faster on a CPU but in bfloat16"
+        return "inductor is faster on a CPU, except in bfloat16"
     height, width = x.shape[2:]
     for w, stride, padding in layers:
         if not fuses_conv(height, width, ConvBN(w, w, w, stride, padding)):
