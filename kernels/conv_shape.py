@@ -7,9 +7,14 @@ fprop NPQ x K x CRS, dgrad NHW x C x KRS, wgrad K x CRS x NPQ.
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-__all__ = ["ConvOp", "ConvShape", "GemmShape"]
+__all__ = ["ConvOp", "ConvShape", "GemmShape", "output_length"]
 
 ConvOp = Literal["fprop", "dgrad", "wgrad"]
+
+
+def output_length(length: int, side: int, stride: int, padding: int) -> int:
+    """Height or width of what a convolution with filters of a side makes of a height or width."""
+    return (length + 2 * padding - side) // stride + 1
 
 
 class GemmShape(NamedTuple):
@@ -49,12 +54,12 @@ class ConvShape:
     @property
     def P(self) -> int:
         """Output height."""
-        return (self.H + 2 * self.padding - self.R) // self.stride + 1
+        return output_length(self.H, self.R, self.stride, self.padding)
 
     @property
     def Q(self) -> int:
         """Output width."""
-        return (self.W + 2 * self.padding - self.S) // self.stride + 1
+        return output_length(self.W, self.S, self.stride, self.padding)
 
     @property
     def RSC(self) -> int:

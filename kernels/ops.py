@@ -36,6 +36,7 @@ from fastres.kernels.autograd import (
     to_states,
 )
 from fastres.kernels.block import Backend, Block, Shortcut, check_layer, check_shortcut, forward
+from fastres.kernels.conv_shape import output_length
 from fastres.kernels.conv_types import ConvBN, stat_dtype
 from fastres.kernels.dispatch import choose_backend, no_autocast
 from fastres.kernels.filter_copies import round_filter
@@ -117,7 +118,7 @@ def backward_impl(
 
 def _output_size(x: Tensor, w: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
     """The size (N, K, P, Q) of conv(x, w)."""
-    p, q = ((x.shape[d] + 2 * padding - w.shape[d]) // stride + 1 for d in (2, 3))
+    p, q = (output_length(x.shape[d], w.shape[d], stride, padding) for d in (2, 3))
     return x.shape[0], w.shape[0], p, q
 
 

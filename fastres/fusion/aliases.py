@@ -18,6 +18,12 @@ _NEW = {
 }
 _NEW_METHODS = {"add", "mul", "relu", "sigmoid", "mean", "sum"}
 _NEW_MODULES = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear, nn.MaxPool2d, nn.AvgPool2d)
+# Of a custom op the schema could be asked; those in networks are rare.
+_MAY_CHANGE = (
+    torch._ops.HigherOrderOperator,
+    torch._ops.OpOverload,
+    torch._ops.OpOverloadPacket,
+)
 # Calls that give those behind them another meaning.
 _MODES = (
     torch._C._set_grad_enabled,
@@ -65,12 +71,8 @@ class Aliases:
             if not _is_of_torch(module):
                 return node.all_input_nodes
             return node.all_input_nodes if getattr(module, "inplace", False) else []
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            return node.all_input_nodes
-        if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-            # Of a custom op the schema could be asked; those in networks are rare.
-            return node.all_input_nodes
-        return node.all_input_nodes if is_in_place(node) else []
+        changes = isinstance(node.target, _MAY_CHANGE) or is_in_place(node)
+        return node.all_input_nodes if changes else []
 
     def _memory_of(self, node: fx.Node) -> set[fx.Node]:
         if node.op == "placeholder":

@@ -83,8 +83,7 @@ def bind(node: fx.Node, names: str, **defaults: Any) -> dict[str, Any]:
 
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
-_IN_PLACE_SUMS = (operator.iadd,)
-_SUMS = (operator.add, torch.add, *_IN_PLACE_SUMS)
+_SUMS = (operator.add, operator.iadd, torch.add)
 
 
 def is_in_place(node: fx.Node) -> bool:

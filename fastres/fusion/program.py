@@ -71,7 +71,6 @@ class Head(NamedTuple):
 
 def find_heads(graph: ModuleGraph) -> Iterator[Head]:
     """Yield the classifiers of a graph."""
-    aliases = Aliases(graph)
     for node in graph.graph.nodes:
         if type(graph.module(node)) is not nn.Linear:
             continue
@@ -80,7 +79,7 @@ def find_heads(graph: ModuleGraph) -> Iterator[Head]:
         while isinstance(value, fx.Node) and len(value.users) == 1 and len(between) < 2:
             between.insert(0, value)
             if _is_mean(graph, value) and isinstance(value.args[0], fx.Node):
-                if aliases.are_movable([*between, node], node):
+                if Aliases(graph).are_movable([*between, node], node):
                     yield Head(value.args[0], node, between)
                 break
             value = value.args[0] if is_flattened(value, graph.root) else None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastres.kernels.conv_shape import output_length
 from fastres.kernels.conv_types import ConvBN
 from fastres.kernels.cpu import build as cpu_build
 from fastres.kernels.cpu.backend import fuses_conv
@@ -51,7 +52,7 @@ def why_slower_than_inductor(x: Tensor, layers: Sequence[tuple[Tensor, int, int]
     kernels around oneDNN's convolutions do not.
 
     Args:
-        x: (N, C, H, W) in the dtype of the computation; only its shape is looked at.
+        x: (N, C, H, W) in the dtype of the computation; it may be without numbers.
         layers: filters (K, C, R, S), stride and padding of each.
     """
     if x.dtype == torch.float64 or x.device.type not in ("cpu", "cuda"):
@@ -68,8 +69,6 @@ def why_slower_than_inductor(x: Tensor, layers: Sequence[tuple[Tensor, int, int]
     for w, stride, padding in layers:
         if not fuses_conv(height, width, ConvBN(w, w, w, stride, padding)):
             return "inductor is faster on a CPU where no fused convolution has the shape"
-        height, width = (
-            (size + 2 * padding - side) // stride + 1
-            for size, side in zip((height, width), w.shape[2:], strict=True)
-        )
+        height = output_length(height, w.shape[2], stride, padding)
+        width = output_length(width, w.shape[3], stride, padding)
     return None

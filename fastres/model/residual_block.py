@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.kernels import ops
+from fastres.kernels.conv_shape import output_length
 from fastres.model.conv_bn import (
     ConvBNModules,
     can_fold,
@@ -104,14 +105,9 @@ def is_addable(shortcut: Any, x: Tensor, layers: Sequence[ConvBNModules]) -> boo
         return False
     size = tuple(x.shape)
     for conv, _ in layers:
-        (k, _, r, s), padding = conv.weight.shape, cast(tuple[int, int], conv.padding)
-        p, q = (
-            (length + 2 * pad - side) // stride + 1
-            for length, pad, side, stride in zip(
-                size[2:], padding, (r, s), conv.stride, strict=True
-            )
-        )
-        size = (size[0], k, p, q)
+        (k, _, *sides), padding = conv.weight.shape, cast(tuple[int, int], conv.padding)
+        geometry = zip(size[2:], sides, conv.stride, padding, strict=True)
+        size = (size[0], k, *(output_length(*of_one) for of_one in geometry))
     return tuple(shortcut.shape) == size
 
 
