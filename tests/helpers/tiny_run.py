@@ -48,7 +48,10 @@ def is_running(pid):
 
 def children(pid):
     """Return the process ids of all children."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
-    return found
+    tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    try:
+        found = [(task / "children").read_text().split() for task in tasks]
+    except (FileNotFoundError, ProcessLookupError):
+        # A thread has ended meanwhile, and another one has its children.
+        return children(pid)
+    return [int(child) for of_thread in found for child in of_thread]
