@@ -151,8 +151,27 @@ print(*children(os.getpid()), flush=True)
 """
 
 
-def test_workers_end_with_a_killed_trainer():
-    with start(["-c", LOADER + "time.sleep(600)"]) as trainer:
+LATE_WORKERS = """
+import multiprocessing, os, time
+from fastres.data.loaders.worker_signals import obey_trainer
+from tests.helpers.tiny_run import children
+
+def work(trainer):
+    while os.getppid() == trainer:
+        time.sleep(0.01)
+    obey_trainer(0)
+    time.sleep(600)
+
+for _ in range(2):
+    multiprocessing.get_context("fork").Process(target=work, args=(os.getpid(),)).start()
+print(*children(os.getpid()), flush=True)
+"""
+
+
+@pytest.mark.parametrize("code", [LOADER, LATE_WORKERS], ids=["at work", "starting"])
+def test_workers_end_with_a_killed_trainer(code):
+    """At work, or so early that they find themselves without a trainer."""
+    with start(["-c", code + "time.sleep(600)"]) as trainer:
         workers = [int(pid) for pid in trainer.stdout.readline().split()]
         assert len(workers) == 2
         trainer.kill()

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 
 __all__ = ["obey_trainer", "signals_held"]
 
@@ -36,14 +37,18 @@ def obey_trainer(_worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     trainer = multiprocessing.parent_process()
     assert trainer is not None
-    threading.Thread(target=_wait_for_end, args=(trainer.pid,), daemon=True).start()
+    threading.Thread(target=_wait_for_end, args=(trainer,), daemon=True).start()
 
 
-def _wait_for_end(trainer: int | None) -> None:
-    """End the process, whatever its main thread does: it may wait for a batch nobody asks for."""
+def _wait_for_end(trainer: BaseProcess) -> None:
+    """End the process, whatever its main thread does: it may wait for a batch nobody asks for.
+
+    A trainer may have ended before this began, so that the parent is another one already; the pipe
+    that `is_alive` looks at tells. It alone would not do: processes forked later hold its end open.
+    """
     parent = os.getppid()
     while True:
         received = signal.sigtimedwait(_HELD, _LOOK_SECONDS)
-        ordered = received is not None and received.si_pid == trainer
-        if ordered or os.getppid() != parent:
+        ordered = received is not None and received.si_pid == trainer.pid
+        if ordered or os.getppid() != parent or not trainer.is_alive():
             os._exit(0)
