@@ -81,6 +81,9 @@ inline std::vector<float> repeat(const float* values, int64_t channels, int64_t 
   return repeated;
 }
 
+// Numbers that are added up in float, lane by lane: few, so that their rounding is none to speak of.
+constexpr int64_t kFloatSums = 16;
+
 // Count, mean and M2 (sum of squared distances from the mean) of every lane of a block. Chunks are
 // summed by two passes while they are in the first-level cache, then merged after Chan, Golub and
 // LeVeque (1979): no difference of large squares anywhere.
@@ -95,9 +98,8 @@ class RunningStats {
 
   template <class T>
   void add(const T* y) {
-    constexpr int64_t kChunk = 16;
-    for (int64_t first = 0; first < blocks_.count; first += kChunk)
-      add_chunk(y + first * blocks_.width, std::min(kChunk, blocks_.count - first));
+    for (int64_t first = 0; first < blocks_.count; first += kFloatSums)
+      add_chunk(y + first * blocks_.width, std::min(kFloatSums, blocks_.count - first));
   }
 
   // Merge the lanes of one channel into count, mean and M2.
@@ -211,28 +213,36 @@ class GradSums {
   template <class T>
   void add_masked_by_y(const T* dout, const T* y, T* g) {
     const float *a = scale_.data(), *b = shift_.data();
-    for (int64_t i = 0; i < blocks_.size(); i += blocks_.width)
-      add_block(y + i, g + i, [=](int64_t j) {
-        return relu_grad(a[j] * widen(y[i + j]) + b[j], widen(dout[i + j]));
-      });
-    flush();
+    add_image(y, g, [=](int64_t i, int64_t j) {
+      return relu_grad(a[j] * widen(y[i + j]) + b[j], widen(dout[i + j]));
+    });
   }
 
   // The same with a mask told by out; null: all of dout.
   template <class T>
   void add_masked_by_out(const T* dout, const T* out, const T* y, T* g) {
-    for (int64_t i = 0; i < blocks_.size(); i += blocks_.width)
-      if (out)
-        add_block(y + i, g + i,
-                  [=](int64_t j) { return relu_grad(widen(out[i + j]), widen(dout[i + j])); });
-      else
-        add_block(y + i, g + i, [=](int64_t j) { return widen(dout[i + j]); });
-    flush();
+    if (out)
+      add_image(y, g, [=](int64_t i, int64_t j) {
+        return relu_grad(widen(out[i + j]), widen(dout[i + j]));
+      });
+    else
+      add_image(y, g, [=](int64_t i, int64_t j) { return widen(dout[i + j]); });
   }
 
   const std::vector<double>& sums() const { return sums_; }
 
  private:
+  // value(i, j): g of element i + j, in lane j of the block that begins at i.
+  template <class T, class Value>
+  void add_image(const T* y, T* g, const Value& value) {
+    for (int64_t first = 0; first < blocks_.count; first += kFloatSums) {
+      const int64_t end = std::min(first + kFloatSums, blocks_.count) * blocks_.width;
+      for (int64_t i = first * blocks_.width; i < end; i += blocks_.width)
+        add_block(y + i, g + i, [=](int64_t j) { return value(i, j); });
+      flush();
+    }
+  }
+
   template <class T, class Value>
   void add_block(const T* y, T* g, const Value& value) {
     float *sum_g = g_.data(), *sum_gy = gy_.data(), *values = values_.data();
@@ -247,7 +257,7 @@ class GradSums {
     narrow(values, g, blocks_.width);
   }
 
-  // Move the sums of one image from the lanes to the channels.
+  // Move the sums from the lanes to the channels.
   void flush() {
     const int64_t channels = blocks_.channels;
     for (int64_t j = 0; j < blocks_.width; j += channels)

@@ -146,6 +146,24 @@ def test_reduce_and_its_coefficients(shape, dtype, mask):
     check(names, results, dtype, keep)
 
 
+@pytest.mark.parametrize("mask", ["y", "none"])
+def test_sums_over_many_pixels(mask):
+    """Few numbers are added up in float: with those of a whole image this is 3 to 7, not 1 to 2."""
+    generator = torch.Generator().manual_seed(0)
+    dout, y = (
+        torch.randn(2, 16, 112, 112, generator=generator).to(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    zeros, ones = torch.zeros(16), torch.ones(16)
+    state = state_of(y, zeros, ones, torch.stack([ones, zeros]))
+    told_by = state.scale_shift if mask == "y" else None
+    _, dgamma, dbeta = cpu_backend.reduce(dout, state, ones, told_by, None, None)[0]
+    g = dout.double() * (y > 0 if mask == "y" else 1)
+    for grad, terms in ((dbeta, g), (dgamma, g * y)):
+        size = rms(terms.square().sum((0, 2, 3)).sqrt())
+        assert rms(grad - terms.sum((0, 2, 3))) < 2.5 * 2**-24 * size
+
+
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_DTYPES)
