@@ -100,10 +100,10 @@ class OptimisationOptions:
     """Passes over the training set; a fraction ends within an epoch."""
     batch_size: int = 128
     """Images a training step."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd with Nesterov momentum, or adamw."""
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
+    """sgd with Nesterov momentum, adamw, or muon for filters and sgd for the rest."""
     lr: float = 0.1
-    """Peak learning rate."""
+    """Peak learning rate; of muon's filters: --muon-lr."""
     momentum: float = 0.9
     """Momentum of sgd, beta1 of adamw."""
     weight_decay: float = 5e-4
@@ -116,6 +116,12 @@ class OptimisationOptions:
     """Share of each target that is spread over all classes."""
     ema: float = 0.0
     """Decay a step of a moving average of the weights, used to evaluate; 0: none."""
+    bias_lr_scale: float = 1.0
+    """Multiplies the rate of all biases and of batch norm's scales."""
+    muon_lr: float = 0.08
+    """Peak rate of muon: a step as a share of a layer's norm."""
+    muon_momentum: float = 0.6
+    """Momentum of muon."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +203,9 @@ _RANGES = {
     "eval_batch_size": _Range(1, 2**20),
     "lr": _Range(0, _FLOAT32),
     "momentum": _Range(0, 1),
+    "bias_lr_scale": _Range(0, 10**6),
+    "muon_lr": _Range(0, _FLOAT32),
+    "muon_momentum": _Range(0, 1, with_high=False),
     "weight_decay": _Range(0, _FLOAT32),
     "warmup": _Range(0, 1),
     "label_smoothing": _Range(0, 1),

@@ -106,6 +106,7 @@ class TrainStep:
         self.optimizer = Optimizer(
             model,
             config,
+            dtype=runtime.dtype,
             fused=runtime.fused_optimizer,
             one_launch=has_kernels,
             copies=self._copies,
@@ -133,7 +134,7 @@ class TrainStep:
             images: (B, 3, 32, 32) float32, normalised; this process's part of the batch.
             labels: (B,) int64.
         """
-        self.optimizer.set_lr(self.learning_rate(step))
+        self.optimizer.set_lr_factor(self._lr_factor(step))
         self._refresh_copies()
         if self._graph is not None and self._inputs is not None:
             self._inputs[0].copy_(images)
@@ -146,9 +147,12 @@ class TrainStep:
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of step `step` (0-based)."""
+        return self.config.lr * self._lr_factor(step)
+
+    def _lr_factor(self, step: int) -> float:
         # That of the middle of the step: neither the first nor the last one is wasted at zero.
         progress = (step + 0.5) / self.total_steps
-        return self.config.lr * lr_factor(self.config.schedule, progress, self.config.warmup)
+        return lr_factor(self.config.schedule, progress, self.config.warmup)
 
     def _compute(self, images: Tensor, labels: Tensor) -> None:
         """Forward, backward and update: everything that the graph captures."""
@@ -158,10 +162,12 @@ class TrainStep:
                 loss = self._loss(logits, labels)
             self.scaler.scale(loss).backward(self._grad_of_loss)
         self.processes.average(self.model)
-        self.scaler.step(self.optimizer.rule)
+        for rule in self.optimizer.rules:
+            self.scaler.step(rule)
         self.scaler.update()
         self._refresh_copies()
-        self.optimizer.rule.zero_grad(set_to_none=True)
+        for rule in self.optimizer.rules:
+            rule.zero_grad(set_to_none=True)
         self.totals.add(loss.detach(), logits.detach(), labels)
 
     def _refresh_copies(self) -> None:

@@ -57,7 +57,7 @@ def add_to_totals(totals: Tensor, loss: Tensor, logits: Tensor, labels: Tensor) 
 class OneLaunchSGD(torch.optim.SGD):
     """`torch.optim.SGD(fused=True)` in one launch, with the same state.
 
-    All groups share learning rate, momentum and Nesterov's form; their weight decays may differ.
+    All groups share momentum and Nesterov's form; their rates and weight decays may differ.
 
     Args:
         groups: parameter groups, fp32.
@@ -91,7 +91,7 @@ class OneLaunchSGD(torch.optim.SGD):
         """Move every parameter that has a gradient; torch's protocol of loss scaling is obeyed.
 
         Raises:
-            ValueError: when the groups differ in more than their weight decay, or ask for
+            ValueError: when the groups differ in more than rate and weight decay, or ask for
                 dampening or maximization.
         """
         loss = None
@@ -101,15 +101,17 @@ class OneLaunchSGD(torch.optim.SGD):
         momentum, nesterov = self._shared("momentum"), self._shared("nesterov")
         if self._shared("dampening") or self._shared("maximize"):
             raise ValueError("this SGD neither dampens nor maximizes; use torch.optim.SGD")
-        rows = [self._tensors(p, group) for group in self.param_groups for p in group["params"]]
+        rows = []
+        for group in self.param_groups:
+            device = group["params"][0].device
+            lr = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+            rows += [self._tensors(param, lr, group) for param in group["params"]]
         if self._update is None:
             from fastres.kernels.gpu.sgd import SGDUpdate
 
             self._update = SGDUpdate([row.param for row in rows])
-        lr = torch.as_tensor(self._shared("lr"), dtype=torch.float32, device=rows[0].param.device)
         self._update(
             rows,
-            lr,
             momentum=momentum,
             nesterov=nesterov,
             grad_scale=getattr(self, "grad_scale", None),
@@ -132,7 +134,7 @@ class OneLaunchSGD(torch.optim.SGD):
             raise ValueError(f"all parameter groups of this SGD must have the same {name}")
         return value
 
-    def _tensors(self, param: Tensor, group: dict[str, Any]) -> "SGDTensors":
+    def _tensors(self, param: Tensor, lr: Tensor, group: dict[str, Any]) -> "SGDTensors":
         from fastres.kernels.gpu.sgd import SGDTensors
 
         buffer = None
@@ -142,4 +144,4 @@ class OneLaunchSGD(torch.optim.SGD):
             if buffer is None:
                 buffer = state["momentum_buffer"] = torch.zeros_like(param)
         copy = None if self._copies is None else self._copies.of(param)
-        return SGDTensors(param, param.grad, buffer, copy, group["weight_decay"])
+        return SGDTensors(param, param.grad, buffer, copy, lr, group["weight_decay"])

@@ -35,7 +35,7 @@ __all__ = ["SGDTensors", "SGDUpdate"]
 BLOCK = 1024
 
 # Numbers that the table holds of a parameter: see `_sgd_kernel`.
-NUM_FIELDS = 6
+NUM_FIELDS = 7
 
 _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -77,10 +77,9 @@ def _update(
 
 @triton.jit
 def _sgd_kernel(
-    table_ptr,  # (num_params, 6) int64 in: addresses of parameter, gradient, buffer and copy (0:
-    #             there is none), number of elements, bits of the fp32 weight decay
+    table_ptr,  # (num_params, 7) int64 in: addresses of parameter, gradient, buffer and copy (0:
+    #             there is none), of the () fp32 rate, number of elements, bits of the fp32 decay
     chunks_ptr,  # (num_chunks, 2) int64 in: row of the table, first element
-    lr_ptr,  # () fp32 in
     grad_scale_ptr,  # () fp32 in: gradients are multiplied by it; None: they are not
     found_inf_ptr,  # () fp32 in: not 0 leaves everything as it is; None: nobody looked
     momentum,
@@ -98,15 +97,15 @@ def _sgd_kernel(
     start = tl.load(chunk_ptr + 1)
     g_address = tl.load(row_ptr + 1)
     copy_address = tl.load(row_ptr + 3)
-    num_elements = tl.load(row_ptr + 4)
-    weight_decay = tl.load(row_ptr + 5).to(tl.int32).to(tl.float32, bitcast=True)
+    lr = tl.load(tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32)))
+    num_elements = tl.load(row_ptr + 5)
+    weight_decay = tl.load(row_ptr + 6).to(tl.int32).to(tl.float32, bitcast=True)
     p_ptr = tl.multiple_of(tl.load(row_ptr).to(tl.pointer_type(tl.float32)), ALIGNMENT)
     g_ptr = tl.multiple_of(g_address.to(tl.pointer_type(tl.float32)), ALIGNMENT)
     buffer_ptr = tl.multiple_of(tl.load(row_ptr + 2).to(tl.pointer_type(tl.float32)), ALIGNMENT)
     copy_ptr = None
     if COPY_DTYPE is not None:
         copy_ptr = tl.multiple_of(copy_address.to(tl.pointer_type(COPY_DTYPE)), ALIGNMENT)
-    lr = tl.load(lr_ptr)
     grad_scale = None
     if grad_scale_ptr is not None:
         grad_scale = tl.load(grad_scale_ptr)
@@ -134,13 +133,15 @@ class SGDTensors(NamedTuple):
 
     param: any shape, fp32, in any dense layout. grad: of its shape; None leaves all as it is.
     momentum_buffer: its shape and strides, fp32; None without momentum. copy: its shape and
-    strides, bf16 or fp16, is given the new parameter; or None. weight_decay: of this parameter.
+    strides, bf16 or fp16, is given the new parameter; or None. lr: () fp32 on the device, read when
+    the kernel runs. weight_decay: of this parameter.
     """
 
     param: torch.Tensor
     grad: torch.Tensor | None
     momentum_buffer: torch.Tensor | None
     copy: torch.Tensor | None
+    lr: torch.Tensor
     weight_decay: float
 
 
@@ -170,7 +171,6 @@ class SGDUpdate:
     def __call__(
         self,
         tensors: Sequence[SGDTensors],
-        lr: torch.Tensor,
         *,
         momentum: float,
         nesterov: bool,
@@ -181,7 +181,6 @@ class SGDUpdate:
 
         Args:
             tensors: of every parameter, in the order of the constructor's.
-            lr: () fp32 on the device, read when the kernel runs.
             momentum: share of the buffer that stays; with 0 there are no buffers.
             nesterov: see the formulas above.
             grad_scale: () fp32 by which the gradients were multiplied, or None.
@@ -204,7 +203,6 @@ class SGDUpdate:
         args = {
             "table_ptr": self._table.hold(rows),
             "chunks_ptr": self._chunks,
-            "lr_ptr": lr,
             "grad_scale_ptr": grad_scale,
             "found_inf_ptr": found_inf,
             "momentum": momentum,
@@ -261,7 +259,7 @@ def _row(t: SGDTensors, grad: torch.Tensor | None) -> list[int]:
             )
     addresses = [
         0 if other is None else other.data_ptr()
-        for other in (t.param, grad, t.momentum_buffer, t.copy)
+        for other in (t.param, grad, t.momentum_buffer, t.copy, t.lr)
     ]
     (decay_bits,) = struct.unpack("<i", struct.pack("<f", t.weight_decay))
     return [*addresses, t.param.numel(), decay_bits]

@@ -201,9 +201,9 @@ def _update_parameters(
     filters: list[torch.Tensor], others: list[torch.Tensor], dtype: torch.dtype
 ) -> None:
     """SGD of all parameters; in a lower precision with a copy of every filter."""
-    has_copies = dtype != torch.float32
+    has_copies, lr = dtype != torch.float32, _empty()
     tensors = [
-        SGDTensors(p, torch.empty_like(p), torch.empty_like(p), copy, weight_decay=5e-4)
+        SGDTensors(p, torch.empty_like(p), torch.empty_like(p), copy, lr, weight_decay=5e-4)
         for p, copy in (
             *((w, torch.empty_like(w, dtype=dtype) if has_copies else None) for w in filters),
             *((p, None) for p in others),
@@ -215,7 +215,7 @@ def _update_parameters(
         else {}
     )
     update = SGDUpdate([t.param for t in tensors])
-    update(tensors, _empty(), momentum=0.9, nesterov=True, **scaling)
+    update(tensors, momentum=0.9, nesterov=True, **scaling)
 
 
 def _scale_loss(grads: list[torch.Tensor]) -> dict[str, torch.Tensor]:

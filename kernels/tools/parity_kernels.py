@@ -312,12 +312,7 @@ def _update_checks(network: str, batch: int, check: Callable[..., Check]) -> Ite
     yield check("augment", functools.partial(_make_images, batch), _augment, _plain_augment)
 
 
-class _Update(NamedTuple):
-    tensors: list[SGDTensors]
-    lr: Tensor
-
-
-def _make_update(layers: list[ConvShape], seeded: Seeded) -> _Update:
+def _make_update(layers: list[ConvShape], seeded: Seeded) -> list[SGDTensors]:
     half = seeded.dtype != torch.float32
     fp32 = Seeded(seeded.device, torch.float32)
     filters = [fp32.pixels(s.K, s.C, s.R, s.S) for s in layers]
@@ -330,10 +325,12 @@ def _make_update(layers: list[ConvShape], seeded: Seeded) -> _Update:
     def copy_of(p: Tensor) -> Tensor | None:
         return torch.zeros_like(p, dtype=seeded.dtype) if half and p.dim() == 4 else None
 
-    tensors = [
-        SGDTensors(p, like(p), like(p), copy_of(p), WEIGHT_DECAY) for p in (*filters, *others)
+    lr, higher = (torch.full((), rate, device=seeded.device) for rate in (0.1, 0.4))
+    return [
+        SGDTensors(p, like(p), like(p), copy_of(p), rate, WEIGHT_DECAY)
+        for params, rate in ((filters, lr), (others, higher))
+        for p in params
     ]
-    return _Update(tensors, torch.full((), 0.1, device=seeded.device))
 
 
 def _update_outcome(tensors: list[SGDTensors]) -> Tensors:
@@ -346,22 +343,22 @@ def _update_outcome(tensors: list[SGDTensors]) -> Tensors:
     return {name: torch.cat(values) for name, values in lists.items() if values}
 
 
-def _sgd_step(inputs: _Update) -> Tensors:
-    tensors, lr = map_tensors(inputs, Tensor.clone)
-    SGDUpdate([t.param for t in tensors])(tensors, lr, momentum=MOMENTUM, nesterov=True)
+def _sgd_step(inputs: list[SGDTensors]) -> Tensors:
+    tensors = map_tensors(inputs, Tensor.clone)
+    SGDUpdate([t.param for t in tensors])(tensors, momentum=MOMENTUM, nesterov=True)
     return _update_outcome(tensors)
 
 
-def _plain_sgd_step(inputs: _Update) -> Tensors:
+def _plain_sgd_step(inputs: list[SGDTensors]) -> Tensors:
     moved = []
-    for t in inputs.tensors:
+    for t in inputs:
         assert t.grad is not None
         assert t.momentum_buffer is not None
         g = t.grad + t.weight_decay * t.param
         buffer = MOMENTUM * t.momentum_buffer + g
-        param = t.param - inputs.lr * (g + MOMENTUM * buffer)
+        param = t.param - t.lr * (g + MOMENTUM * buffer)
         copy = None if t.copy is None else param.to(t.copy.dtype)
-        moved.append(SGDTensors(param, None, buffer, copy, t.weight_decay))
+        moved.append(SGDTensors(param, None, buffer, copy, t.lr, t.weight_decay))
     return _update_outcome(moved)
 
 

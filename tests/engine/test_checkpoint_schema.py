@@ -269,5 +269,5 @@ def test_the_layout_is_that_of_torchs_own_state(change, fused):
     model = create_model("resnet8", width=0.25, shortcut="A")
     optimizer = Optimizer(model, Config(**change), fused=fused)
     model(torch.randn(2, 3, 32, 32)).sum().backward()
-    optimizer.rule.step()
+    optimizer.rules[0].step()
     checkpoint.check_tensors(optimizer.state_dict(), optimizer.layout(), "x")

@@ -93,7 +93,8 @@ def test_a_number_beyond_floats_is_named_with_its_file(text, tmp_path, capsys):
 def test_the_ends_of_a_range_are_what_they_say(name, end):
     ends = {
         "epochs": (None, 1e6), "batch_size": (1, 2**20), "eval_batch_size": (1, 2**20),
-        "lr": (0, 3.4e38), "momentum": (0, 1), "weight_decay": (0, 3.4e38), "warmup": (0, 1),
+        "lr": (0, 3.4e38), "momentum": (0, 1), "bias_lr_scale": (0, 10**6), "muon_lr": (0, 3.4e38),
+        "muon_momentum": (0, None), "weight_decay": (0, 3.4e38), "warmup": (0, 1),
         "label_smoothing": (0, 1), "ema": (0, None), "crop_padding": (0, 32), "cutout": (0, 32),
         "width": (None, 64), "seed": (0, 2**63 - 1), "threads": (1, 4096), "workers": (0, 256),
         "limit_train": (1, None),

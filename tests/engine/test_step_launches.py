@@ -58,7 +58,7 @@ def launches_of_train_step(network, dtype):
     config = Config(fast=True, model=network, batch_size=BATCH)
     step = TrainStep(model.train(), config, runtime, total_steps=100)
     # Torch has a fused optimizer for devices that compute, and asks before the first step.
-    step.optimizer.rule._need_device_dtype_check_for_fused = False
+    step.optimizer.rules[0]._need_device_dtype_check_for_fused = False
     given = torch.empty(BATCH, 3, 32, 32, device="meta", memory_format=torch.channels_last)
     labels = torch.empty(BATCH, dtype=torch.int64, device="meta")
     # The first step fills the optimizer's table for good, and makes the loss scale.

@@ -64,8 +64,8 @@ def start_step(dtype):
     Of the latter as many as a launch takes, so as many arguments as there are at most.
     """
     p = meta(1500)
-    tensors = SGDTensors(p, p, p, meta(1500, dtype=dtype), 5e-4)
-    SGDUpdate([p])([tensors], meta(), momentum=0.9, nesterov=True)
+    tensors = SGDTensors(p, p, p, meta(1500, dtype=dtype), meta(), 5e-4)
+    SGDUpdate([p])([tensors], momentum=0.9, nesterov=True)
     logits, labels = meta(512, 10, dtype=dtype), meta(512, dtype=torch.int64)
     add_to_totals(meta(4, dtype=torch.float64), meta(), logits, labels)
     averages, values = ([meta(512) for _ in range(MAX_AVERAGES)] for _ in range(2))

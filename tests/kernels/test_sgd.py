@@ -14,6 +14,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 # Tails of every kind, and whole chunks; filters lie channels_last.
 SIZES = [(), (1,), (7,), (BLOCK,), (BLOCK + 1,), (2 * BLOCK,), (16, 3, 3, 3), (8, 16, 1, 1)]
+RATE_FACTORS = [1.0 if len(size) > 1 else 0.5 for size in SIZES]
 DECAYS = [0.05 if len(size) > 1 else 0.0 for size in SIZES]
 
 
@@ -34,15 +35,16 @@ class Run:
             torch.zeros_like(p, dtype=dtype) if has else None
             for p, has in zip(self.params, has_copy, strict=True)
         ]
-        self.lr = torch.zeros((), device=DEVICE)
+        self.rates = [torch.zeros((), device=DEVICE) for _ in SIZES]
         self.update = SGDUpdate(self.params)
 
     def step(self, grads, lr=0.1, **scaling):
-        self.lr.fill_(lr)
-        rows = zip(self.params, grads, self.buffers, self.copies, DECAYS, strict=True)
-        tensors = [SGDTensors(*row) for row in rows]
+        for rate, factor in zip(self.rates, RATE_FACTORS, strict=True):
+            rate.fill_(factor * lr)
+        columns = (self.params, grads, self.buffers, self.copies, self.rates, DECAYS)
+        tensors = [SGDTensors(*row) for row in zip(*columns, strict=True)]
         options = {"momentum": self.momentum, "nesterov": self.nesterov}
-        self.update(tensors, self.lr, **options, **scaling)
+        self.update(tensors, **options, **scaling)
 
     def state(self):
         tensors = [*self.params, *self.buffers, *self.copies]
@@ -61,8 +63,9 @@ class TorchRun:
         self.rule = torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=nesterov)
 
     def step(self, grads, lr=0.1):
-        for group, param, grad in zip(self.rule.param_groups, self.params, grads, strict=True):
-            group["lr"] = lr
+        rows = zip(self.rule.param_groups, self.params, grads, RATE_FACTORS, strict=True)
+        for group, param, grad, factor in rows:
+            group["lr"] = factor * lr
             param.grad = None if grad is None else grad.to(param.dtype)
         self.rule.step()
 
@@ -152,7 +155,7 @@ def test_nothing_is_written_beyond_a_parameter():
     wide.append(torch.full((size + 8,), 7.0, device=DEVICE, dtype=BF16))
     p, g, buffer, copy = (t[:size] for t in wide)
     lr = torch.full((), 0.1, device=DEVICE)
-    SGDUpdate([p])([SGDTensors(p, g, buffer, copy, 0.0)], lr, momentum=0.9, nesterov=True)
+    SGDUpdate([p])([SGDTensors(p, g, buffer, copy, lr, 0.0)], momentum=0.9, nesterov=True)
     for t in (wide[0], wide[2], wide[3]):
         assert (t[:size] != 7).all()
         assert (t[size:] == 7).all()
@@ -182,14 +185,14 @@ def test_tensors_that_do_not_fit_are_refused():
     update = SGDUpdate([p])
     nchw = torch.zeros(p.shape, device=DEVICE)
     with pytest.raises(ValueError, match="momentum_buffer"):
-        update([SGDTensors(p, p, nchw, None, 0.0)], lr, **options)
+        update([SGDTensors(p, p, nchw, None, lr, 0.0)], **options)
     with pytest.raises(ValueError, match="copy"):
-        update([SGDTensors(p, p, p, nchw.to(BF16), 0.0)], lr, **options)
+        update([SGDTensors(p, p, p, nchw.to(BF16), lr, 0.0)], **options)
     with pytest.raises(ValueError, match="sizes"):
-        update([SGDTensors(normal((5,)), p, p, None, 0.0)], lr, **options)
+        update([SGDTensors(normal((5,)), p, p, None, lr, 0.0)], **options)
     copies = [torch.zeros_like(p, dtype=dtype) for dtype in (BF16, FP16)]
     with pytest.raises(ValueError, match="one dtype"):
-        SGDUpdate([p, p])([SGDTensors(p, p, p, copy, 0.0) for copy in copies], lr, **options)
+        SGDUpdate([p, p])([SGDTensors(p, p, p, copy, lr, 0.0) for copy in copies], **options)
 
 
 def test_one_launch_on_meta_tensors():
@@ -197,10 +200,11 @@ def test_one_launch_on_meta_tensors():
     sizes = [(64, 32, 3, 3), (64,), (10, 64)]
     params = [torch.empty(size, device="meta") for size in sizes]
     copy = torch.empty(sizes[0], device="meta", dtype=BF16)
-    tensors = [SGDTensors(p, p, p, copy if p.dim() == 4 else None, 0.0) for p in params]
+    lr = torch.empty((), device="meta")
+    tensors = [SGDTensors(p, p, p, copy if p.dim() == 4 else None, lr, 0.0) for p in params]
     with recording() as launches:
         update = SGDUpdate(params)
-        update(tensors, torch.empty((), device="meta"), momentum=0.9, nesterov=True)
+        update(tensors, momentum=0.9, nesterov=True)
     (launch,) = launches
     assert launch.grid == (18 + 1 + 1,)
     elements = sum(p.numel() for p in params)
