@@ -31,6 +31,7 @@ __all__ = [
     "RouteName",
     "RunOptions",
     "Switch",
+    "ViewsName",
     "changed_options",
     "from_json",
     "validate",
@@ -40,6 +41,7 @@ Switch = Literal["auto", "on", "off"]
 RouteName = Literal["eager", "compile", "fused"]
 LoaderName = Literal["dali", "resident", "torch"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
+ViewsName = Literal["none", "flip", "multi"]
 DatasetKind = Literal["cifar10", "cifar100", "folder", "synthetic"]
 RecipeName = Literal["quick", "standard", "paper", "accurate"]
 
@@ -56,6 +58,8 @@ class RunOptions:
     """Decides initial weights, order and augmentation of the images."""
     deterministic: bool = False
     """Make two runs on one machine equal bit for bit, at some cost in speed."""
+    tta: ViewsName = "none"
+    """Test-time augmentation: also the mirror image (flip), or six views where in doubt (multi)."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,15 @@ import tyro
 
 from fastres import strict_json
 from fastres.cli import guarded, parse
-from fastres.config import Config, DatasetKind, LoaderName, Switch, from_json, validate
+from fastres.config import (
+    Config,
+    DatasetKind,
+    LoaderName,
+    Switch,
+    ViewsName,
+    from_json,
+    validate,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,8 +51,9 @@ class EvaluateOptions:
     """Kind of data; default: what the checkpoint was trained on."""
     checkpoint: Literal["auto", "model", "best", "last"] = "auto"
     """Weights at the end, best on the validation images, or last saved; auto: the run's result."""
-    tta: Literal["none", "flip"] = "none"
-    """Test-time augmentation: average the predictions for each image and its mirror image."""
+    tta: ViewsName = "none"
+    """Test-time augmentation: average each image and its mirror image (flip), or six views of the
+    images in doubt (multi)."""
     fast: bool = False
     """Evaluate by the fastest route of this machine; without it, the eager fp32 reference."""
     batch_size: int = 1000
@@ -201,7 +210,7 @@ def _evaluate(
     console.runtime(runtime, training=False)
     # The images are normalised as in training, even where this data has other statistics.
     loader = evaluation_loader(data.test, tuple(meta["mean"]), tuple(meta["std"]), config, runtime)
-    score = evaluate(model, loader, runtime, flip_tta=options.tta == "flip")
+    score = evaluate(model, loader, runtime, tta=options.tta)
     loader.close()
     if not math.isfinite(score.loss):
         raise FailureError(

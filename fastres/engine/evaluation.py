@@ -1,5 +1,12 @@
-"""Accuracy of a network on a whole set, every image counted exactly once."""
+"""Accuracy of a network on a whole set, every image counted exactly once.
 
+Test-time augmentation averages the class probabilities of several views of an image: itself, its
+mirror image, and both shifted by a pixel in two directions. The further views are worth their time
+where the network is in doubt: by default the quarter of each batch whose two most likely classes
+lie closest together.
+"""
+
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.config import Config
+from fastres.config import Config, ViewsName
 from fastres.data.dataset import ImageSet
 from fastres.data.loaders import BatchSpec, Loader, build_loader
 from fastres.data.plan import NO_AUGMENTATION
@@ -54,7 +61,7 @@ def evaluate(
     loader: Loader,
     runtime: Runtime,
     *,
-    flip_tta: bool = False,
+    tta: ViewsName = "none",
     processes: Processes = ALONE,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Score:
@@ -64,7 +71,8 @@ def evaluate(
         model: its training mode is restored afterwards.
         loader: of a "val" or "test" split.
         runtime: precision and layout.
-        flip_tta: average the class probabilities of each image and of its mirror image.
+        tta: "none"; "flip" averages each image and its mirror image; "multi" averages six views of
+            the images in doubt.
         processes: whose loaders serve the rest of the set.
         after_batch: called after every batch; what it raises ends the evaluation.
     """
@@ -74,14 +82,48 @@ def evaluate(
     with constant_parameters():
         for images, labels in loader.serve(0):
             log_probs = _log_probs(model, images, runtime)
-            if flip_tta:
-                pair = torch.stack([log_probs, _log_probs(model, images.flip(3), runtime)])
-                log_probs = pair.logsumexp(dim=0) - pair.new_tensor(2.0).log()
+            if tta == "flip":
+                mirrored = _log_probs(model, images.flip(3), runtime)
+                log_probs = _mean_probability([log_probs, mirrored], (0.5, 0.5))
+            elif tta == "multi":
+                doubtful = _least_certain(log_probs, share=0.25)
+                own, doubts = log_probs[doubtful], images[doubtful]
+                views = [
+                    own,
+                    *(_log_probs(model, view, runtime) for view in _further_views(doubts)),
+                ]
+                log_probs[doubtful] = _mean_probability(views, _VIEW_WEIGHTS)
             totals.add(F.nll_loss(log_probs, labels), log_probs, labels)
             after_batch()
     model.train(was_training)
     loss, accuracy, count = totals.read(processes)
     return Score(loss, accuracy, count)
+
+
+# The image, its mirror image, and two shifts of each.
+_VIEW_WEIGHTS = (0.25, 0.25, 0.125, 0.125, 0.125, 0.125)
+
+
+def _least_certain(log_probs: Tensor, share: float) -> Tensor:
+    """Return the indices of a share of the images, those with the smallest lead of a class."""
+    if log_probs.shape[1] == 1:
+        return torch.arange(0, device=log_probs.device)
+    first, second = log_probs.exp().topk(2, dim=1).values.unbind(dim=1)
+    # As many in every batch of one size, so that nothing waits for a count.
+    return (first - second).topk(math.ceil(share * len(log_probs)), largest=False).indices
+
+
+def _further_views(images: Tensor) -> list[Tensor]:
+    """Return all views but the first; pixels beyond the border are those within, mirrored."""
+    shifted = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    corners = (shifted[:, :, :-2, :-2], shifted[:, :, 2:, 2:])
+    return [images.flip(3), *(view for x in corners for view in (x, x.flip(3)))]
+
+
+def _mean_probability(log_probs: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+    """Return the logarithm of the weighted mean of probabilities, all in logarithms."""
+    scaled = [x + math.log(weight) for x, weight in zip(log_probs, weights, strict=True)]
+    return torch.stack(scaled).logsumexp(dim=0)
 
 
 def _log_probs(model: nn.Module, images: Tensor, runtime: Runtime) -> Tensor:

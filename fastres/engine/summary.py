@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
-from fastres.config import LoaderName, PrecisionName, RouteName
+from fastres.config import LoaderName, PrecisionName, RouteName, ViewsName
 from fastres.host import Provenance
 
 __all__ = ["ExecutionMode", "MetricsRow", "Summary", "chosen_row"]
@@ -50,6 +50,7 @@ class Summary(ExecutionMode, Provenance):
     seed: int
     batch_size: int
     epochs: float
+    tta: ViewsName
     test_accuracy: float
     test_loss: float
     val_accuracy: float | None

@@ -283,6 +283,7 @@ class Trainer:
                     self.model,
                     loader,
                     self.runtime,
+                    tta=self.config.tta,
                     processes=self.processes,
                     after_batch=after_batch,
                 )
@@ -335,6 +336,7 @@ class Trainer:
             **mode,
             "batch_size": config.batch_size,
             "epochs": config.epochs,
+            "tta": config.tta,
             "test_accuracy": chosen["test_accuracy"],
             "test_loss": chosen["test_loss"],
             "val_accuracy": chosen.get("val_accuracy"),

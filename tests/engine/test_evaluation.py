@@ -1,0 +1,84 @@
+"""Test-time augmentation against its views written out one by one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastres.engine.evaluation import evaluate
+from fastres.engine.runtime import Runtime
+from fastres.model.resnet import create_model
+
+RUNTIME = Runtime(device=torch.device("cpu"))
+
+
+class OneBatch:
+    """Stands for a loader of the test images."""
+
+    def __init__(self, images, labels):
+        self.batch = images, labels
+
+    def serve(self, epoch):
+        yield self.batch
+
+
+@pytest.fixture(scope="module")
+def model():
+    net = create_model("resnet8", width=0.5, seed=0).eval()
+    # Untrained logits hardly differ, and a lead of one class would be rounding.
+    net.fc.weight.data.mul_(20)
+    return net
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def shifted(image, by):
+    """An image moved by a pixel in both directions, its last rows repeated as in a mirror."""
+    index = torch.arange(32) + by
+    index[index < 0], index[index > 31] = 1, 30
+    return image[:, index][:, :, index]
+
+
+@torch.no_grad()
+def expected(model, images, tta):
+    probabilities = model(images).softmax(dim=1)
+    if tta == "none":
+        return probabilities
+    if tta == "flip":
+        return (probabilities + model(images.flip(3)).softmax(dim=1)) / 2
+    lead = probabilities.topk(2, dim=1).values.diff(dim=1).abs().flatten()
+    for i in lead.argsort()[:3]:  # a quarter of ten, rounded up
+        views = [images[i], shifted(images[i], -1), shifted(images[i], 1)]
+        views = torch.stack([v for view in views for v in (view, view.flip(2))])
+        weights = torch.tensor([2, 2, 1, 1, 1, 1]) / 8
+        probabilities[i] = weights @ model(views).softmax(dim=1)
+    return probabilities
+
+
+@pytest.mark.parametrize("tta", ["none", "flip", "multi"])
+def test_views_are_averaged(model, images, tta):
+    wanted = expected(model, images, tta)
+    labels = wanted.argsort(dim=1)[:, -2]
+    labels[:4] = wanted[:4].argmax(dim=1)
+    score = evaluate(model, OneBatch(images, labels), RUNTIME, tta=tta)
+    assert (score.accuracy, score.images) == (40.0, 10)
+    assert score.loss == pytest.approx(F.nll_loss(wanted.log(), labels).item(), rel=1e-5)
+
+
+def test_further_views_are_of_images_in_doubt_alone(model, images):
+    seen = []
+    hook = model.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    evaluate(model, OneBatch(images[:8], torch.zeros(8, dtype=torch.int64)), RUNTIME, tta="multi")
+    hook.remove()
+    assert seen == [8, *[2] * 5]
+
+
+def test_a_single_class_leaves_no_doubt(images):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 1))
+    score = evaluate(
+        net, OneBatch(images, torch.zeros(10, dtype=torch.int64)), RUNTIME, tta="multi"
+    )
+    assert score.accuracy == 100
