@@ -87,13 +87,16 @@ class NetworkOptions:
     """Which network."""
 
     model: str = "resnet20"
-    """Network: resnet9, resnet9_small, resnet20/32/44/56/110, resnet18/34/50, plain20 to 56."""
+    """Network: resnet8_wide, resnet9, resnet9_small, resnet20/32/44/56/110, resnet18/34/50, plain20
+    to 56."""
     width: float = 1.0
     """Multiplies the number of filters of every layer."""
     shortcut: Literal["A", "B"] = "B"
     """Where a block changes the shape: B projects with a 1x1 convolution, A pads with zeros."""
     whiten: bool = False
     """Start the first convolution from the principal components of training patches."""
+    freeze_stem: bool = False
+    """Leave the first convolution as it starts."""
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,8 @@ class Trainer:
         )
         if config.whiten:
             whiten_stem(self.model, self.train_images.images, self.data.mean, self.data.std)
+        if config.freeze_stem:
+            self.model.get_parameter("conv1.weight").requires_grad_(False)
         self.runtime = resolve_runtime(config, self.model, processes)
         self.model_summary: ModelSummary = summarize(self.model)
         if self.runtime.route == "fused":

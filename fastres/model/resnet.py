@@ -132,6 +132,8 @@ class ResNet(nn.Module):
         channels: filters of the first stage; each later stage has twice those of the one before.
         num_classes: outputs of the classifier.
         shortcut: "B" projection, "A" zero padding where the shape changes, "none" a plain net.
+        stem: filters of the first convolution; None: as many as the first stage has.
+        first_stride: 2 has the first stage halve the map as the others do.
     """
 
     def __init__(
@@ -141,18 +143,21 @@ class ResNet(nn.Module):
         channels: int,
         num_classes: int,
         shortcut: Shortcut,
+        *,
+        stem: int | None = None,
+        first_stride: int = 1,
     ):
         super().__init__()
         self.num_classes = num_classes
-        self.conv1 = _conv3x3(3, channels)
-        self.bn1 = nn.BatchNorm2d(channels)
+        in_channels = channels if stem is None else stem
+        self.conv1 = _conv3x3(3, in_channels)
+        self.bn1 = nn.BatchNorm2d(in_channels)
         self.stages: list[str] = []
-        in_channels = channels
         for stage, depth in enumerate(depths):
             width = channels << stage
             blocks = []
             for index in range(depth):
-                stride = 2 if stage > 0 and index == 0 else 1
+                stride = 1 if index > 0 else 2 if stage > 0 else first_stride
                 blocks.append(block(in_channels, width, stride, shortcut))
                 in_channels = width * block.expansion
             self.stages.append(f"layer{stage + 1}")
@@ -247,10 +252,22 @@ def _wide(block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...]) -
     return ModelSpec(64, lambda c, n, shortcut: ResNet(block, depths, c, n, shortcut))
 
 
+def _shallow(channels: int, num_classes: int, shortcut: Shortcut) -> nn.Module:
+    """Build three stages of one basic block; all three halve the map and double the filters.
+
+    At 32x32 there is the stem alone, where a block of as many filters as the first stage has would
+    cost four times that stage.
+    """
+    return ResNet(
+        BasicBlock, (1, 1, 1), 2 * channels, num_classes, shortcut, stem=channels, first_stride=2
+    )
+
+
 MODELS: dict[str, ModelSpec] = {
     **{f"resnet{depth}": _thin(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     "resnet9": ModelSpec(64, lambda c, n, _shortcut: ResNet9(c, n)),
     "resnet9_small": ModelSpec(16, lambda c, n, _shortcut: ResNet9(c, n)),
+    "resnet8_wide": ModelSpec(32, _shallow),
     "resnet10": _wide(BasicBlock, (1, 1, 1, 1)),
     "resnet18": _wide(BasicBlock, (2, 2, 2, 2)),
     "resnet34": _wide(BasicBlock, (3, 4, 6, 3)),
@@ -272,7 +289,8 @@ def create_model(
     Args:
         name: a key of `MODELS`: resnet20/32/44/56/110 (three stages of 16/32/64 filters),
             resnet10/18/34/50 (64/128/256/512, 3x3 stem), plain20/32/44/56 (no shortcuts), resnet9
-            (shallow, with pooling) and resnet9_small (a quarter of its filters).
+            (shallow, with pooling), resnet9_small (a quarter of its filters) and resnet8_wide
+            (64/128/256, the map halved before the first of three blocks).
         num_classes: outputs of the classifier, at least 1.
         width: multiplies the filters of every stage; the first stage is rounded, later ones double.
         shortcut: "B" 1x1 projection or "A" zero padding, where a block changes the shape.

@@ -121,3 +121,17 @@ def test_a_trainer_changes_nothing_global_until_it_prepares(tmp_path):
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
+
+
+def test_a_frozen_stem_stays_whitened_and_everything_else_moves(tmp_path):
+    config = Config(
+        dataset="synthetic", limit_train=40, batch_size=8, model="resnet8_wide", width=0.25,
+        threads=1, epochs=1.0, whiten=True, freeze_stem=True, optimizer="muon", fast=True,
+    )  # fmt: skip
+    trainer = Trainer(config, RunDir(tmp_path), RunConsole(silent=True))
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.run(trainer.prepare(), resume=False)
+    same = {n for n, p in trainer.model.named_parameters() if torch.equal(p, start[n])}
+    assert same == {"conv1.weight"}
+    drawn = create_model("resnet8_wide", width=0.25, seed=config.seed)
+    assert not torch.equal(start["conv1.weight"], drawn.conv1.weight)

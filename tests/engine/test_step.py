@@ -109,7 +109,7 @@ def test_the_learning_rate_of_a_step_follows_the_schedule():
     assert seen == pytest.approx([0.35, 0.25, 0.15, 0.05])
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_the_fused_optimizer_steps_like_the_plain_one(optimizer):
     """At rates that change; the plain SGD gets its rate as a number, and reads no tensor back."""
     config = SMALL.replace(optimizer=optimizer, schedule="cosine", lr=0.01)
@@ -192,7 +192,7 @@ def test_mixed_precision_keeps_float32_weights():
     assert step.model.bn1.running_mean.dtype == torch.float32
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_a_restored_step_goes_on_bit_for_bit(optimizer, tmp_path):
     config = SMALL.replace(optimizer=optimizer, ema=0.9, lr=0.01)
     whole, first, second = make(config), make(config), make(config)
@@ -209,7 +209,7 @@ def test_a_restored_step_goes_on_bit_for_bit(optimizer, tmp_path):
         assert torch.equal(value, resumed[name]), name
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_reads_nothing_back(optimizer, dtype):
     """Fake tensors have no values: any `.item()` raises, so the step can be captured."""
