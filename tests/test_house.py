@@ -82,7 +82,7 @@ ROOMS = {
         "suites": {"suites", "peers", "harness"},
         "roofline": {"roofline", "harness"},
         "report": {"report", "harness"},
-        "prove": {"prove", "report", "harness"},
+        "prove": {"prove", "report", "peers", "harness"},
     },
 }
 

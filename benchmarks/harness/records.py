@@ -14,6 +14,7 @@ __all__ = [
     "FinalStats",
     "RoundDone",
     "RowProvenance",
+    "TimedRun",
     "WorkerReady",
 ]
 
@@ -21,12 +22,21 @@ __all__ = [
 Clocks = dict[str, str | list[float]]
 
 
+class TimedRun(TypedDict):
+    """One run of a time to accuracy: percent; seconds with the evaluation, and without it."""
+
+    seed: int
+    test_accuracy: float
+    seconds: float
+    train_seconds: float
+
+
 class RowProvenance(Provenance):
     """The sidecar of a file of rows: where they come from.
 
     command: one, or those of all runs that became rows. dtype: of the measurements, for the name of
     the file: fp32, bf16, bf16-fp32, mixed, ... clock: how a suite took time. threads: of torch.
-    seeds: of runs, or by op.
+    seeds: of runs, or by op. runs: one by one, by provider, seed by seed.
     """
 
     command: str | list[str]  # type: ignore[misc]
@@ -36,6 +46,7 @@ class RowProvenance(Provenance):
     threads: NotRequired[int]
     seeds: NotRequired[list[int] | dict[str, list[int]]]
     dataset_fingerprint: NotRequired[list[str]]
+    runs: NotRequired[dict[str, list[TimedRun]]]
 
 
 class BenchmarkInfo(TypedDict, total=False):

@@ -114,7 +114,11 @@ def machine_key(provenance: Provenance | RowProvenance) -> tuple:
 
 
 def write_results(
-    what: str, rows: Iterable[Row], provenance: RowProvenance, folder: Path = RESULTS
+    what: str,
+    rows: Iterable[Row],
+    provenance: RowProvenance,
+    folder: Path = RESULTS,
+    growing: Path | None = None,
 ) -> Path:
     """Write rows and their sidecar to a new pair of files.
 
@@ -123,10 +127,18 @@ def write_results(
         rows: at least one.
         provenance: of the measurements.
         folder: where results are kept.
+        growing: what an earlier call of the same measurement returned, to be replaced by all that
+            it has measured since; at no moment is there less than before.
 
     Returns:
-        The path of the CSV file; no file that exists is touched.
+        The path of the CSV file; no other file that exists is touched.
     """
+    if growing is not None:
+        unfinished = growing.with_suffix(".part")
+        unfinished.unlink(missing_ok=True)
+        _write_pair(unfinished, growing.with_suffix(".json"), rows, provenance)
+        unfinished.replace(growing)
+        return growing
     where = provenance["machine"]
     name = where["gpu"] or f"{where['cpu']} {where['cores']} cores"
     parts = [
@@ -139,12 +151,18 @@ def write_results(
     stem = "_".join(parts)
     names = (f"{stem}.csv" if i == 1 else f"{stem}-{i}.csv" for i in count(1))
     path = next(folder / name for name in names if not (folder / name).exists())
+    _write_pair(path, path.with_suffix(".json"), rows, provenance)
+    return path
+
+
+def _write_pair(path: Path, sidecar: Path, rows: Iterable[Row], provenance: RowProvenance) -> None:
     with path.open("x", newline="") as stream:
         writer = csv.DictWriter(stream, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    path.with_suffix(".json").write_text(strict_json.dumps(provenance, indent=2) + "\n")
-    return path
+    unfinished = sidecar.with_suffix(".json.part")
+    unfinished.write_text(strict_json.dumps(provenance, indent=2) + "\n")
+    unfinished.replace(sidecar)
 
 
 def read_file(path: Path) -> tuple[list[Row], RowProvenance]:

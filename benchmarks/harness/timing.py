@@ -6,9 +6,11 @@ one test to its end instead, so a group is measured first and its tests replay t
 `REPLAY` stands for the clock and the function that pytest-benchmark times.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ __all__ = [
     "REPLAY",
     "Replay",
     "Sample",
+    "Stopwatch",
     "graph_sample",
     "interleave",
     "peak_bytes",
@@ -122,6 +125,40 @@ def wall_sample(call: Callable[[], object], device: torch.device) -> Sample:
         return timed(num_calls)
 
     return sample
+
+
+class Stopwatch:
+    """The seconds between marks: by events on a GPU, which nobody waits for, else by the clock.
+
+    Args:
+        device: whose work is timed; a GPU has finished what came before when the first mark is set.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._marks: list[torch.cuda.Event | float] = []
+
+    def mark(self) -> None:
+        """Note where the device's work, or the clock, is."""
+        if self._device.type != "cuda":
+            self._marks.append(time.perf_counter())
+            return
+        if not self._marks:
+            torch.cuda.synchronize(self._device)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        self._marks.append(event)
+
+    def seconds(self) -> list[float]:
+        """Wait for the device and return the seconds from every mark to the next."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return [_seconds_between(*pair) for pair in itertools.pairwise(self._marks)]
+
+
+def _seconds_between(first: Any, last: Any) -> float:
+    """Return the seconds between two readings of the clock, or two events in milliseconds."""
+    return last - first if isinstance(first, float) else first.elapsed_time(last) / 1e3
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:

@@ -3,13 +3,14 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from fastres import host
 from fastres.config import Config, changed_options
@@ -99,17 +100,7 @@ class Trainer:
         folder_of_data = None if kind == "synthetic" else named_data_folder(config.data_dir)
         self.config = config.replace(dataset=kind, data_dir=folder_of_data or config.data_dir)
         self._split()
-        self.model = create_model(
-            config.model,
-            len(self.data.classes),
-            width=config.width,
-            shortcut=config.shortcut,
-            seed=config.seed,
-        )
-        if config.whiten:
-            whiten_stem(self.model, self.train_images.images, self.data.mean, self.data.std)
-        if config.freeze_stem:
-            self.model.get_parameter("conv1.weight").requires_grad_(False)
+        self.model = self._initial_model()
         self.runtime = resolve_runtime(config, self.model, processes)
         self.model_summary: ModelSummary = summarize(self.model)
         if self.runtime.route == "fused":
@@ -130,6 +121,25 @@ class Trainer:
             train, self.val_images = split_validation(train, len(train) // 10, self.config.seed)
         self.train_images = train
 
+    def _initial_model(self) -> nn.Module:
+        """Return the plain network as its seed starts it."""
+        config = self.config
+        model = create_model(
+            config.model,
+            len(self.data.classes),
+            width=config.width,
+            shortcut=config.shortcut,
+            seed=config.seed,
+        )
+        self._whiten(model)
+        if config.freeze_stem:
+            model.get_parameter("conv1.weight").requires_grad_(False)
+        return model
+
+    def _whiten(self, model: nn.Module) -> None:
+        if self.config.whiten:
+            whiten_stem(model, self.train_images.images, self.data.mean, self.data.std)
+
     def show_header(self) -> None:
         """Print the first screen: data, network, and what really runs."""
         num_val = len(self.val_images) if self.val_images is not None else 0
@@ -145,17 +155,7 @@ class Trainer:
         """
         config, runtime = self.config, self.runtime
         runtime.configure_torch()
-        augmentation = Augmentation(config.crop_padding, config.flip, config.cutout)
-        batches = BatchSpec(
-            images=self.train_images,
-            mean=self.data.mean,
-            std=self.data.std,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            augmentation=augmentation,
-            training=True,
-        )
-        batches = self.processes.share(batches)
+        batches = self._batches()
         total_steps = count_steps(config.epochs, len(batches))
         runtime.place(self.model)
         self.model.train()
@@ -168,6 +168,25 @@ class Trainer:
         )
         self._wait()
         state = TrainingState(compile_seconds=time.perf_counter() - started)
+        return PreparedRun(step, *self._loaders(batches), total_steps, state)
+
+    def _batches(self) -> BatchSpec:
+        """Return which images this process trains on, and how they vary."""
+        config = self.config
+        batches = BatchSpec(
+            images=self.train_images,
+            mean=self.data.mean,
+            std=self.data.std,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            augmentation=Augmentation(config.crop_padding, config.flip, config.cutout),
+            training=True,
+        )
+        return self.processes.share(batches)
+
+    def _loaders(self, batches: BatchSpec) -> tuple[Loader, dict[str, Loader]]:
+        """Open the loaders of a run: to train with, and to evaluate each split with."""
+        config, runtime = self.config, self.runtime
         loader = build_loader(runtime.loader, batches, runtime.device, workers=config.workers)
         sets = {"val": self.val_images, "test": self.data.test}
         eval_loaders = {
@@ -177,7 +196,53 @@ class Trainer:
             for split, images in sets.items()
             if images is not None
         }
-        return PreparedRun(step, loader, eval_loaders, total_steps, state)
+        return loader, eval_loaders
+
+    def restarted(self, run: PreparedRun, seed: int) -> PreparedRun:
+        """Return a run from another seed by the same step, compiled and captured as it is.
+
+        It computes what a run prepared with that seed computes: weights, statistics, averages and
+        the optimizer's state are set back in place, and images are split and served anew.
+        The loaders of `run` are closed.
+        """
+        run.close()
+        self.config = self.config.replace(seed=seed)
+        self._split()
+        fresh = self._initial_model().state_dict()
+        scaler = torch.amp.GradScaler(self.runtime.device.type).state_dict()
+        start: dict[str, torch.Tensor] = {}
+        for key, value in run.step.state_dict().items():
+            section, _, name = key.partition(".")
+            if section == "scaler":
+                start[key] = torch.tensor(scaler[name])
+            else:
+                # Averages start as the weights do, momenta and sums at zero.
+                start[key] = fresh[name] if name in fresh else torch.zeros_like(value)
+        run.step.load_state_dict(start, self.last, first_step=True)
+        loader, eval_loaders = self._loaders(self._batches())
+        state = TrainingState(compile_seconds=run.state.compile_seconds)
+        return replace(run, train_loader=loader, eval_loaders=eval_loaders, state=state)
+
+    def train_and_score(
+        self, run: PreparedRun, after_training: Callable[[], None] = lambda: None
+    ) -> dict[str, Score]:
+        """Whiten, train to the end and evaluate once: what a time to accuracy counts.
+
+        Until the evaluation is over nothing is written, shown, evaluated or waited for, and a loss
+        that is not finite ends nothing.
+
+        Args:
+            run: at its start.
+            after_training: called between the last step and the evaluation.
+        """
+        self._whiten(self.model)
+        # Or the first step would be waited for, to know when it ended.
+        run.state.first_step_seconds = math.nan
+        stop = StopSignal()
+        for epoch in range(math.ceil(run.total_steps / run.steps_per_epoch)):
+            self._train_steps(run, epoch, stop)
+        after_training()
+        return self._scores(run, stop)
 
     def run(self, prepared: PreparedRun, *, resume: bool) -> Summary:
         """Train to the end and return the summary.
@@ -211,7 +276,22 @@ class Trainer:
         """
         state = run.state
         state.add_mode(self._execution_mode())
-        epoch = len(state.rows)
+        started = self._train_steps(run, len(state.rows), stop)
+        self._wait()
+        state.epoch_seconds = time.perf_counter() - started
+        require_finite_state(run.step, state.step, self.last)
+        loss, accuracy, count = run.step.totals.read(self.processes)
+        scores = self._scores(run, stop)
+        require_finite_scores(run.step, state.step, self.last, scores)
+        rate = count / state.epoch_seconds
+        state.train_seconds += state.epoch_seconds
+        state.epoch_seconds = 0.0
+        run.step.totals.values.zero_()
+        self._end_epoch(run, loss, accuracy, rate, scores)
+
+    def _train_steps(self, run: PreparedRun, epoch: int, stop: StopSignal) -> float:
+        """Take the steps that are left of an epoch, or of the run, and return when it began."""
+        state = run.state
         first = state.step - epoch * run.steps_per_epoch
         last = min(run.steps_per_epoch, run.total_steps - epoch * run.steps_per_epoch)
         batches = _EpochSlice(run.train_loader, epoch, first, last)
@@ -227,17 +307,7 @@ class Trainer:
                 state.first_step_seconds = machine.process_seconds()
             state.epoch_seconds = time.perf_counter() - started
             self._heed(stop)
-        self._wait()
-        state.epoch_seconds = time.perf_counter() - started
-        require_finite_state(run.step, state.step, self.last)
-        loss, accuracy, count = run.step.totals.read(self.processes)
-        scores = self._scores(run, stop)
-        require_finite_scores(run.step, state.step, self.last, scores)
-        rate = count / state.epoch_seconds
-        state.train_seconds += state.epoch_seconds
-        state.epoch_seconds = 0.0
-        run.step.totals.values.zero_()
-        self._end_epoch(run, loss, accuracy, rate, scores)
+        return started
 
     def _heed(self, stop: StopSignal) -> None:
         """Raise Stopped, in all processes together, once one of them was asked to stop."""
