@@ -18,16 +18,17 @@ from fastres.engine.step_kernels import FilterCopies, OneLaunchSGD
 __all__ = ["Optimizer", "lr_factor"]
 
 
-def lr_factor(schedule: str, progress: float, warmup: float) -> float:
+def lr_factor(schedule: str, progress: float, warmup: float, warmup_shape: str = "linear") -> float:
     """Return the learning rate as a share of its peak.
 
     Args:
         schedule: "one-cycle", "cosine", "steps" or "constant".
         progress: share of the run that is done, 0 to 1.
-        warmup: share of the run in which the rate rises linearly from zero.
+        warmup: share of the run in which the rate is below its peak at first.
+        warmup_shape: "linear" rises from zero, "constant" stays at a tenth.
     """
     if progress < warmup:
-        return progress / warmup
+        return progress / warmup if warmup_shape == "linear" else 0.1
     rest = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
     if schedule == "one-cycle":
         return 1 - rest
@@ -45,11 +46,11 @@ def _scalar(like: Tensor) -> Tensor:
 class Optimizer:
     """The optimizer of a run: parameter groups, learning rate as a tensor, flat state.
 
-    Convolution filters and the classifier's matrix decay; batch norm and biases do not.
+    Convolution filters and the classifier's matrix decay; batch norm and biases where asked for.
 
     Args:
         model: on its device and in its memory format.
-        config: optimizer, lr, momentum, weight_decay.
+        config: optimizer, lr, momentum, nesterov, weight_decay, decay.
         fused: update all parameters in few kernels.
         one_launch: of SGD in one, which is our own and keeps `copies` up to date.
         copies: of filters in a lower precision, or None.
@@ -68,9 +69,10 @@ class Optimizer:
         params = list(model.parameters())
         device = params[0].device
         self.lr = torch.tensor(config.lr, dtype=torch.float32, device=device)
+        of_vectors = config.weight_decay if config.decay == "all" else 0.0
         groups = [
             {"params": [p for p in params if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in params if p.ndim <= 1], "weight_decay": of_vectors},
         ]
         self.rule: torch.optim.Optimizer
         if config.optimizer == "adamw":
@@ -80,7 +82,7 @@ class Optimizer:
                 groups, lr=config.lr, betas=betas, fused=fused, capturable=on_cuda
             )
         else:
-            momentum, nesterov = config.momentum, config.momentum > 0
+            momentum, nesterov = config.momentum, config.nesterov and config.momentum > 0
             options: dict[str, Any] = {"lr": config.lr, "momentum": momentum, "nesterov": nesterov}
             if fused and one_launch:
                 self.rule = OneLaunchSGD(groups, copies, **options)

@@ -148,7 +148,9 @@ class TrainStep:
         """Return the learning rate of step `step` (0-based)."""
         # That of the middle of the step: neither the first nor the last one is wasted at zero.
         progress = (step + 0.5) / self.total_steps
-        return self.config.lr * lr_factor(self.config.schedule, progress, self.config.warmup)
+        config = self.config
+        share = lr_factor(config.schedule, progress, config.warmup, config.warmup_shape)
+        return config.lr * share
 
     def _compute(self, images: Tensor, labels: Tensor) -> None:
         """Forward, backward and update: everything that the graph captures."""

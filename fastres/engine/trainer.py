@@ -52,6 +52,7 @@ class PreparedRun:
         train_loader: of this process's part of every batch.
         eval_loaders: {"val" or "test": loader}.
         total_steps: of the whole run.
+        epochs: passes over the training set that these are.
         state: how far it is.
     """
 
@@ -59,6 +60,7 @@ class PreparedRun:
     train_loader: Loader
     eval_loaders: dict[str, Loader]
     total_steps: int
+    epochs: float
     state: TrainingState
 
     @property
@@ -154,7 +156,7 @@ class Trainer:
             training=True,
         )
         batches = self.processes.share(batches)
-        total_steps = count_steps(config.epochs, len(batches))
+        total_steps = config.steps or count_steps(config.epochs, len(batches))
         runtime.place(self.model)
         self.model.train()
         step = TrainStep(self.model, config, runtime, total_steps, self.processes)
@@ -175,7 +177,9 @@ class Trainer:
             for split, images in sets.items()
             if images is not None
         }
-        return PreparedRun(step, loader, eval_loaders, total_steps, state)
+        # Those that were asked for: the steps are rounded up to whole ones.
+        epochs = config.epochs if config.steps is None else config.steps / len(batches)
+        return PreparedRun(step, loader, eval_loaders, total_steps, epochs, state)
 
     def run(self, prepared: PreparedRun, *, resume: bool) -> Summary:
         """Train to the end and return the summary.
@@ -334,7 +338,7 @@ class Trainer:
             "seed": config.seed,
             **mode,
             "batch_size": config.batch_size,
-            "epochs": config.epochs,
+            "epochs": run.epochs,
             "test_accuracy": chosen["test_accuracy"],
             "test_loss": chosen["test_loss"],
             "val_accuracy": chosen.get("val_accuracy"),
@@ -396,7 +400,7 @@ class Trainer:
             # They are written after the checkpoint: a kill in between left them a row behind.
             self.folder.write_metrics(run.state.rows)
         done = run.state.step / run.steps_per_epoch
-        self.console.line(f"resume     {self.last} after {done:.2f} of {self.config.epochs:g}")
+        self.console.line(f"resume     {self.last} after {done:.2f} of {run.epochs:g}")
 
     def _wait(self) -> None:
         if self.runtime.device.type == "cuda":
