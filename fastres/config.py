@@ -2,14 +2,14 @@
 
 `Config` is flat; the classes that it is made of are the groups of `--help`.
 
-A run's values come from, in rising order: the defaults here, the recipe, a `--config` file, the
+A run's values come from, in rising order: the defaults here, the recipe or a `--config` file, the
 command line. What results is written to the run folder as config.json and reads back unchanged.
 """
 
 import dataclasses
-import json
 import math
 import os
+import re
 import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from fastres.errors import UsageError
+from fastres.option_files import parse_table
 
 __all__ = [
+    "NOT_OF_A_RECIPE",
+    "RECIPE_NAME",
     "Config",
     "DataOptions",
     "DatasetKind",
@@ -27,13 +30,14 @@ __all__ = [
     "NetworkOptions",
     "OptimisationOptions",
     "PrecisionName",
-    "RecipeName",
     "RouteName",
     "RunOptions",
     "Switch",
     "ViewsName",
     "changed_options",
+    "checked_options",
     "from_json",
+    "replaced",
     "validate",
 ]
 
@@ -43,7 +47,8 @@ LoaderName = Literal["dali", "resident", "torch"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 ViewsName = Literal["none", "flip", "multi"]
 DatasetKind = Literal["cifar10", "cifar100", "folder", "synthetic"]
-RecipeName = Literal["quick", "standard", "paper", "accurate"]
+# That of a recipe or of its file. It names run folders and rows of results, too.
+RECIPE_NAME = re.compile(r"[\w.+-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,9 @@ class RunOptions:
 
     fast: bool = False
     """Train by the fastest route of this machine; without it, the eager fp32 reference."""
-    recipe: RecipeName = "quick"
-    """Hyper-parameters; sets the defaults shown here."""
+    recipe: str = "quick"
+    """Hyper-parameters: quick, standard, paper, accurate, or your own file (.toml, .json); sets the
+    defaults shown here."""
     seed: int = 0
     """Decides initial weights, order and augmentation of the images."""
     deterministic: bool = False
@@ -108,17 +114,17 @@ class OptimisationOptions:
     batch_size: int = 128
     """Images a training step."""
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
-    """sgd with Nesterov momentum, adamw, or muon for filters and sgd for the rest."""
+    """sgd with momentum, adamw, or muon for filters and sgd for the rest."""
     lr: float = 0.1
     """Peak learning rate; of muon's filters: --muon-lr."""
     momentum: float = 0.9
     """Momentum of sgd, beta1 of adamw."""
     weight_decay: float = 5e-4
-    """Weight decay of filters and classifier; batch norm and biases have none."""
+    """Weight decay of what --decay names."""
     schedule: Literal["one-cycle", "cosine", "steps", "constant"] = "one-cycle"
     """Fall of the learning rate: linear, half a cosine, or divided by 10 at 1/2 and 3/4."""
     warmup: float = 0.2
-    """Share of the run in which the learning rate rises linearly from zero."""
+    """Share of the run in which the learning rate is still below its peak."""
     label_smoothing: float = 0.0
     """Share of each target that is spread over all classes."""
     ema: float = 0.0
@@ -129,6 +135,14 @@ class OptimisationOptions:
     """Peak rate of muon: a step as a share of a layer's norm."""
     muon_momentum: float = 0.6
     """Momentum of muon."""
+    steps: int | None = None
+    """Training steps, an exact number, in place of --epochs."""
+    nesterov: bool = True
+    """Nesterov's momentum; without it, sgd moves by its momentum alone."""
+    decay: Literal["filters", "all"] = "filters"
+    """What decays: filters and the classifier's matrix, or batch norm and biases too."""
+    warmup_shape: Literal["linear", "constant"] = "linear"
+    """Meanwhile it rises from zero in a line, or is a tenth of the peak."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +174,14 @@ class MachineOptions:
 
 # What a resumed run may change: where and how it computes, not what.
 _MACHINE_OPTIONS = {"fast", "data_dir", *(f.name for f in dataclasses.fields(MachineOptions))}
+
+
+# What a recipe does not hold: it says how a network is trained, whatever on and wherever.
+NOT_OF_A_RECIPE = {
+    *_MACHINE_OPTIONS,
+    *(field.name for field in dataclasses.fields(RunOptions)),
+    *("dataset", "limit_train"),
+}
 
 
 # A dataclass takes the fields of its last base first.
@@ -225,6 +247,7 @@ _RANGES = {
     "threads": _Range(1, 4096),
     "workers": _Range(0, 256),
     "limit_train": _Range(1),
+    "steps": _Range(1, 10**9),
 }
 
 
@@ -248,6 +271,9 @@ def _checked(name: str, value: Any, option: str) -> Any:
         allowed = _RANGES[name]
         wanted = f"{allowed}" if fits else "a number" if kind is float else "a whole number"
         fits = fits and value in allowed
+    elif name == "recipe":
+        fits = isinstance(value, str) and RECIPE_NAME.fullmatch(value) is not None
+        wanted = "1 to 64 letters, digits, '.', '_', '+' or '-'"
     else:
         fits = isinstance(value, kind)
         wanted = "true or false" if kind is bool else "text"
@@ -267,6 +293,27 @@ def changed_options(before: Mapping[str, Any], after: Config) -> list[str]:
     ]
 
 
+def replaced(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `options` with `changes` made; a length in epochs takes the place of one in steps."""
+    before = dict(options)
+    if "epochs" in changes and "steps" not in changes:
+        before.pop("steps", None)
+    return before | dict(changes)
+
+
+def checked_options(values: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+    """Return the options in `values`, each in its own type.
+
+    Raises:
+        UsageError: naming `source`, for an unknown option or a value of a wrong type or out of its
+            range.
+    """
+    for name in values:
+        if name not in _HINTS:
+            raise UsageError(f"{source}: unknown option {name!r}; options are {', '.join(_HINTS)}")
+    return {k: _checked(k, v, f"{source}: option {k!r}") for k, v in values.items()}
+
+
 def from_json(text: bytes, source: str | Path, only: Collection[str] | None = None) -> Config:
     """Read options that `Config.to_json` wrote; options it does not name keep their defaults.
 
@@ -279,19 +326,10 @@ def from_json(text: bytes, source: str | Path, only: Collection[str] | None = No
         UsageError: for text that is no JSON object, an unknown option, or a value of a wrong type
             or out of its range.
     """
-    try:
-        # With a number beyond floats, so that its option is named below.
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{source} is not a JSON file: {error}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{source} must hold a JSON object of options")
+    values = parse_table(text, source)
     if only is not None:
         values = {name: value for name, value in values.items() if name in only}
-    for name in values:
-        if name not in _HINTS:
-            raise UsageError(f"{source}: unknown option {name!r}; options are {', '.join(_HINTS)}")
-    return Config(**{k: _checked(k, v, f"{source}: option {k!r}") for k, v in values.items()})
+    return Config(**checked_options(values, source))
 
 
 def validate(config: Config, renamed: Mapping[str, str] | None = None) -> Config:

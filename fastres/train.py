@@ -24,12 +24,13 @@ from fastres.config import (
     OptimisationOptions,
     RunOptions,
     changed_options,
-    from_json,
+    checked_options,
     validate,
 )
-from fastres.data.files import read_bytes
 from fastres.errors import UsageError
-from fastres.recipes import Origins, from_recipe, origins
+from fastres.option_files import read_table
+from fastres.recipe_file import find_recipe
+from fastres.recipes import Origins, origins, resolve
 
 if TYPE_CHECKING:
     from fastres.engine.console import RunConsole
@@ -55,7 +56,7 @@ class TrainRunOptions(RunOptions):
     out: str | None = None
     """Run folder; default: a new one under runs/."""
     config: str | None = None
-    """JSON file of options, such as the config.json of a run; the command line overrides it."""
+    """File of options (.json, .toml), such as a run's config.json, in place of a recipe."""
     resume: bool = False
     """Continue the run in --out from its last checkpoint, as if it had never stopped."""
     overwrite: bool = False
@@ -113,11 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    base, file = _base(argv)
+    base, layers = _base(argv)
     groups = parse(
         TrainOptions, "python -m fastres.train", _DESCRIPTION, argv, TrainOptions.of(base)
     )
-    options, config = groups.run, validate(groups.to_config())
+    # Of a recipe in a file, the command line has the path and the run its name.
+    options, config = groups.run, validate(groups.to_config().replace(recipe=base.recipe))
     if options.out == "":
         raise UsageError("--out is empty; name a folder or leave the option out")
     if options.resume and (changed := changed_options(base.to_json(), config)):
@@ -126,14 +128,20 @@ def _run(argv: list[str]) -> int:
             f"a resumed run keeps its {option} of {getattr(base, changed[0])}; start a new run to "
             "change it"
         )
-    return _train(config, options, origins(config, base, file))
+    return _train(config, options, origins(config, base, layers))
 
 
-def _base(argv: Sequence[str]) -> tuple[Config, str | None]:
-    """Find what the command line starts from: a run's, a file's or a recipe's options; the file."""
-    recipe, file, out, model = (
-        value_of(name, argv) for name in ("--recipe", "--config", "--out", "--model")
+def _base(argv: Sequence[str]) -> tuple[Config, Origins]:
+    """Return what the command line starts from: a run's, a file's or a recipe's options.
+
+    And where those came from.
+    """
+    recipe, file, out, model, epochs, steps = (
+        value_of(f"--{name}", argv)
+        for name in ("recipe", "config", "out", "model", "epochs", "steps")
     )
+    if epochs is not None and steps is not None:
+        raise UsageError("--epochs and --steps are two lengths of one run; give one of them")
     if "--resume" in argv:
         if file is not None:
             raise UsageError("--config does not go with --resume: a run keeps its own options")
@@ -141,18 +149,19 @@ def _base(argv: Sequence[str]) -> tuple[Config, str | None]:
             raise UsageError("--resume needs --out, the folder of the run to continue")
         file = str(Path(out) / "config.json")
     if file is None:
-        return from_recipe(Config.recipe if recipe is None else recipe, model), None
-    if recipe is not None:
+        base, layers = resolve(*find_recipe(Config.recipe if recipe is None else recipe), model)
+    elif recipe is not None:
         raise UsageError("--recipe does not go with --config or --resume, which name their own")
-    try:
-        text = read_bytes(file)
-    except OSError as error:
-        raise UsageError(f"cannot read the options in {file}: {error.strerror}") from None
-    base = from_json(text, file)
-    if model is not None and model != base.model:
-        # A width belongs to the network that it was chosen for.
-        base = base.replace(width=Config.width)
-    return base, file
+    else:
+        base = Config(**checked_options(read_table(file), file))
+        plain = Config().to_json()
+        layers = {file: {k: v for k, v in base.to_json().items() if v != plain[k]}}
+        if model is not None and model != base.model:
+            # A width belongs to the network that it was chosen for.
+            base = base.replace(width=Config.width)
+    if epochs is not None and "--resume" not in argv:
+        base = base.replace(steps=None)
+    return base, layers
 
 
 def _train(config: Config, options: TrainRunOptions, chosen: Origins) -> int:

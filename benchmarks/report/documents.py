@@ -7,6 +7,8 @@ A document says where, and nothing else of it is touched:
     <!-- results: SUITE | across: A -->     the metric A alone, a column a provider <!-- end -->
     <!-- results: SUITE | across: A | ratios: C / D, C / E --> and one a ratio <!-- end -->
     <!-- plots: KIND -->                    pictures <!-- end -->
+    <!-- published: paper -->              the paper's errors beside ours <!-- end -->
+    <!-- recipe: NAME -->                   its values, as TOML <!-- end -->
 
 All behind the suite is optional. Pictures are kept in docs/plots. `--check` changes nothing and
 fails where a document or a picture differs from the rows, or a document states a measurement
@@ -22,8 +24,11 @@ from pathlib import Path
 
 from benchmarks.harness.rows import Result, read_results
 from benchmarks.report.plots import Picture, pictures
+from benchmarks.report.published import paper_table
 from benchmarks.report.tables import choose, cross_table, table
 from fastres.output import reader_may_leave
+from fastres.recipe_file import as_toml
+from fastres.recipes import built_in
 
 __all__ = ["fill", "loose_numbers", "main"]
 
@@ -32,9 +37,12 @@ DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "docs" / "results.md",
     ROOT / "docs" / "your-own-network.md",
+    ROOT / "docs" / "recipes.md",
 )
 PLOTS = ROOT / "docs" / "plots"
-_BLOCK = re.compile(r"(<!-- (results|plots): ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- (results|plots|published|recipe): ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 _FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 # A number with a unit that only a measurement has.
 _MEASURED = re.compile(
@@ -57,7 +65,14 @@ def fill(document: str, results: Sequence[Result], plots: str = "docs/plots") ->
 
     def block(match: re.Match[str]) -> str:
         opening, what, spec, closing = match.groups()
-        text = _table(spec, results) if what == "results" else _links(spec, results, plots)
+        if what == "results":
+            text = _table(spec, results)
+        elif what == "plots":
+            text = _links(spec, results, plots)
+        elif what == "published":
+            text = _published(spec, results)
+        else:
+            text = f"\n```toml\n{as_toml(built_in(spec))}```\n\n"
         return opening + text + closing
 
     return _BLOCK.sub(block, document)
@@ -90,6 +105,12 @@ def _table(spec: str, results: Sequence[Result]) -> str:
         text = table(chosen, metrics, names("against"))
     # Markdown needs an empty line between a comment and a paragraph, or a table behind one.
     return f"\n{text}\n"
+
+
+def _published(spec: str, results: Sequence[Result]) -> str:
+    if spec != "paper":
+        raise ValueError(f"published block {spec!r}: there is only paper")
+    return f"\n{paper_table(results)}\n"
 
 
 def _links(kind: str, results: Sequence[Result], folder: str) -> str:

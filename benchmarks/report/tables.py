@@ -21,6 +21,7 @@ __all__ = [
     "choose",
     "cross_table",
     "machine_label",
+    "markdown",
     "number",
     "table",
 ]
@@ -188,7 +189,8 @@ def _origin(provenance: RowProvenance) -> str:
     return f"torch {provenance['versions']['torch']}, {provenance['date'][:10]}"
 
 
-def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
     rule = "|" + " --- |" * len(header)
     return [f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(line)} |" for line in lines)]
 
@@ -225,7 +227,7 @@ def _lines(group: Sequence[Result], metrics: Sequence[str], against: Sequence[st
     counts = [max(row.n for row, _ in r.values()) for r in found.values()]
     if max(counts) > 1:
         columns["n"] = [str(count) for count in counts]
-    return _markdown(list(columns), zip(*columns.values(), strict=True))
+    return markdown(list(columns), zip(*columns.values(), strict=True))
 
 
 def _ratio(
@@ -254,6 +256,6 @@ def _cross_lines(group: Sequence[Result], ratios: Sequence[tuple[str, str]]) -> 
                 cells[f"{faster} / {slower}"] = f"{ratio:.2f} x"
     columns += [f"{faster} / {slower}" for faster, slower in ratios]
     header = [f"case; {_title(group[0][0])}", *columns]
-    return _markdown(
+    return markdown(
         header, ([case, *(cells.get(c, "") for c in columns)] for case, cells in lines.items())
     )

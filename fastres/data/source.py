@@ -73,10 +73,11 @@ def load_dataset(
 def dataset_kind(name: str) -> DatasetKind:
     """Return what to ask `load_dataset` for, to get again what records call `name`.
 
-    `auto` may find something else another time; `cifar10-jpeg`, say, is a folder.
+    `auto` may find something else another time; `cifar10-jpeg`, say, is a folder, and
+    `cifar10-custom` an archive of other images than the original's.
     """
     kinds: dict[str, DatasetKind] = {kind: kind for kind in get_args(DatasetKind)}
-    return kinds.get(name, "folder")
+    return kinds.get(name.removesuffix("-custom"), "folder")
 
 
 def _load(name: str, root: Path, named: bool, download: bool) -> Dataset:

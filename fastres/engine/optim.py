@@ -19,16 +19,17 @@ from fastres.engine.step_kernels import FilterCopies, OneLaunchSGD
 __all__ = ["Optimizer", "lr_factor"]
 
 
-def lr_factor(schedule: str, progress: float, warmup: float) -> float:
+def lr_factor(schedule: str, progress: float, warmup: float, warmup_shape: str = "linear") -> float:
     """Return the learning rate as a share of its peak.
 
     Args:
         schedule: "one-cycle", "cosine", "steps" or "constant".
         progress: share of the run that is done, 0 to 1.
-        warmup: share of the run in which the rate rises linearly from zero.
+        warmup: share of the run in which the rate is below its peak at first.
+        warmup_shape: "linear" rises from zero, "constant" stays at a tenth.
     """
     if progress < warmup:
-        return progress / warmup
+        return progress / warmup if warmup_shape == "linear" else 0.1
     rest = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
     if schedule == "one-cycle":
         return 1 - rest
@@ -74,8 +75,8 @@ def _split(model: nn.Module, config: Config) -> tuple[list[Tensor], list[Tensor]
 class Optimizer:
     """The optimizers of a run: parameter groups, learning rates as tensors, flat state.
 
-    Convolution filters and the classifier's matrix decay; batch norm and biases do not. Parameters
-    that need no gradient are nobody's.
+    Convolution filters and the classifier's matrix decay; batch norm and biases where asked for.
+    Parameters that need no gradient are nobody's.
 
     Args:
         model: on its device and in its memory format.
@@ -110,7 +111,7 @@ class Optimizer:
             {
                 "params": [p for p in params if p.ndim <= 1],
                 "lr": config.lr * config.bias_lr_scale,
-                "weight_decay": 0.0,
+                "weight_decay": config.weight_decay if config.decay == "all" else 0.0,
             },
         ]
         groups = [group for group in groups if group["params"]]
@@ -131,7 +132,7 @@ class Optimizer:
                 torch.optim.AdamW(groups, betas=betas, fused=fused, capturable=on_cuda)
             )
         else:
-            momentum, nesterov = config.momentum, config.momentum > 0
+            momentum, nesterov = config.momentum, config.nesterov and config.momentum > 0
             options: dict[str, Any] = {"lr": config.lr, "momentum": momentum, "nesterov": nesterov}
             if fused and one_launch:
                 self.rules.append(OneLaunchSGD(groups, copies, **options))

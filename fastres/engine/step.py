@@ -152,7 +152,8 @@ class TrainStep:
     def _lr_factor(self, step: int) -> float:
         # That of the middle of the step: neither the first nor the last one is wasted at zero.
         progress = (step + 0.5) / self.total_steps
-        return lr_factor(self.config.schedule, progress, self.config.warmup)
+        config = self.config
+        return lr_factor(config.schedule, progress, config.warmup, config.warmup_shape)
 
     def _compute(self, images: Tensor, labels: Tensor) -> None:
         """Forward, backward and update: everything that the graph captures."""

@@ -53,6 +53,7 @@ class PreparedRun:
         train_loader: of this process's part of every batch.
         eval_loaders: {"val" or "test": loader}.
         total_steps: of the whole run.
+        epochs: passes over the training set that these are.
         state: how far it is.
     """
 
@@ -60,6 +61,7 @@ class PreparedRun:
     train_loader: Loader
     eval_loaders: dict[str, Loader]
     total_steps: int
+    epochs: float
     state: TrainingState
 
     @property
@@ -156,7 +158,7 @@ class Trainer:
         config, runtime = self.config, self.runtime
         runtime.configure_torch()
         batches = self._batches()
-        total_steps = count_steps(config.epochs, len(batches))
+        total_steps = config.steps or count_steps(config.epochs, len(batches))
         runtime.place(self.model)
         self.model.train()
         step = TrainStep(self.model, config, runtime, total_steps, self.processes)
@@ -168,7 +170,9 @@ class Trainer:
         )
         self._wait()
         state = TrainingState(compile_seconds=time.perf_counter() - started)
-        return PreparedRun(step, *self._loaders(batches), total_steps, state)
+        # Those that were asked for: the steps are rounded up to whole ones.
+        epochs = config.epochs if config.steps is None else config.steps / len(batches)
+        return PreparedRun(step, *self._loaders(batches), total_steps, epochs, state)
 
     def _batches(self) -> BatchSpec:
         """Return which images this process trains on, and how they vary."""
@@ -407,7 +411,7 @@ class Trainer:
             "seed": config.seed,
             **mode,
             "batch_size": config.batch_size,
-            "epochs": config.epochs,
+            "epochs": run.epochs,
             "tta": config.tta,
             "test_accuracy": chosen["test_accuracy"],
             "test_loss": chosen["test_loss"],
@@ -470,7 +474,7 @@ class Trainer:
             # They are written after the checkpoint: a kill in between left them a row behind.
             self.folder.write_metrics(run.state.rows)
         done = run.state.step / run.steps_per_epoch
-        self.console.line(f"resume     {self.last} after {done:.2f} of {self.config.epochs:g}")
+        self.console.line(f"resume     {self.last} after {done:.2f} of {run.epochs:g}")
 
     def _wait(self) -> None:
         if self.runtime.device.type == "cuda":

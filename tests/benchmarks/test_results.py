@@ -133,6 +133,38 @@ def test_a_table_holds_every_row_of_its_suite():
     assert text.endswith("\nb\n")
 
 
+def test_the_papers_errors_stand_beside_runs_of_its_length_alone():
+    def accuracy(case, *values):
+        return summarize("train", case, "fused", "test_accuracy", "%", values), PROVENANCE
+
+    page = "<!-- published: paper -->\n<!-- end -->"
+    runs = [
+        accuracy("cifar10 50000 resnet20 w1 paper 164.103 epochs batch 128", 91.0, 91.5, 91.75),
+        accuracy("cifar10-jpeg 45000 resnet32 w1 paper 182.336 epochs batch 128", 92.0),
+        # Shorter, of the epochs that come closest, narrower, of another batch, of other images.
+        accuracy("cifar10 50000 resnet44 w1 paper 2 epochs batch 128", 60.0),
+        accuracy("cifar10 50000 resnet44 w1 paper 164 epochs batch 128", 60.0),
+        accuracy("cifar10 50000 resnet44 w0.5 paper 164.103 epochs batch 128", 60.0),
+        accuracy("cifar10 50000 resnet44 w1 paper 164.103 epochs batch 64", 60.0),
+        accuracy("cifar100 50000 resnet44 w1 paper 164.103 epochs batch 128", 60.0),
+    ]
+    case = "cpu resnet20 batch 128, cifar10-jpeg"
+    rate = Row(
+        "ladder", case, "fast", "images_per_second", "images/s", 9, *[64_000 * 128 / 7200] * 3
+    )
+    text = report.fill(page, [*runs, (rate, PROVENANCE)])
+    where = "2 cores Some (R) CPU, avx2"
+    assert f"hours on {where} (ESTIMATE)" in text
+    of_20, of_32, of_44, _, of_110 = (line for line in text.splitlines() if "| resnet" in line)
+    assert f"| 8.75 | 8.50 (8.25 to 9.00), n 3: cifar10 50000, fused, {where} | 2 | `" in of_20
+    assert "| 7.51 | 8.00, n 1: cifar10-jpeg 45000, fused" in of_32
+    assert "| 7.17 | not run here |" in of_44
+    assert "| 6.43 (6.61 +- 0.16) | not run here | 12." in of_110
+    assert "ESTIMATE" not in report.fill(page, runs)
+    with pytest.raises(ValueError, match="there is only paper"):
+        report.fill(page.replace("paper", "more"), [])
+
+
 def speed(provider, value, suite="step", case="resnet20 batch 8"):
     return Row(suite, case, provider, "images_per_second", "images/s", 3, value, value, value)
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from fastres import train
-from fastres.config import Config, RecipeName, from_json, validate
+from fastres.config import Config, from_json, validate
 from fastres.errors import UsageError
 from fastres.model.resnet import MODELS, create_model
 from fastres.recipes import RECIPES, from_recipe
@@ -97,7 +97,7 @@ def test_the_ends_of_a_range_are_what_they_say(name, end):
         "muon_momentum": (0, None), "weight_decay": (0, 3.4e38), "warmup": (0, 1),
         "label_smoothing": (0, 1), "ema": (0, None), "crop_padding": (0, 32), "cutout": (0, 32),
         "width": (None, 64), "seed": (0, 2**63 - 1), "threads": (1, 4096), "workers": (0, 256),
-        "limit_train": (1, None),
+        "limit_train": (1, None), "steps": (1, 10**9),
     }  # fmt: skip
     value = ends[name][end == "high"]
     if value is not None:
@@ -121,8 +121,24 @@ def test_what_a_recipe_gives_reads_back(recipe):
     assert from_json(json.dumps(config.to_json()).encode(), "c.json") == validate(config) == config
 
 
-def test_the_recipes_are_those_of_the_option():
-    assert get_args(RecipeName) == tuple(RECIPES)
+def test_the_help_names_the_recipes(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"Hyper-parameters: {', '.join(RECIPES)}, or your own file" in words
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a/b", "..\\b", "two words", "x\n", "\x1b[2J", "a" * 65, "a:b", "\ud800", "\u202e"]
+)
+def test_what_no_recipe_is_called(name):
+    """It becomes part of the name of a folder and of lines on a terminal."""
+    assert "1 to 64 letters, digits, " in refused("recipe", name)
+
+
+def test_a_run_may_be_of_a_recipe_of_its_user():
+    for name in ("my-recipe.toml", "나의_1.json", "a" * 64):
+        assert refused("recipe", name) is None
 
 
 @pytest.mark.parametrize("path", ["\0", "~\0/x", "\ud800", "~\ud800/x"])
@@ -140,6 +156,7 @@ def test_a_data_folder_that_no_system_can_name(path, tmp_path, capsys):
         (("--optimizer", "adamw", "--momentum", "1"), "less than 1 with --optimizer adamw"),
         (("--resume", "--out", "r", "--config", "c.json"), "--config does not go with --resume"),
         (("--width", "1e-9"), "width must leave at least one filter"),
+        (("--epochs", "2", "--steps", "9"), "two lengths of one run; give one of them"),
     ],
 )
 def test_options_that_do_not_go_together(words, message, capsys):

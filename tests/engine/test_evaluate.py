@@ -175,6 +175,8 @@ def test_data_that_is_gone_is_one_sentence(copied, tmp_path, cache, capsys):
     [
         *((kind, kind) for kind in DATASET_NAMES[1:]),
         ("cifar10-jpeg", "folder"),
+        ("cifar10-custom", "cifar10"),
+        ("cifar100-custom", "cifar100"),
         ("folder-x", "folder"),
     ],
 )

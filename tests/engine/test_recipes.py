@@ -7,13 +7,17 @@ import torch
 
 from fastres import train as train_command
 from fastres.config import Config
+from fastres.engine import checkpoint
 from fastres.engine.console import RunConsole
 from fastres.engine.run_dir import RunDir
+from fastres.engine.runtime import Runtime
 from fastres.engine.state import TrainingState
+from fastres.engine.step import TrainStep
 from fastres.engine.trainer import Trainer
 from fastres.model.resnet import MODELS, create_model
 from fastres.model.summary import summarize
-from fastres.recipes import RECIPES, from_recipe, origins
+from fastres.recipes import RECIPES, Recipe, from_recipe, origins, resolve
+from tests.helpers.tiny_run import TINY_NET
 
 DRY = ("--dataset", "synthetic", "--limit-train", "400", "--dry-run")
 
@@ -47,7 +51,6 @@ def test_the_default_net_and_its_options_are_those_of_before():
     assert from_recipe("standard") == Config(
         recipe="standard", model="resnet20", epochs=30, batch_size=256, lr=0.4
     )
-    assert from_recipe("paper").shortcut == "A"
 
 
 def test_what_suits_one_family_alone_is_left_to_it():
@@ -57,7 +60,6 @@ def test_what_suits_one_family_alone_is_left_to_it():
     assert from_recipe("paper", "resnet18").shortcut == "A"
     assert from_recipe("paper", "resnet50").shortcut == "B"
     assert from_recipe("standard", "resnet110").lr == 0.2
-    assert 0 < from_recipe("paper", "resnet110").warmup < 0.01
 
 
 def test_resnet20_by_name_has_its_parameters(capsys):
@@ -80,8 +82,56 @@ def test_the_first_screen_says_what_was_taken_from_where(capsys):
 
 def test_values_of_a_file_are_named_after_it():
     base = Config(model="resnet8", lr=0.3, epochs=2.0)
-    found = origins(base.replace(lr=0.4, threads=1), base, "run/config.json")
+    layers = {"run/config.json": {"model": "resnet8", "lr": 0.3, "epochs": 2.0}}
+    found = origins(base.replace(lr=0.4, threads=1), base, layers)
     assert found == {"run/config.json": {"epochs": 2.0}, "the command line": {"lr": 0.4}}
+
+
+def test_the_papers_recipe_is_the_papers():
+    config = from_recipe("paper")
+    values = {
+        "model": "resnet20", "shortcut": "A", "steps": 64_000, "batch_size": 128,
+        "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4,
+        "decay": "all", "schedule": "steps", "warmup": 0.0, "label_smoothing": 0.0, "ema": 0.0,
+        "crop_padding": 4, "flip": "random", "cutout": 0, "whiten": False, "width": 1.0,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("model", "rates"),
+    [
+        ("resnet20", {0: 0.1, 31_999: 0.1, 32_000: 0.01, 47_999: 0.01, 48_000: 1e-3, 63_999: 1e-3}),
+        ("resnet110", {0: 0.01, 399: 0.01, 400: 0.1, 31_999: 0.1, 32_000: 0.01, 48_000: 1e-3}),
+    ],
+)
+def test_the_papers_rates_change_at_its_steps(model, rates):
+    config = from_recipe("paper", model)
+    step = TrainStep(torch.nn.Linear(1, 1), config, Runtime(torch.device("cpu")), config.steps)
+    assert {number: step.learning_rate(number) for number in rates} == pytest.approx(rates)
+
+
+def test_the_last_word_on_the_length_counts():
+    """Epochs that are asked for take the place of a recipe's steps, wherever they are asked for."""
+    own = Recipe({"epochs": 3.0}, {"thin": {"steps": 7}}, base="paper")
+    assert resolve("own", own, "resnet18")[0].steps is None
+    assert resolve("own", own, "resnet20")[0].steps == 7
+    of_wide = Recipe({"steps": 5}, {"wide": {"epochs": 3.0}})
+    assert resolve("own", of_wide, "resnet18")[0].steps is None
+
+
+def test_a_run_takes_the_steps_that_it_is_told(tmp_path, capsys):
+    words = ["--recipe", "paper", "--limit-train", "100", "--batch-size", "10", *TINY_NET]
+    words += ["--dataset", "synthetic", "--model", "resnet8"]
+    for length, steps, epochs in ((["--steps", "12"], 12, 1.2), (["--epochs", "0.3"], 3, 0.3)):
+        out = tmp_path / length[0]
+        assert train_command.main([*words, *length, "--out", str(out)]) == 0
+        _, meta = checkpoint.read(out / "last.safetensors")
+        assert meta["progress"]["step"] == steps
+        assert json.loads((out / "summary.json").read_text())["epochs"] == epochs
+        assert f"{length[0][2:]} {length[1]}" in capsys.readouterr().out
+    assert train_command.main(["--resume", "--out", str(out), "--steps", "4"]) == 2
+    assert "a resumed run keeps its --steps of None" in capsys.readouterr().err
 
 
 def test_a_files_width_stays_with_its_model(tmp_path, capsys):

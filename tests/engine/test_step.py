@@ -40,18 +40,25 @@ def plain_step(model, optimizer, images, labels, label_smoothing=0.0):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_a_step_equals_plain_torch(fused, smoothing):
-    config = SMALL.replace(label_smoothing=smoothing, weight_decay=0.01)
+@pytest.mark.parametrize(
+    ("smoothing", "nesterov", "decay"), [(0.0, True, "filters"), (0.2, False, "all")]
+)
+def test_a_step_equals_plain_torch(fused, smoothing, nesterov, decay):
+    config = SMALL.replace(
+        label_smoothing=smoothing, weight_decay=0.1, nesterov=nesterov, decay=decay
+    )
     step = make(config, fused_optimizer=fused)
     model = create_model("resnet8", width=0.5, seed=0).train()
-    decay = [p for p in model.parameters() if p.ndim > 1]
+    filters = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.SGD(
-        [{"params": decay, "weight_decay": 0.01}, {"params": rest}],
+        [
+            {"params": filters, "weight_decay": 0.1},
+            {"params": rest, "weight_decay": 0.1 if decay == "all" else 0.0},
+        ],
         lr=0.1,
         momentum=0.9,
-        nesterov=True,
+        nesterov=nesterov,
     )
     for number in range(3):
         step(number, *batch(number))
@@ -61,16 +68,22 @@ def test_a_step_equals_plain_torch(fused, smoothing):
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_batch_norm_and_biases_do_not_decay():
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("decay", ["filters", "all"])
+def test_batch_norm_and_biases_decay_where_asked_for(optimizer, decay):
     model = create_model("resnet8", width=0.5, seed=0)
-    optimizer = Optimizer(model, SMALL.replace(weight_decay=0.5, lr=1.0), fused=False)
+    config = SMALL.replace(weight_decay=0.5, lr=1.0, optimizer=optimizer, decay=decay)
+    optimizer = Optimizer(model, config, fused=False)
+    torch.nn.init.ones_(model.bn1.bias)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.rules[0].step()
     for name, p in model.named_parameters():
         decays = not torch.equal(p, before[name])
-        assert decays == (p.ndim > 1), name
+        # That of a batch norm's bias is 0 at first, but for the one that was set above.
+        can_decay = p.ndim > 1 or (decay == "all" and bool(before[name].any()))
+        assert decays == can_decay, name
 
 
 @pytest.mark.parametrize(
@@ -90,6 +103,9 @@ def test_batch_norm_and_biases_do_not_decay():
 )
 def test_schedules(schedule, progress, factor):
     assert lr_factor(schedule, progress, warmup=0.1) == pytest.approx(factor)
+    # After the warm-up its shape is nothing to the schedule.
+    other = lr_factor(schedule, progress, 0.1, "constant")
+    assert other == pytest.approx(0.1 if progress < 0.1 else factor)
 
 
 @pytest.mark.parametrize(

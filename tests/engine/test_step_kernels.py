@@ -160,19 +160,37 @@ def quadratic_steps(rule, params):
     return [*params, *(s["momentum_buffer"] for s in rule.state.values() if s)]
 
 
-@pytest.mark.parametrize("momentum", [0.9, 0.0])
-def test_the_optimizer_is_torchs_sgd(momentum):
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.9, False), (0.0, False)])
+def test_the_optimizer_is_torchs_sgd(momentum, nesterov):
     def run(kind, *arguments, dtype=torch.float32):
         sizes = [(4, 3, 3, 3), (1500,), (5,)]
         params = [torch.ones(s, device=DEVICE, dtype=dtype).requires_grad_() for s in sizes]
         groups = [{"params": params[:1], "weight_decay": 0.1}, {"params": params[1:]}]
-        rule = kind(groups, *arguments, lr=0.1, momentum=momentum, nesterov=momentum > 0)
+        rule = kind(groups, *arguments, lr=0.1, momentum=momentum, nesterov=nesterov)
         return [t.detach() for t in quadratic_steps(rule, params)]
 
     got, eager = run(OneLaunchSGD, None), run(torch.optim.SGD)
     truth = run(torch.optim.SGD, dtype=torch.float64)
     for tensors in zip(got, eager, truth, strict=True):
         assert_like_eager(f"{tuple(tensors[0].shape)}", *tensors)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("decay", ["filters", "all"])
+def test_a_step_in_one_launch_moves_as_torchs_does(nesterov, decay):
+    """All of what a recipe asks of the optimizer reaches the kernel."""
+    config = SMALL.replace(nesterov=nesterov, decay=decay, weight_decay=0.5, ema=0)
+    step = make_step(config, dtype=torch.float32)
+    torch_step = make_step(config, dtype=torch.float32, fused_optimizer=False)
+    assert type(step.optimizer.rule) is OneLaunchSGD
+    assert type(torch_step.optimizer.rule) is torch.optim.SGD
+    for number in range(2):
+        step(number, *batch(number))
+        torch_step(number, *batch(number))
+    for (name, got), wanted in zip(
+        step.model.named_parameters(), torch_step.model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_what_the_optimizer_cannot_do_is_refused():

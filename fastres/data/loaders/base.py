@@ -49,7 +49,7 @@ class BatchSpec:
         if self.training and self.batch_size > len(self.images):
             raise UsageError(
                 f"batch size {self.batch_size} is larger than the {len(self.images)} training "
-                "images; choose a smaller one"
+                "images; choose a smaller one (--batch-size)"
             )
 
     def __len__(self) -> int:
