@@ -55,7 +55,7 @@ _SUITE = "train"
 _PEERS = ("airbench94_muon",)
 # Options that rows tell in other words.
 _TOLD = (
-    *("model", "width", "epochs", "batch_size", "limit_train"),
+    *("model", "width", "epochs", "steps", "batch_size", "limit_train"),
     *("route", "amp", "channels_last", "loader"),
 )
 _FEWEST_WARMUP_STEPS = 2
@@ -99,7 +99,7 @@ class _RecipeRuns:
             trainer.data,
             len(self._true_images),
             f"{config.model} w{config.width:g} {config.recipe}",
-            config.epochs,
+            self._run.epochs,
             config.batch_size,
         )
         self.case += f", {changes}" if changes else ""
