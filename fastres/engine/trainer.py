@@ -143,7 +143,9 @@ class Trainer:
         """
         config, runtime = self.config, self.runtime
         runtime.configure_torch()
-        augmentation = Augmentation(config.crop_padding, config.flip, config.cutout)
+        augmentation = Augmentation(
+            config.crop_padding, config.flip, config.cutout, config.trivial_augment
+        )
         batches = BatchSpec(
             images=self.train_images,
             mean=self.data.mean,
