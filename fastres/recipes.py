@@ -58,11 +58,13 @@ RECIPES: dict[RecipeName, Recipe] = {
             "wide": {"lr": 0.1},
         },
     ),
-    # A ResNet-20 close to the paper's accuracy in a fifth of the paper's time.
+    # What a network is known to reach in 200 epochs, in a third of them: by a rate that is at its
+    # peak for a step and falls to zero. Its accuracies are not measured yet. The thin nets have no
+    # capacity to spare, and get crops and flips alone.
     "standard": Recipe(
         {
             "model": "resnet20",
-            "epochs": 30.0,
+            "epochs": 65.0,
             "batch_size": 256,
             "schedule": "one-cycle",
             "warmup": 0.2,
@@ -74,8 +76,10 @@ RECIPES: dict[RecipeName, Recipe] = {
             "thin": {"lr": 0.4},
             # Not doubled: the paper found its rate slightly too high for the start of this net.
             "deep": {"lr": 0.2},
-            # 0.1 for 128 images is what ResNet-18 is commonly trained with on CIFAR.
-            "wide": {"lr": 0.2},
+            # 0.1 for 128 images is what ResNet-18 is commonly trained with on CIFAR. A cutout of 12
+            # and smoothed labels are those of airbench96, a wide net for 37 epochs (Jordan 2024,
+            # https://arxiv.org/abs/2404.00498).
+            "wide": {"lr": 0.2, "cutout": 12, "label_smoothing": 0.1},
         },
     ),
     # He et al. 2015, section 4.2: 64,000 steps of 128 images, the rate divided by 10 at 32,000 and
@@ -98,7 +102,12 @@ RECIPES: dict[RecipeName, Recipe] = {
             "bottleneck": {"shortcut": "B"},
         },
     ),
-    # The most accurate: a wide net, 200 epochs, cosine.
+    # The most accurate: a wide net, 200 epochs, cosine. CutMix with its paper's alpha (Yun et al.
+    # 2019, https://arxiv.org/abs/1905.04899) in every batch. It takes the place of cutout, with
+    # which a ResNet-18 of 200 epochs errs 3.99 instead of 4.72 % (DeVries and Taylor 2017,
+    # https://arxiv.org/abs/1708.04552); the paper's own comparison on CIFAR-10, a PyramidNet, has
+    # 3.85 % without, 3.10 % with cutout, 2.88 % with CutMix. No accuracy of this recipe is measured
+    # yet. The average forgets in a thousand steps, less than three epochs.
     "accurate": Recipe(
         {
             "model": "resnet18",
@@ -108,7 +117,8 @@ RECIPES: dict[RecipeName, Recipe] = {
             "weight_decay": 5e-4,
             "schedule": "cosine",
             "warmup": 0.025,
-            "cutout": 16,
+            "cutmix": 1.0,
+            "ema": 0.999,
         }
     ),
 }

@@ -302,7 +302,12 @@ class Trainer:
             return summary
         self.folder.write_json("summary.json", summary)
         title = f"{summary['model']} on {summary['dataset']}, {summary['epochs']:g} epochs"
-        picture = draw_curves(run.state.rows, title, label_smoothing=self.config.label_smoothing)
+        picture = draw_curves(
+            run.state.rows,
+            title,
+            label_smoothing=self.config.label_smoothing,
+            mixed=self.config.mixup > 0 or self.config.cutmix > 0,
+        )
         checkpoint.replace_file(self.folder.path / "curves.png", picture)
         return summary
 

@@ -127,6 +127,18 @@ def test_the_loss_is_that_of_soft_targets(loss, count):
     torch.testing.assert_close(got_grad, wanted_grad, rtol=1e-12, atol=1e-15)
 
 
+def test_the_answer_is_the_label_with_the_larger_share():
+    labels = torch.arange(6)
+    seen = set()
+    for step in range(8):
+        made = mixing(step, mixup=1.0)
+        weight = made._weights[-1].item()
+        seen.add(weight < 0.5)
+        wanted = soft_targets(labels, weight).argmax(1)
+        assert torch.equal(made.main_labels(labels), wanted)
+    assert seen == {True, False}
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("route", ["eager", "fused"])
 def test_a_step_equals_plain_torch(way, route):
