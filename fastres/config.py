@@ -86,6 +86,13 @@ class DataOptions:
     """Mirror training images at random, or each in every other epoch."""
     cutout: int = 0
     """Side in pixels of a square painted over each training image; 0: none."""
+    trivial_augment: bool = False
+    """Change each training image by one random operation of a random magnitude, before the crop."""
+    mixup: float = 0.0
+    """Blend training images in pairs, by a weight of Beta(mixup, mixup); 0: none."""
+    cutmix: float = 0.0
+    """Swap a box within pairs of training images, of a size by Beta(cutmix, cutmix); 0: none. With
+    mixup too, each batch takes one of the two at random."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +249,8 @@ _RANGES = {
     "ema": _Range(0, 1, with_high=False),
     "crop_padding": _Range(0, 32),
     "cutout": _Range(0, 32),
+    "mixup": _Range(0, 1000),
+    "cutmix": _Range(0, 1000),
     "width": _Range(0, 64, with_low=False),
     "seed": _Range(0, 2**63 - 1),
     "threads": _Range(1, 4096),

@@ -1,4 +1,4 @@
-"""Crop, flip, cut out and normalise batches as a plan says, in plain torch on any device."""
+"""Augment and normalise batches as a plan says, in plain torch on any device."""
 
 import warnings
 
@@ -8,8 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.data.plan import IMAGE_SIZE, Plan
+from fastres.data.trivial_augment import count_operations, trivial_augment
 
-__all__ = ["TensorPlan", "augment", "normalize", "shared_tensor", "to_raw_scale"]
+__all__ = [
+    "TensorPlan",
+    "augment",
+    "normalize",
+    "select_images",
+    "shared_tensor",
+    "to_raw_scale",
+    "upload",
+]
 
 
 class TensorPlan:
@@ -20,20 +29,29 @@ class TensorPlan:
         device: where the images are.
 
     Attributes:
-        index, crop, flip, cutout, padding: those of the plan. What changes no image is None, and
-            is not uploaded.
+        index, crop, flip, cutout, padding, operation, magnitude: those of the plan. What changes
+            no image is None, and is not uploaded.
     """
 
     def __init__(self, plan: Plan, device: torch.device):
         has_cutout = (plan.cutout[:, 2] > plan.cutout[:, 0]).any()
         self.padding = plan.padding
-        self.index = _upload(plan.index, device)
-        self.crop = _upload(plan.crop, device) if plan.padding else None
-        self.flip = _upload(plan.flip, device) if plan.flip.any() else None
-        self.cutout = _upload(plan.cutout, device) if has_cutout else None
+        self.index = upload(plan.index, device)
+        self.crop = upload(plan.crop, device) if plan.padding else None
+        self.flip = upload(plan.flip, device) if plan.flip.any() else None
+        self.cutout = upload(plan.cutout, device) if has_cutout else None
+        self.operation = self.magnitude = None
+        if plan.operation.any():
+            self.operation = upload(plan.operation, device)
+            self.magnitude = upload(plan.magnitude, device)
+        self._host_operation = plan.operation
+
+    def count_operations(self, rows: slice) -> list[int]:
+        """Return how many images of some rows each operation changes, without asking the device."""
+        return count_operations(self._host_operation[rows])
 
 
-def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
     """Copy an array to a device, behind whatever a GPU has queued and without waiting for it.
 
     That takes pinned memory: torch reuses a buffer of its own only after the copy out of it, while
@@ -94,8 +112,27 @@ def _cutout(images: Tensor, boxes: Tensor, colour: Tensor) -> Tensor:
     return torch.where(inside, colour, images)
 
 
+def select_images(images: Tensor, plan: TensorPlan, rows: slice) -> Tensor:
+    """Select the images of some rows of a plan, each changed by its random operation.
+
+    Args:
+        images: (N, 32, 32, 3) uint8, the whole set.
+        plan: on the device of `images`.
+        rows: the rows of the plan to serve.
+
+    Returns:
+        (B, 32, 32, 3) uint8.
+    """
+    # Not `images[index]`, which copies single bytes; `index_select` copies whole images.
+    out = images.index_select(0, plan.index[rows])
+    if plan.operation is None or plan.magnitude is None:
+        return out
+    counts = plan.count_operations(rows)
+    return trivial_augment(out, plan.operation[rows], plan.magnitude[rows], counts)
+
+
 def augment(images: Tensor, plan: TensorPlan, rows: slice, colour: Tensor) -> Tensor:
-    """Select the images of some rows of a plan, then crop, flip and cut out.
+    """Select and change the images of some rows of a plan, then crop, flip and cut out.
 
     Args:
         images: (N, 32, 32, 3) uint8, the whole set.
@@ -106,8 +143,7 @@ def augment(images: Tensor, plan: TensorPlan, rows: slice, colour: Tensor) -> Te
     Returns:
         (B, 32, 32, 3) uint8.
     """
-    # Not `images[index]`, which copies single bytes; `index_select` copies whole images.
-    out = images.index_select(0, plan.index[rows])
+    out = select_images(images, plan, rows)
     if plan.crop is not None:
         out = _crop(out, plan.crop[rows], plan.padding)
     if plan.flip is not None:

@@ -8,7 +8,11 @@ __all__ = ["draw_curves"]
 
 
 def draw_curves(
-    rows: Sequence[Mapping[str, Any]], title: str, *, label_smoothing: float = 0.0
+    rows: Sequence[Mapping[str, Any]],
+    title: str,
+    *,
+    label_smoothing: float = 0.0,
+    mixed: bool = False,
 ) -> bytes:
     """Draw the metrics of a run and return a PNG.
 
@@ -17,6 +21,7 @@ def draw_curves(
             test_accuracy and, under --val, val_loss and val_accuracy.
         title: one line over both panels.
         label_smoothing: of the training loss, which is then not comparable with the others.
+        mixed: whether the training images were mixed; then their loss and accuracy are not.
     """
     from matplotlib.figure import Figure
 
@@ -31,9 +36,10 @@ def draw_curves(
         losses, accuracies = (
             [row[f"{split}_{what}"] for row in rows] for what in ("loss", "accuracy")
         )
+        name = f"{split}, mixed images" if split == "train" and mixed else split
         smoothed = split == "train" and label_smoothing > 0
-        loss.plot(epochs, losses, label=f"{split}, smoothed labels" if smoothed else split, **style)
-        accuracy.plot(epochs, accuracies, label=f"{split}, {accuracies[-1]:.2f} %", **style)
+        loss.plot(epochs, losses, label=f"{name}, smoothed labels" if smoothed else name, **style)
+        accuracy.plot(epochs, accuracies, label=f"{name}, {accuracies[-1]:.2f} %", **style)
     loss.set(xlabel="epoch", ylabel="mean loss")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
     for axes in (loss, accuracy):

@@ -3,7 +3,8 @@
 Every process takes its share of each batch, and after every step all of them hold the same weights
 and running statistics, bit for bit. So any of them can save for all, and a run may be resumed by
 another number of processes. Batch norm sees the share of a process, as with torch's
-DistributedDataParallel; the pixels of a batch are those of a run by one process.
+DistributedDataParallel; the pixels of a batch are those of a run by one process, mixed ones where
+the share of a process is even.
 
 The processes end together: when torchrun ends, each of them is asked to save and stop, and when one
 of them ends, the others fail in their next exchange with it.

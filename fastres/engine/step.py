@@ -1,7 +1,7 @@
 """The training step: forward, loss, backward, update; eager, compiled, or as one CUDA graph.
 
 Nothing in a step waits for the device: losses and hits are added up there, and the learning rate
-is a tensor, so the whole step can be captured and replayed.
+and the weights of mixed images are tensors, so the whole step can be captured and replayed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,6 +16,7 @@ from fastres.engine.checkpoint import check_tensors, load_weights, take_section
 from fastres.engine.checkpoint_schema import check_values
 from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.ema import WeightAverage
+from fastres.engine.mixing import BatchMixing
 from fastres.engine.optim import Optimizer, lr_factor
 from fastres.engine.runtime import Runtime
 from fastres.engine.step_kernels import add_to_totals, copy_filters, has_step_kernels, own_counters
@@ -43,7 +44,10 @@ class Totals:
         self._one_launch = one_launch
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: its mean loss, (B, classes) logits and (B,) labels."""
+        """Add a batch: its mean loss, (B, classes) logits and (B,) labels.
+
+        Of mixed images these are the labels with the larger share: a right answer is that one.
+        """
         if self._one_launch:
             add_to_totals(self.values, loss, logits, labels)
             return
@@ -113,6 +117,8 @@ class TrainStep:
         )
         self.totals = Totals(runtime.device, one_launch=has_kernels)
         self.average = WeightAverage(model, config.ema) if config.ema else None
+        mixes = config.mixup > 0 or config.cutmix > 0
+        self._mixing = BatchMixing(config, runtime.device) if mixes else None
         self.scaler = torch.amp.GradScaler(
             runtime.device.type, enabled=runtime.dtype == torch.float16
         )
@@ -135,6 +141,8 @@ class TrainStep:
             labels: (B,) int64.
         """
         self.optimizer.set_lr_factor(self._lr_factor(step))
+        if self._mixing is not None:
+            self._mixing.set_step(step)
         self._refresh_copies()
         if self._graph is not None and self._inputs is not None:
             self._inputs[0].copy_(images)
@@ -156,11 +164,17 @@ class TrainStep:
         return lr_factor(config.schedule, progress, config.warmup, config.warmup_shape)
 
     def _compute(self, images: Tensor, labels: Tensor) -> None:
-        """Forward, backward and update: everything that the graph captures."""
+        """Mix, forward, backward and update: everything that the graph captures."""
+        mixing = self._mixing
+        if mixing is not None:
+            images = mixing.images(images)
         with self._copies.in_use() if self._copies is not None else nullcontext():
             with self.runtime.autocast(), batched_running_stats():
                 logits = self._forward(images)
-                loss = self._loss(logits, labels)
+                if mixing is None:
+                    loss = self._loss(logits, labels)
+                else:
+                    loss = mixing.loss(self._loss, logits, labels)
             self.scaler.scale(loss).backward(self._grad_of_loss)
         self.processes.average(self.model)
         for rule in self.optimizer.rules:
@@ -169,7 +183,8 @@ class TrainStep:
         self._refresh_copies()
         for rule in self.optimizer.rules:
             rule.zero_grad(set_to_none=True)
-        self.totals.add(loss.detach(), logits.detach(), labels)
+        answers = labels if mixing is None else mixing.main_labels(labels)
+        self.totals.add(loss.detach(), logits.detach(), answers)
 
     def _refresh_copies(self) -> None:
         """Round the filters that anybody but the optimizer's own kernel has changed."""
@@ -188,8 +203,10 @@ class TrainStep:
             if not self.runtime.graph:
                 self._compute(images, labels)
                 return
-            # Images are rounded on their way into the graph, in the copy that they take anyway.
-            dtype = self.runtime.dtype if self._copies is not None else images.dtype
+            # Images are rounded on their way into the graph, in the copy that they take anyway;
+            # mixed ones only after they are mixed.
+            rounds = self._copies is not None and self._mixing is None
+            dtype = self.runtime.dtype if rounds else images.dtype
             self._inputs = (images.to(dtype, copy=True), labels.clone())
             side = torch.cuda.Stream(self.runtime.device)
             side.wait_stream(torch.cuda.current_stream(self.runtime.device))

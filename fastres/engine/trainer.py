@@ -183,7 +183,9 @@ class Trainer:
             std=self.data.std,
             batch_size=config.batch_size,
             seed=config.seed,
-            augmentation=Augmentation(config.crop_padding, config.flip, config.cutout),
+            augmentation=Augmentation(
+                config.crop_padding, config.flip, config.cutout, config.trivial_augment
+            ),
             training=True,
         )
         return self.processes.share(batches)
@@ -377,7 +379,12 @@ class Trainer:
             return summary
         self.folder.write_json("summary.json", summary)
         title = f"{summary['model']} on {summary['dataset']}, {summary['epochs']:g} epochs"
-        picture = draw_curves(run.state.rows, title, label_smoothing=self.config.label_smoothing)
+        picture = draw_curves(
+            run.state.rows,
+            title,
+            label_smoothing=self.config.label_smoothing,
+            mixed=self.config.mixup > 0 or self.config.cutmix > 0,
+        )
         checkpoint.replace_file(self.folder.path / "curves.png", picture)
         return summary
 

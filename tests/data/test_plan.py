@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 from fastres.data.plan import NO_AUGMENTATION, Augmentation, plan_epoch
 from fastres.errors import UsageError
 
-FULL = Augmentation(crop_padding=4, flip="random", cutout=8)
+FULL = Augmentation(crop_padding=4, flip="random", cutout=8, trivial_augment=True)
 
 FROZEN_INDEX = [374, 146, 665, 147, 581]
 FROZEN_CROP = [[0, 8], [6, 0], [6, 4]]
 FROZEN_FLIP = [False, True, True, True, True, True, False, False]
+FROZEN_OPERATION = [3, 9, 10, 0, 1]
+FROZEN_MAGNITUDE = [-3, 10, 5, 3, -4]
 
 
 def plan(n=1000, seed=0, epoch=0, augmentation=FULL, shuffle=True):
@@ -39,7 +41,7 @@ def test_a_plan_is_a_permutation_with_choices_in_range(n, seed, epoch, padding):
 
 def test_choices_of_a_sample_do_not_depend_on_order_or_on_the_size_of_the_set():
     shuffled, ordered, longer = plan(), plan(shuffle=False), plan(2000, shuffle=False)
-    for name in ("crop", "flip", "cutout"):
+    for name in ("crop", "flip", "cutout", "operation", "magnitude"):
         wanted = getattr(ordered, name)
         np.testing.assert_array_equal(by_image(getattr(shuffled, name), shuffled.index), wanted)
         np.testing.assert_array_equal(getattr(longer, name)[:1000], wanted)
@@ -82,6 +84,7 @@ def test_evaluation_changes_nothing():
     assert not p.crop.any()
     assert not p.flip.any()
     assert (p.cutout[:, 0] == p.cutout[:, 2]).all()
+    assert not p.operation.any()
 
 
 def test_a_slice_is_the_same_rows():
@@ -90,6 +93,8 @@ def test_a_slice_is_the_same_rows():
     assert len(part) == 128
     np.testing.assert_array_equal(part.index, p.index[128:256])
     np.testing.assert_array_equal(part.cutout, p.cutout[128:256])
+    np.testing.assert_array_equal(part.operation, p.operation[128:256])
+    np.testing.assert_array_equal(part.magnitude, p.magnitude[128:256])
 
 
 def test_the_plan_is_frozen():
@@ -98,6 +103,8 @@ def test_the_plan_is_frozen():
     np.testing.assert_array_equal(p.index[:5], FROZEN_INDEX)
     np.testing.assert_array_equal(p.crop[:3], FROZEN_CROP)
     np.testing.assert_array_equal(p.flip[:8], FROZEN_FLIP)
+    np.testing.assert_array_equal(p.operation[:5], FROZEN_OPERATION)
+    np.testing.assert_array_equal(p.magnitude[:5], FROZEN_MAGNITUDE)
 
 
 @pytest.mark.parametrize(

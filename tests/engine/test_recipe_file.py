@@ -51,7 +51,7 @@ def test_what_changes_a_recipe_comes_after_all_of_it(tmp_path):
     of_base = {"batch_size": 256, "schedule": "one-cycle", "warmup": 0.2}
     wanted = Config(recipe="mine.toml", epochs=2.0, weight_decay=1e-3, lr=1.0, **of_base)
     assert config_of(file) == wanted
-    assert config_of(file, "resnet18").epochs == 30
+    assert config_of(file, "resnet18").epochs == 65
     assert config_of(file, "resnet9").steps == 5
     assert find_recipe(write(tmp_path / "again.toml", as_toml(recipe)))[1] == recipe
 

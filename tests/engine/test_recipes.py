@@ -49,7 +49,7 @@ def test_the_default_net_and_its_options_are_those_of_before():
     config = from_recipe("quick")
     assert (config.model, config.lr, config.whiten) == ("resnet9_small", 0.25, True)
     assert from_recipe("standard") == Config(
-        recipe="standard", model="resnet20", epochs=30, batch_size=256, lr=0.4
+        recipe="standard", model="resnet20", epochs=65, batch_size=256, lr=0.4
     )
 
 

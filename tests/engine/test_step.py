@@ -210,7 +210,7 @@ def test_mixed_precision_keeps_float32_weights():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_a_restored_step_goes_on_bit_for_bit(optimizer, tmp_path):
-    config = SMALL.replace(optimizer=optimizer, ema=0.9, lr=0.01)
+    config = SMALL.replace(optimizer=optimizer, ema=0.9, lr=0.01, mixup=1.0, cutmix=1.0)
     whole, first, second = make(config), make(config), make(config)
     for number in range(4):
         whole(number, *batch(number))
@@ -229,7 +229,7 @@ def test_a_restored_step_goes_on_bit_for_bit(optimizer, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_reads_nothing_back(optimizer, dtype):
     """Fake tensors have no values: any `.item()` raises, so the step can be captured."""
-    config = SMALL.replace(optimizer=optimizer, ema=0.9, label_smoothing=0.1)
+    config = SMALL.replace(optimizer=optimizer, ema=0.9, label_smoothing=0.1, mixup=1, cutmix=1)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = create_model(config.model, width=config.width)
         runtime = Runtime(device=CPU, dtype=dtype, fused_optimizer=True)
@@ -243,9 +243,11 @@ def test_a_step_reads_nothing_back(optimizer, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_replayed_graph_takes_the_eager_steps(compiled, dtype):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_replayed_graph_takes_the_eager_steps(compiled, dtype, mixed):
     cuda = torch.device("cuda", 0)
     options = {"device": cuda, "dtype": dtype, "channels_last": True, "fused_optimizer": True}
+    options["config"] = SMALL.replace(mixup=1.0, cutmix=1.0) if mixed else SMALL
     eager = make(**options)
     graph = make(**options, compiled=compiled, graph=True)
     graph.prepare(*batch(9, cuda))

@@ -152,11 +152,12 @@ def assert_same_epochs(loader, other, epochs=2):
             assert torch.equal(i.cpu(), j)
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_the_loader_serves_the_same_pixels_from_the_kernel(split, monkeypatch):
+@pytest.mark.parametrize(("split", "trivial"), [("train", False), ("train", True), ("test", False)])
+def test_the_loader_serves_the_same_pixels_from_the_kernel(split, trivial, monkeypatch):
     """On a CPU in the interpreter: the loader as on a GPU, against torch's DataLoader."""
     monkeypatch.setattr(resident, "_find_kernel", lambda device: augment_normalize)
-    options = {"batch_size": 9, "seed": 3, "split": split, "augmentation": AUGMENTATIONS["all"]}
+    augmentation = Augmentation(flip="alternating", cutout=8, trivial_augment=trivial)
+    options = {"batch_size": 9, "seed": 3, "split": split, "augmentation": augmentation}
     served = fastres.make_loader(make_data(), loader="resident", device=DEVICE, **options)
     assert served.detail.endswith("by one Triton kernel a batch")
     with recording() as launches:
@@ -189,9 +190,10 @@ def test_without_gpu_or_triton_the_loader_uses_tensor_operations(monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_the_loader_on_a_gpu_serves_the_pixels_of_the_cpu(split):
-    options = {"batch_size": 9, "seed": 3, "split": split, "augmentation": AUGMENTATIONS["all"]}
+@pytest.mark.parametrize(("split", "trivial"), [("train", False), ("train", True), ("test", False)])
+def test_the_loader_on_a_gpu_serves_the_pixels_of_the_cpu(split, trivial):
+    augmentation = Augmentation(flip="alternating", cutout=8, trivial_augment=trivial)
+    options = {"batch_size": 9, "seed": 3, "split": split, "augmentation": augmentation}
     on_gpu = fastres.make_loader(make_data(), loader="resident", device="cuda", **options)
     on_cpu = fastres.make_loader(make_data(), loader="torch", **options)
     assert on_gpu.detail.endswith("by one Triton kernel a batch")

@@ -119,7 +119,7 @@ def make_loader(
         batch_size: images a batch.
         loader: "dali", "resident" or "torch"; "auto" takes the resident loader.
         device: where the batches are wanted.
-        seed: of order, crops, flips, cutout boxes and the validation split.
+        seed: of order, augmentation and the validation split.
         epoch: the epoch that the first pass serves; each later pass serves the next one.
         augmentation: of the training images; None for crop with padding 4 and flip.
         num_val: images held out for validation. Give the same number for "train" and "val"; None

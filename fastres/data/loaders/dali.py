@@ -2,7 +2,8 @@
 
 The plan reaches DALI as data, through `fn.external_source`; DALI's random generators are not used.
 Images are padded before they are normalised, so the border is black in raw pixels, as with the
-other loaders.
+other loaders. TrivialAugment changes them on the CPU before they enter the pipeline: DALI's own
+operations differ in their rounding.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 from torch import Tensor
 
-from fastres.data.augmentation import shared_tensor
+from fastres.data.augmentation import TensorPlan, select_images, shared_tensor
 from fastres.data.loaders.base import BatchSpec, Loader
 from fastres.data.loaders.plan_ahead import PlanAhead
 from fastres.data.plan import IMAGE_SIZE, Plan
@@ -29,6 +30,7 @@ class _Source:
 
     def __init__(self, spec: BatchSpec):
         self.spec = spec
+        self.images = shared_tensor(spec.images.images)
         self.plan: Plan = spec.plan(0)[:0]
         self.next_batch = 0
 
@@ -46,7 +48,8 @@ class _Source:
             raise StopIteration
         batch = self.plan[self.spec.rows(self.next_batch)]
         self.next_batch += 1
-        outputs = [self.spec.images.images[batch.index], batch.flip.astype(np.int32)]
+        images = select_images(self.images, TensorPlan(batch, self.images.device), slice(None))
+        outputs = [images.numpy(), batch.flip.astype(np.int32)]
         if self.spec.augmentation.crop_padding:
             outputs.append((batch.crop - batch.padding).astype(np.int32))
         if self.spec.augmentation.cutout:

@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fastres.data.augmentation import TensorPlan, augment, normalize, shared_tensor, to_raw_scale
+from fastres.data.augmentation import (
+    TensorPlan,
+    augment,
+    normalize,
+    select_images,
+    shared_tensor,
+    to_raw_scale,
+)
 from fastres.data.loaders.base import BatchSpec, Loader
 from fastres.data.loaders.plan_ahead import PlanAhead
 
@@ -25,6 +32,7 @@ def _find_kernel(device: torch.device) -> Callable[..., Tensor] | None:
 class ResidentLoader(Loader):
     """Makes every batch on the device: by one kernel on a GPU, else by a few tensor operations.
 
+    TrivialAugment comes before that kernel, as tensor operations on the raw images of the batch.
     Only the plan is copied to the device, once an epoch, and nothing waits for the device. The
     next plan is made while an epoch is served. An image takes 3,072 bytes of the device's memory:
     the training images of CIFAR-10 154 MB, a million images 3.1 GB.
@@ -75,9 +83,13 @@ class ResidentLoader(Loader):
         if self._kernel is None:
             raw = augment(self.images, plan, rows, self.colour)
             return normalize(raw, self.mean, self.std).to(self.dtype)
+        images, index = self.images, plan.index[rows]
+        if plan.operation is not None:
+            images = select_images(images, plan, rows)
+            index = torch.arange(len(images), device=self.device)
         return self._kernel(
-            self.images,
-            plan.index[rows],
+            images,
+            index,
             self.mean,
             self.scale,
             crop=None if plan.crop is None else plan.crop[rows],
