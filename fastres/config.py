@@ -142,6 +142,10 @@ class OptimisationOptions:
     """Peak rate of muon: a step as a share of a layer's norm."""
     muon_momentum: float = 0.6
     """Momentum of muon."""
+    low_res: int = 32
+    """Side in pixels to which training images are shrunk at first; 32: none."""
+    low_res_share: float = 0.4
+    """Share of the run in which they are."""
     steps: int | None = None
     """Training steps, an exact number, in place of --epochs."""
     nesterov: bool = True
@@ -241,6 +245,8 @@ _RANGES = {
     "momentum": _Range(0, 1),
     "bias_lr_scale": _Range(0, 10**6),
     "muon_lr": _Range(0, _FLOAT32),
+    "low_res": _Range(8, 32),
+    "low_res_share": _Range(0, 1),
     "muon_momentum": _Range(0, 1, with_high=False),
     "weight_decay": _Range(0, _FLOAT32),
     "warmup": _Range(0, 1),

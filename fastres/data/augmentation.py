@@ -16,6 +16,7 @@ __all__ = [
     "normalize",
     "select_images",
     "shared_tensor",
+    "shrink",
     "to_raw_scale",
     "upload",
 ]
@@ -151,6 +152,16 @@ def augment(images: Tensor, plan: TensorPlan, rows: slice, colour: Tensor) -> Te
     if plan.cutout is not None:
         out = _cutout(out, plan.cutout[rows], colour)
     return out
+
+
+def shrink(images: Tensor, size: int) -> Tensor:
+    """Resample a batch to (B, C, size, size), by triangles as wide as two pixels of the result.
+
+    Args:
+        images: (B, C, H, W) float, any memory format, which is kept.
+        size: at most H and W.
+    """
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastres.config import Config
+from fastres.data.augmentation import shrink
+from fastres.data.plan import IMAGE_SIZE
 from fastres.engine.checkpoint import check_tensors, load_weights, take_section
 from fastres.engine.checkpoint_schema import check_values
 from fastres.engine.distributed import ALONE, Processes
@@ -122,15 +124,17 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(
             runtime.device.type, enabled=runtime.dtype == torch.float16
         )
-        self._forward = torch.compile(model) if runtime.compiled else model
+        # A shape of its own for every size of images, none of them unknown.
+        self._forward = torch.compile(model, dynamic=False) if runtime.compiled else model
         loss = SmoothCrossEntropy if runtime.route == "fused" else nn.CrossEntropyLoss
         self._loss = loss(label_smoothing=config.label_smoothing)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        # One for each size of images.
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._inputs: tuple[Tensor, Tensor] | None = None
         # Where backward gets none to start from, torch makes one in every step.
         self._grad_of_loss = torch.ones((), device=runtime.device)
-        # The graph's kernels count in it, so it lives as long as the graph.
-        self._counters: Tensor | None = None
+        # The graphs' kernels count in them, so they live as long as the graphs.
+        self._counters: list[Tensor] = []
 
     def __call__(self, step: int, images: Tensor, labels: Tensor) -> None:
         """Train on one batch.
@@ -144,12 +148,14 @@ class TrainStep:
         if self._mixing is not None:
             self._mixing.set_step(step)
         self._refresh_copies()
-        if self._graph is not None and self._inputs is not None:
+        size = self._image_size(step)
+        if self._inputs is not None:
             self._inputs[0].copy_(images)
             self._inputs[1].copy_(labels)
-            self._graph.replay()
+            self._graphs[size].replay()
         else:
-            self._compute(images.contiguous(memory_format=self.runtime.memory_format), labels)
+            images = images.contiguous(memory_format=self.runtime.memory_format)
+            self._compute(images, labels, size)
         if self.average is not None:
             self.average.update(step)
 
@@ -158,16 +164,29 @@ class TrainStep:
         return self.config.lr * self._lr_factor(step)
 
     def _lr_factor(self, step: int) -> float:
-        # That of the middle of the step: neither the first nor the last one is wasted at zero.
-        progress = (step + 0.5) / self.total_steps
         config = self.config
-        return lr_factor(config.schedule, progress, config.warmup, config.warmup_shape)
+        return lr_factor(config.schedule, self._progress(step), config.warmup, config.warmup_shape)
 
-    def _compute(self, images: Tensor, labels: Tensor) -> None:
-        """Mix, forward, backward and update: everything that the graph captures."""
+    def _progress(self, step: int) -> float:
+        # That of the middle of the step: neither the first nor the last one is wasted at zero.
+        return (step + 0.5) / self.total_steps
+
+    def _image_size(self, step: int) -> int:
+        """Return the side in pixels of the images of step `step` (0-based)."""
+        is_early = self._progress(step) < self.config.low_res_share
+        return self.config.low_res if is_early else IMAGE_SIZE
+
+    def _image_sizes(self) -> list[int]:
+        """Return the sizes of all steps, in their order."""
+        return list(dict.fromkeys(self._image_size(step) for step in (0, self.total_steps - 1)))
+
+    def _compute(self, images: Tensor, labels: Tensor, size: int) -> None:
+        """Mix, shrink, forward, backward and update: everything that a graph captures."""
         mixing = self._mixing
         if mixing is not None:
             images = mixing.images(images)
+        if size != IMAGE_SIZE:
+            images = shrink(images, size)
         with self._copies.in_use() if self._copies is not None else nullcontext():
             with self.runtime.autocast(), batched_running_stats():
                 logits = self._forward(images)
@@ -200,24 +219,32 @@ class TrainStep:
             return
         with self._preserved():
             images = images.contiguous(memory_format=self.runtime.memory_format)
+            sizes = self._image_sizes()
             if not self.runtime.graph:
-                self._compute(images, labels)
+                for size in sizes:
+                    self._compute(images, labels, size)
                 return
             # Images are rounded on their way into the graph, in the copy that they take anyway;
-            # mixed ones only after they are mixed.
-            rounds = self._copies is not None and self._mixing is None
+            # those that are mixed or shrunk only after that.
+            rounds = self._copies is not None and self._mixing is None and sizes == [IMAGE_SIZE]
             dtype = self.runtime.dtype if rounds else images.dtype
             self._inputs = (images.to(dtype, copy=True), labels.clone())
-            side = torch.cuda.Stream(self.runtime.device)
-            side.wait_stream(torch.cuda.current_stream(self.runtime.device))
-            with torch.cuda.stream(side):
-                for _ in range(_WARMUP_STEPS):
-                    self._compute(*self._inputs)
-            torch.cuda.current_stream(self.runtime.device).wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with own_counters(self.runtime.device) as self._counters, torch.cuda.graph(graph):
-                self._compute(*self._inputs)
-            self._graph = graph
+            self._graphs = {size: self._captured(*self._inputs, size) for size in sizes}
+
+    def _captured(self, images: Tensor, labels: Tensor, size: int) -> torch.cuda.CUDAGraph:
+        """Return the step on these two tensors as a graph."""
+        device = self.runtime.device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARMUP_STEPS):
+                self._compute(images, labels, size)
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with own_counters(device) as counters, torch.cuda.graph(graph):
+            self._compute(images, labels, size)
+        self._counters.append(counters)
+        return graph
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """Return the context in which the model holds the weights to evaluate: the average's."""

@@ -240,14 +240,51 @@ def test_a_step_reads_nothing_back(optimizer, dtype):
             step.totals.read()
 
 
+def small_first(config=SMALL):
+    return config.replace(low_res=24, low_res_share=0.4)
+
+
+def test_images_are_small_at_first():
+    """For the steps whose middle lies in the share: two of five; whoever serves them serves 32."""
+    step, sizes = make(small_first(), total_steps=5), []
+    step.model.conv1.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[2:]))
+    for number in range(5):
+        step(number, *batch(number))
+    assert sizes == [(24, 24)] * 2 + [(32, 32)] * 3
+
+
+def test_a_small_step_is_a_plain_step_on_shrunk_images():
+    step, plain = make(small_first(), total_steps=5), make()
+    images, labels = batch()
+    # Averages over windows of triangles that add up to one.
+    weights = torch.stack([resampled(row) for row in torch.eye(32)], dim=1)
+    small = torch.einsum("ih,jw,nchw->ncij", weights, weights, images.double())
+    step(0, images, labels)
+    plain._compute(small.float(), labels, 24)
+    for name, value in step.model.state_dict().items():
+        expected = plain.model.state_dict()[name]
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def resampled(row):
+    """32 numbers as 24, by triangles as wide as two of the result, in fp64."""
+    scale = 32 / 24
+    centres = (torch.arange(24, dtype=torch.float64) + 0.5) * scale
+    distance = (torch.arange(32, dtype=torch.float64) + 0.5 - centres[:, None]).abs() / scale
+    weights = (1 - distance).clamp(min=0)
+    return (weights / weights.sum(dim=1, keepdim=True)) @ row.double()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mixed", [False, True])
-def test_a_replayed_graph_takes_the_eager_steps(compiled, dtype, mixed):
+@pytest.mark.parametrize("kind", ["plain", "mixed", "small_first"])
+def test_a_replayed_graph_takes_the_eager_steps(compiled, dtype, kind):
     cuda = torch.device("cuda", 0)
     options = {"device": cuda, "dtype": dtype, "channels_last": True, "fused_optimizer": True}
-    options["config"] = SMALL.replace(mixup=1.0, cutmix=1.0) if mixed else SMALL
+    configs = {"plain": SMALL, "mixed": SMALL.replace(mixup=1.0, cutmix=1.0)}
+    options["config"] = configs.get(kind, small_first())
+    options["total_steps"] = 5
     eager = make(**options)
     graph = make(**options, compiled=compiled, graph=True)
     graph.prepare(*batch(9, cuda))
