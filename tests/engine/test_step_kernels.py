@@ -29,6 +29,8 @@ from tests.helpers.numerics import assert_like_eager
 
 BF16 = torch.bfloat16
 SMALL = Config(model="resnet8", lr=0.1, batch_size=4, warmup=0.0, ema=0.5)
+# The first of ten steps on images of another size than the rest.
+MUON_SMALL_FIRST = SMALL.replace(optimizer="muon", low_res=8, low_res_share=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -182,8 +184,8 @@ def test_a_step_in_one_launch_moves_as_torchs_does(nesterov, decay):
     config = SMALL.replace(nesterov=nesterov, decay=decay, weight_decay=0.5, ema=0)
     step = make_step(config, dtype=torch.float32)
     torch_step = make_step(config, dtype=torch.float32, fused_optimizer=False)
-    assert type(step.optimizer.rule) is OneLaunchSGD
-    assert type(torch_step.optimizer.rule) is torch.optim.SGD
+    assert type(step.optimizer.rules[0]) is OneLaunchSGD
+    assert type(torch_step.optimizer.rules[0]) is torch.optim.SGD
     for number in range(2):
         step(number, *batch(number))
         torch_step(number, *batch(number))
@@ -295,13 +297,13 @@ def graphs_without_cuda(monkeypatch):
     monkeypatch.setattr(TrainStep, "_compute", remember)
 
 
-def assert_replays_are_eager_steps(dtype, num_steps, size=6, model=None):
+def assert_replays_are_eager_steps(dtype, num_steps, size=6, model=None, config=SMALL):
     """Bit for bit after every step: weights, momentum, statistics, counts, average, sums, scale.
 
     A loss scale of fp16 is at first so large that the optimizer must skip a step.
     """
     graph, eager = (
-        make_step(dtype=dtype, model=copy.deepcopy(model), graph=graph) for graph in (True, False)
+        make_step(config, dtype, copy.deepcopy(model), graph=graph) for graph in (True, False)
     )
     if dtype == torch.float16:
         for step in (graph, eager):
@@ -310,14 +312,14 @@ def assert_replays_are_eager_steps(dtype, num_steps, size=6, model=None):
     with recording() as launches:
         graph.prepare(*batch(99, size))
     counts = collections.Counter(launch.name for launch in launches)
-    num_captured = step_module._WARMUP_STEPS + 1
+    num_captured = len(graph._graphs) * (step_module._WARMUP_STEPS + 1)
     assert counts["sgd_kernel"] == counts["running_stats_kernel"] == num_captured
-    assert graph._graphs
+    assert len(graph._graphs) == (1 if config is SMALL else 2)
     weights = {name: value.clone() for name, value in graph.model.named_parameters()}
     for number in range(num_steps):
         with recording() as launches:
             graph(number, *batch(number, size))
-        assert launches == [] or type(graph._graph) is StandInGraph
+        assert launches == [] or StandInGraph in map(type, graph._graphs.values())
         eager(number, *batch(number, size))
         assert_same_state(graph, eager)
         is_skipped = dtype == torch.float16 and number == 0
@@ -332,8 +334,9 @@ def assert_replays_are_eager_steps(dtype, num_steps, size=6, model=None):
 
 @pytest.mark.skipif(HAS_GPU, reason="a GPU captures a graph")
 @pytest.mark.usefixtures("graphs_without_cuda")
-def test_a_replayed_step_is_the_eager_one_where_a_graph_is_stood_in_for():
-    assert_replays_are_eager_steps(torch.float16, 2)
+@pytest.mark.parametrize("config", [SMALL, MUON_SMALL_FIRST], ids=["sgd", "muon small first"])
+def test_a_replayed_step_is_the_eager_one_where_a_graph_is_stood_in_for(config):
+    assert_replays_are_eager_steps(torch.float16, 2, config=config)
 
 
 @needs_gpu
@@ -341,6 +344,12 @@ def test_a_replayed_step_is_the_eager_one_where_a_graph_is_stood_in_for():
 def test_a_captured_step_is_the_eager_one(dtype):
     """Of a net with all forms of narrow layers; nothing in it is left to the order of a race."""
     assert_replays_are_eager_steps(dtype, 5, size=32, model=create_model("resnet20", seed=0))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+def test_muon_and_small_images_are_captured(dtype):
+    assert_replays_are_eager_steps(dtype, 3, size=32, config=MUON_SMALL_FIRST)
 
 
 class RunOps(TorchDispatchMode):
