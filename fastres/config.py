@@ -64,8 +64,6 @@ class RunOptions:
     """Decides initial weights, order and augmentation of the images."""
     deterministic: bool = False
     """Make two runs on one machine equal bit for bit, at some cost in speed."""
-    tta: ViewsName = "none"
-    """Test-time augmentation: also the mirror image (flip), or six views where in doubt (multi)."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class NetworkOptions:
     """Which network."""
 
     model: str = "resnet20"
-    """Network: resnet8_wide, resnet9, resnet9_small, resnet20/32/44/56/110, resnet18/34/50, plain20
+    """Network: resnet9, resnet11, resnet9_small, resnet20/32/44/56/110, resnet18/34/50, plain20
     to 56."""
     width: float = 1.0
     """Multiplies the number of filters of every layer."""
@@ -146,6 +144,8 @@ class OptimisationOptions:
     """Side in pixels to which training images are shrunk at first; 32: none."""
     low_res_share: float = 0.4
     """Share of the run in which they are."""
+    tta: ViewsName = "none"
+    """Test-time augmentation: also the mirror image (flip), or six views where in doubt (multi)."""
     steps: int | None = None
     """Training steps, an exact number, in place of --epochs."""
     nesterov: bool = True

@@ -36,7 +36,7 @@ __all__ = ["EvaluateOptions", "main"]
 _DESCRIPTION = "Recompute the accuracy of a trained network, every image counted once."
 # A run may be a stranger's: its config.json names the network and where its data was; devices,
 # numbers of processes and where anything is written are those of the command line.
-_FROM_THE_RUN = ("model", "width", "shortcut", "data_dir")
+_FROM_THE_RUN = ("model", "width", "shortcut", "data_dir", "tta")
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class EvaluateOptions:
     """Kind of data; default: what the checkpoint was trained on."""
     checkpoint: Literal["auto", "model", "best", "last"] = "auto"
     """Weights at the end, best on the validation images, or last saved; auto: the run's result."""
-    tta: ViewsName = "none"
+    tta: ViewsName | None = None
     """Test-time augmentation: average each image and its mirror image (flip), or six views of the
-    images in doubt (multi)."""
+    images in doubt, a quarter of each batch (multi); default: as the run did."""
     fast: bool = False
     """Evaluate by the fastest route of this machine; without it, the eager fp32 reference."""
     batch_size: int = 1000
@@ -116,6 +116,7 @@ def _evaluation_config(trained: Config, options: EvaluateOptions) -> Config:
         model=trained.model,
         width=trained.width,
         shortcut=trained.shortcut,
+        tta=options.tta or trained.tta,
         fast=options.fast,
         dataset=options.dataset or "auto",
         data_dir=options.data_dir,
@@ -210,7 +211,7 @@ def _evaluate(
     console.runtime(runtime, training=False)
     # The images are normalised as in training, even where this data has other statistics.
     loader = evaluation_loader(data.test, tuple(meta["mean"]), tuple(meta["std"]), config, runtime)
-    score = evaluate(model, loader, runtime, tta=options.tta)
+    score = evaluate(model, loader, runtime, tta=config.tta)
     loader.close()
     if not math.isfinite(score.loss):
         raise FailureError(
@@ -224,7 +225,7 @@ def _evaluate(
         "dataset": data.name,
         "model": config.model,
         "checkpoint": path.name,
-        "tta": options.tta,
+        "tta": config.tta,
         "device": runtime.device.type,
         "precision": runtime.precision,
     }

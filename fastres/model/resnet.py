@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastres.errors import UsageError
 
-__all__ = ["MODELS", "BasicBlock", "Bottleneck", "ResNet", "ResNet9", "create_model"]
+__all__ = ["MODELS", "BasicBlock", "Bottleneck", "ResNet", "ResNet9", "ResNet11", "create_model"]
 
 Shortcut = Literal["A", "B", "none"]
 
@@ -132,8 +132,6 @@ class ResNet(nn.Module):
         channels: filters of the first stage; each later stage has twice those of the one before.
         num_classes: outputs of the classifier.
         shortcut: "B" projection, "A" zero padding where the shape changes, "none" a plain net.
-        stem: filters of the first convolution; None: as many as the first stage has.
-        first_stride: 2 has the first stage halve the map as the others do.
     """
 
     def __init__(
@@ -143,21 +141,18 @@ class ResNet(nn.Module):
         channels: int,
         num_classes: int,
         shortcut: Shortcut,
-        *,
-        stem: int | None = None,
-        first_stride: int = 1,
     ):
         super().__init__()
         self.num_classes = num_classes
-        in_channels = channels if stem is None else stem
-        self.conv1 = _conv3x3(3, in_channels)
-        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = _conv3x3(3, channels)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.stages: list[str] = []
+        in_channels = channels
         for stage, depth in enumerate(depths):
             width = channels << stage
             blocks = []
             for index in range(depth):
-                stride = 1 if index > 0 else 2 if stage > 0 else first_stride
+                stride = 2 if stage > 0 and index == 0 else 1
                 blocks.append(block(in_channels, width, stride, shortcut))
                 in_channels = width * block.expansion
             self.stages.append(f"layer{stage + 1}")
@@ -226,6 +221,36 @@ class ResNet9(nn.Module):
         return self.fc(x.amax(dim=(2, 3))) * self.logit_scale
 
 
+class ResNet11(nn.Module):
+    """The net for short runs: a ResNet9 with a residual block behind every halving of the map.
+
+    It is narrower, and ends as the other ResNets do: in a global average pool and logits as they
+    are. Own design.
+
+    Args:
+        channels: filters of the stem; the last layers have eight times as many.
+        num_classes: outputs of the classifier.
+    """
+
+    def __init__(self, channels: int, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.conv1 = _conv3x3(3, channels)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(ConvPool(width, 2 * width), BasicBlock(2 * width, 2 * width, 1, "B"))
+            for width in (channels, 2 * channels, 4 * channels)
+        )
+        self.fc = nn.Linear(8 * channels, num_classes)
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, 3, H, W) to logits (N, num_classes)."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """How a named network is built.
@@ -252,22 +277,11 @@ def _wide(block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...]) -
     return ModelSpec(64, lambda c, n, shortcut: ResNet(block, depths, c, n, shortcut))
 
 
-def _shallow(channels: int, num_classes: int, shortcut: Shortcut) -> nn.Module:
-    """Build three stages of one basic block; all three halve the map and double the filters.
-
-    At 32x32 there is the stem alone, where a block of as many filters as the first stage has would
-    cost four times that stage.
-    """
-    return ResNet(
-        BasicBlock, (1, 1, 1), 2 * channels, num_classes, shortcut, stem=channels, first_stride=2
-    )
-
-
 MODELS: dict[str, ModelSpec] = {
     **{f"resnet{depth}": _thin(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     "resnet9": ModelSpec(64, lambda c, n, _shortcut: ResNet9(c, n)),
     "resnet9_small": ModelSpec(16, lambda c, n, _shortcut: ResNet9(c, n)),
-    "resnet8_wide": ModelSpec(32, _shallow),
+    "resnet11": ModelSpec(24, lambda c, n, _shortcut: ResNet11(c, n)),
     "resnet10": _wide(BasicBlock, (1, 1, 1, 1)),
     "resnet18": _wide(BasicBlock, (2, 2, 2, 2)),
     "resnet34": _wide(BasicBlock, (3, 4, 6, 3)),
@@ -289,8 +303,8 @@ def create_model(
     Args:
         name: a key of `MODELS`: resnet20/32/44/56/110 (three stages of 16/32/64 filters),
             resnet10/18/34/50 (64/128/256/512, 3x3 stem), plain20/32/44/56 (no shortcuts), resnet9
-            (shallow, with pooling), resnet9_small (a quarter of its filters) and resnet8_wide
-            (64/128/256, the map halved before the first of three blocks).
+            and resnet11 (shallow, with pooling) and resnet9_small (a quarter of resnet9's
+            filters).
         num_classes: outputs of the classifier, at least 1.
         width: multiplies the filters of every stage; the first stage is rounded, later ones double.
         shortcut: "B" 1x1 projection or "A" zero padding, where a block changes the shape.

@@ -53,7 +53,7 @@ def test_python_m_fastres_is_the_same_command_without_torch():
 def test_train_runs_by_its_short_name(capsys):
     words = ["train", "--dataset", "synthetic", "--limit-train", "400", "--dry-run"]
     assert fastres_command.main(words) == 0
-    assert "resnet9_small" in capsys.readouterr().out
+    assert "resnet11" in capsys.readouterr().out
 
 
 def test_a_record_names_the_command_that_repeats_it(tmp_path):

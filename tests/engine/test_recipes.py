@@ -47,7 +47,9 @@ def test_the_small_net_is_resnet9_with_a_quarter_of_the_filters():
 
 def test_the_default_net_and_its_options_are_those_of_before():
     config = from_recipe("quick")
-    assert (config.model, config.lr, config.whiten) == ("resnet9_small", 0.25, True)
+    assert (config.model, config.optimizer, config.whiten) == ("resnet11", "muon", True)
+    config = from_recipe("quick", "resnet9_small")
+    assert (config.optimizer, config.lr, config.whiten) == ("sgd", 0.25, True)
     assert from_recipe("standard") == Config(
         recipe="standard", model="resnet20", epochs=65, batch_size=256, lr=0.4
     )
@@ -69,7 +71,8 @@ def test_resnet20_by_name_has_its_parameters(capsys):
 
 
 def test_the_first_screen_says_what_was_taken_from_where(capsys):
-    lines = dry_run(capsys, "--epochs", "3", "--flip", "none", "--threads", "1").splitlines()
+    words = ("--model", "resnet9_small", "--epochs", "3", "--flip", "none", "--threads", "1")
+    lines = dry_run(capsys, *words).splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("options"))
     recipe, of_model, given = (line.removeprefix("options").strip() for line in lines[first:][:3])
     assert recipe == "recipe quick: batch-size 128, warmup 0.2, label-smoothing 0.1, crop-padding 2"
@@ -175,7 +178,7 @@ def test_a_trainer_changes_nothing_global_until_it_prepares(tmp_path):
 
 def test_a_frozen_stem_stays_whitened_and_everything_else_moves(tmp_path):
     config = Config(
-        dataset="synthetic", limit_train=40, batch_size=8, model="resnet8_wide", width=0.25,
+        dataset="synthetic", limit_train=40, batch_size=8, model="resnet11", width=0.25,
         threads=1, epochs=1.0, whiten=True, freeze_stem=True, optimizer="muon", fast=True,
     )  # fmt: skip
     trainer = Trainer(config, RunDir(tmp_path), RunConsole(silent=True))
@@ -183,5 +186,5 @@ def test_a_frozen_stem_stays_whitened_and_everything_else_moves(tmp_path):
     trainer.run(trainer.prepare(), resume=False)
     same = {n for n, p in trainer.model.named_parameters() if torch.equal(p, start[n])}
     assert same == {"conv1.weight"}
-    drawn = create_model("resnet8_wide", width=0.25, seed=config.seed)
+    drawn = create_model("resnet11", width=0.25, seed=config.seed)
     assert not torch.equal(start["conv1.weight"], drawn.conv1.weight)
