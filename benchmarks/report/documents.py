@@ -7,10 +7,11 @@ A document says where, and nothing else of it is touched:
     <!-- results: SUITE | across: A -->     the metric A alone, a column a provider <!-- end -->
     <!-- results: SUITE | across: A | ratios: C / D, C / E --> and one a ratio <!-- end -->
     <!-- plots: KIND -->                    pictures <!-- end -->
+    <!-- network: KIND -->                  what architecture.py counts <!-- end -->
 
 All behind the suite is optional. Pictures are kept in docs/plots. `--check` changes nothing and
 fails where a document or a picture differs from the rows, or a document states a measurement
-outside of a table.
+outside of a table. Links that quote a line of source are set to where it stands.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.rows import Result, read_results
+from benchmarks.report.architecture import network_table, relink
 from benchmarks.report.plots import Picture, pictures
 from benchmarks.report.tables import choose, cross_table, table
 from fastres.output import reader_may_leave
@@ -32,9 +34,11 @@ DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "docs" / "results.md",
     ROOT / "docs" / "your-own-network.md",
+    ROOT / "docs" / "why-residual.md",
+    ROOT / "docs" / "why-residual.ko.md",
 )
 PLOTS = ROOT / "docs" / "plots"
-_BLOCK = re.compile(r"(<!-- (results|plots): ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (results|plots|network): ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 # A number with a unit that only a measurement has.
 _MEASURED = re.compile(
@@ -57,7 +61,12 @@ def fill(document: str, results: Sequence[Result], plots: str = "docs/plots") ->
 
     def block(match: re.Match[str]) -> str:
         opening, what, spec, closing = match.groups()
-        text = _table(spec, results) if what == "results" else _links(spec, results, plots)
+        if what == "results":
+            text = _table(spec, results)
+        elif what == "plots":
+            text = _links(spec, results, plots)
+        else:
+            text = f"\n{network_table(spec)}\n"
         return opening + text + closing
 
     return _BLOCK.sub(block, document)
@@ -138,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path, text in texts.items():
         try:
             filled = fill(text, results, os.path.relpath(PLOTS, path.parent))
+            filled = relink(filled, path.parent)
         except ValueError as error:
             print(f"error: {path.name}: {error}", file=sys.stderr)
             return 2

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,12 +85,18 @@ class Trainer:
         folder: the run folder, made by the caller.
         console: where to report.
         processes: who trains the same network; the first of them writes the files.
+
+    Attributes:
+        command: the words that repeat the run, for its records.
+        extra_metrics: called after every epoch; returns columns of `MetricsRow` for its row.
     """
 
     def __init__(
         self, config: Config, folder: RunDir, console: RunConsole, processes: Processes = ALONE
     ):
         self.folder, self.console, self.processes = folder, console, processes
+        self.command = ["python", "-m", "fastres.train", *sys.argv[1:]]
+        self.extra_metrics: Callable[[], Mapping[str, float]] = dict
         # What one process downloads and decodes, the others find.
         with processes.main_first():
             self.data = load_dataset(config.dataset, config.data_dir)
@@ -135,6 +141,24 @@ class Trainer:
         self.console.model(self.config.model, self.model_summary)
         self.console.runtime(self.runtime)
 
+    def training_batches(self) -> BatchSpec:
+        """Say which images this process trains on, batch by batch.
+
+        Raises:
+            UsageError: for a batch larger than the training set.
+        """
+        config = self.config
+        batches = BatchSpec(
+            images=self.train_images,
+            mean=self.data.mean,
+            std=self.data.std,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            augmentation=Augmentation(config.crop_padding, config.flip, config.cutout),
+            training=True,
+        )
+        return self.processes.share(batches)
+
     def prepare(self) -> PreparedRun:
         """Build loaders and step; compile and capture before any loader starts.
 
@@ -143,17 +167,7 @@ class Trainer:
         """
         config, runtime = self.config, self.runtime
         runtime.configure_torch()
-        augmentation = Augmentation(config.crop_padding, config.flip, config.cutout)
-        batches = BatchSpec(
-            images=self.train_images,
-            mean=self.data.mean,
-            std=self.data.std,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            augmentation=augmentation,
-            training=True,
-        )
-        batches = self.processes.share(batches)
+        batches = self.training_batches()
         total_steps = count_steps(config.epochs, len(batches))
         runtime.place(self.model)
         self.model.train()
@@ -261,6 +275,7 @@ class Trainer:
         for split, score in scores.items():
             row |= {f"{split}_loss": score.loss, f"{split}_accuracy": score.accuracy}
         row |= {"images_per_second": rate, "train_seconds": state.train_seconds}
+        row |= self.extra_metrics()
         state.rows.append(cast(MetricsRow, row))
         if "val" in scores and scores["val"].accuracy > state.best_val_accuracy:
             state.best_val_accuracy = scores["val"].accuracy
@@ -345,7 +360,7 @@ class Trainer:
             "peak_memory_mib": round(machine.peak_memory_mib(), 1),
             "images_per_second": round(images / state.train_seconds, 1),
             "evaluation_images_per_second": round(state.evaluation_rate, 1),
-            **host.provenance(["python", "-m", "fastres.train", *sys.argv[1:]]),
+            **host.provenance(self.command),
         }
 
     def _identity(self) -> dict[str, Any]:
