@@ -36,7 +36,7 @@ class StudyOptions:
     """Layers of the nets, each trained with and without shortcuts: 8, 14, 20, 32, 44, 56, 110."""
     seeds: tuple[int, ...] = (0,)
     """Each net is trained once from every one of them."""
-    epochs: float = 8.0
+    epochs: float = 10.0
     """Passes over the training set."""
     limit_train: int | None = 10_000
     """Use only this many training images, the same share of every class; None: all."""
@@ -130,13 +130,17 @@ def _from_json(values: Mapping[str, Any], out: str) -> StudyOptions:
     """Read the options that a study has written.
 
     Raises:
-        UsageError: for an option that no study has; what an option may be is asked later.
+        UsageError: for an option that no study has, and for lists that are none; what else an
+            option may be is asked later.
     """
     names = {field.name for field in dataclasses.fields(StudyOptions)} - _NOT_RECORDED
     if unknown := sorted(values.keys() - names):
         raise UsageError(f"{out} holds a study with unknown options: {', '.join(unknown)}")
-    lists = {name: tuple(values[name]) for name in ("depths", "seeds") if name in values}
-    return StudyOptions(**{**values, **lists})
+    lists = {name: values.get(name) for name in ("depths", "seeds")}
+    for name, numbers in lists.items():
+        if not isinstance(numbers, list) or any(type(number) is not int for number in numbers):
+            raise UsageError(f"{out} holds a study whose {name} are no list of whole numbers")
+    return StudyOptions(**{**values, **{name: tuple(lists[name] or ()) for name in lists}})
 
 
 def _check_unchanged(before: Mapping[str, Any], after: StudyOptions) -> None:

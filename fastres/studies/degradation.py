@@ -146,12 +146,13 @@ class DegradationStudy:
         """Train a network, from its last checkpoint where it has one, and measure it."""
         trainer = self._trainer(net)
         self.console.model(net.model, trainer.model_summary)
+        # It sets the number of threads, by which sums are rounded.
+        prepared = trainer.prepare()
         gradient = FirstLayerGradient(trainer)
         # The trainer restores a checkpoint when it runs: until then the weights are the first ones.
         at_start = gradient()["first_layer_gradient"]
         trainer.extra_metrics = gradient
         folder = trainer.folder
-        prepared = trainer.prepare()
         with folder.claimed():
             begun = (folder.path / folder.options_file).exists()
             if not begun:
