@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("fastres.train", "train a ResNet on CIFAR"),
     "evaluate": ("fastres.evaluate", "recompute the accuracy of a run from its checkpoint"),
     "recipe": ("fastres.recipe_file", "print a recipe, to start one of your own"),
+    "study": ("fastres.study", "see why shortcuts help: train plain and residual nets"),
     "parity": ("fastres.kernels.tools.parity", "say which kernels are right on this machine"),
     "tune": ("fastres.kernels.tools.tune", "measure this GPU and write its launch table"),
     "warm": ("fastres.kernels.tools.warm", "compile the Triton kernels before they are needed"),

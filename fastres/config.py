@@ -98,8 +98,8 @@ class NetworkOptions:
     """Which network."""
 
     model: str = "resnet20"
-    """Network: resnet9, resnet11, resnet9_small, resnet20/32/44/56/110, resnet18/34/50, plain20
-    to 56."""
+    """Network: resnet9, resnet9_small, resnet11, resnet20/32/44/56/110, resnet18/34/50, plain8 to
+    plain110."""
     width: float = 1.0
     """Multiplies the number of filters of every layer."""
     shortcut: Literal["A", "B"] = "B"

@@ -2,6 +2,7 @@
 
 `python -m benchmarks.report.collect runs WHAT RUN [RUN ...]` takes finished runs,
 `python -m benchmarks.report.collect benchmarks WHAT FILE.json` a report of pytest --benchmark-json,
+`python -m benchmarks.report.collect study DIR` what `fastres study degradation` has written,
 `python -m benchmarks.report.collect proof DIR` every row of a proof, see benchmarks.prove.proof.
 
 Runs that differ in nothing but seed and route become one row a metric with n measurements.
@@ -33,8 +34,10 @@ from benchmarks.harness.rows import (
     summarize,
     write_results,
 )
+from benchmarks.report.depth import rows_of_study
 from fastres.engine.summary import Summary
 from fastres.output import reader_may_leave
+from fastres.studies.records import StudyRecord
 
 __all__ = ["PeakRates", "main", "peak_rates_of", "rows_of", "rows_of_report"]
 
@@ -199,6 +202,18 @@ def _collect_runs(what: str, folders: Sequence[Path]) -> Path:
     return write_results(what, rows_of(summaries), provenance)
 
 
+def _collect_study(folder: Path) -> Path:
+    study: StudyRecord = json.loads((folder / "results.json").read_text())
+    summaries = [net["summary"] for net in study["nets"]]
+    provenance: RowProvenance = {
+        **study["provenance"],
+        "dtype": "-".join(sorted({summary["precision"] for summary in summaries})),
+        "seeds": sorted({net["seed"] for net in study["nets"]}),
+        "dataset_fingerprint": sorted({summary["dataset_fingerprint"] for summary in summaries}),
+    }
+    return write_results("study_degradation", rows_of_study(study["nets"]), provenance)
+
+
 def _collect_benchmarks(what: str, path: Path) -> Path:
     report = json.loads(path.read_text())
     if not isinstance(report, dict) or not {"benchmarks", "provenance"} <= report.keys():
@@ -235,6 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmarks = kinds.add_parser("benchmarks", help="a report of pytest --benchmark-json")
     benchmarks.add_argument("what", help="first part of the file name: the suite's file")
     benchmarks.add_argument("report", type=Path)
+    study = kinds.add_parser("study", help="the folder of a study of depth")
+    study.add_argument("folder", type=Path)
     proof = kinds.add_parser("proof", help="the folder of a proof")
     proof.add_argument("folder", type=Path)
     options = parser.parse_args(argv)
@@ -243,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             paths = [_collect_runs(options.what, options.folders)]
         elif options.kind == "benchmarks":
             paths = [_collect_benchmarks(options.what, options.report)]
+        elif options.kind == "study":
+            paths = [_collect_study(options.folder)]
         else:
             paths = _collect_proof(options.folder)
     except KeyError as error:

@@ -9,10 +9,11 @@ A document says where, and nothing else of it is touched:
     <!-- plots: KIND -->                    pictures <!-- end -->
     <!-- published: paper -->              the paper's errors beside ours <!-- end -->
     <!-- recipe: NAME -->                   its values, as TOML <!-- end -->
+    <!-- network: KIND -->                  what architecture.py counts <!-- end -->
 
 All behind the suite is optional. Pictures are kept in docs/plots. `--check` changes nothing and
 fails where a document or a picture differs from the rows, or a document states a measurement
-outside of a table.
+outside of a table. Links that quote a line of source are set to where it stands.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.rows import Result, read_results
+from benchmarks.report.architecture import network_table, relink
 from benchmarks.report.plots import Picture, pictures
 from benchmarks.report.published import paper_table
 from benchmarks.report.tables import choose, cross_table, table
@@ -38,10 +40,12 @@ DOCUMENTS = (
     ROOT / "docs" / "results.md",
     ROOT / "docs" / "your-own-network.md",
     ROOT / "docs" / "recipes.md",
+    ROOT / "docs" / "why-residual.md",
+    ROOT / "docs" / "why-residual.ko.md",
 )
 PLOTS = ROOT / "docs" / "plots"
 _BLOCK = re.compile(
-    r"(<!-- (results|plots|published|recipe): ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (results|plots|published|recipe|network): ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL
 )
 _FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 # A number with a unit that only a measurement has.
@@ -71,8 +75,10 @@ def fill(document: str, results: Sequence[Result], plots: str = "docs/plots") ->
             text = _links(spec, results, plots)
         elif what == "published":
             text = _published(spec, results)
-        else:
+        elif what == "recipe":
             text = f"\n```toml\n{as_toml(built_in(spec))}```\n\n"
+        else:
+            text = f"\n{network_table(spec)}\n"
         return opening + text + closing
 
     return _BLOCK.sub(block, document)
@@ -159,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path, text in texts.items():
         try:
             filled = fill(text, results, os.path.relpath(PLOTS, path.parent))
+            filled = relink(filled, path.parent)
         except ValueError as error:
             print(f"error: {path.name}: {error}", file=sys.stderr)
             return 2

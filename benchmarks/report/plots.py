@@ -4,6 +4,7 @@
     accuracy    test accuracy against the seconds of training
     loaders     images/s of every loader
     cost        time an image over batch size and over depth
+    degradation errors, gradients and responses of plain and residual nets by depth
 
 One picture a kind and machine, as SVG. A picture carries the hash of its rows, so that a stale one
 is found without drawing it again: the bytes of a drawing differ between versions of matplotlib.
@@ -18,6 +19,7 @@ from typing import Any
 
 from benchmarks.harness.records import RowProvenance
 from benchmarks.harness.rows import Result, Row, newest
+from benchmarks.report.depth import lines_of_rows, newest_study
 from benchmarks.report.tables import Baselines, by_machine, machine_label, number
 
 __all__ = ["Picture", "pictures"]
@@ -95,6 +97,7 @@ def pictures(results: Sequence[Result]) -> list[Picture]:
         found += _bars("loaders", "loaders", group)
         found += _accuracy("accuracy", group)
         found += _cost("cost", group)
+        found += _degradation("degradation", group)
     return found
 
 
@@ -277,6 +280,27 @@ def _cost(kind: str, group: list[Result]) -> list[Picture]:
 
     shown = tuple(row for row, _ in rates)
     return [Picture(kind, _name(kind, provenance), title, shown, draw)]
+
+
+def _degradation(kind: str, group: list[Result]) -> list[Picture]:
+    """The newest study of depth, as `fastres study degradation` draws it."""
+    from fastres.studies.picture import draw
+
+    case, rows = newest_study(row for row, _ in group)
+    if not rows:
+        return []
+    provenance = next(origin for row, origin in group if row is rows[-1])
+    seeds = max(row.n for row in rows)
+    title = f"plain and residual nets: {case}{f', medians of {seeds} seeds' * (seeds > 1)}"
+    return [
+        Picture(
+            kind,
+            _name(kind, provenance),
+            title,
+            tuple(rows),
+            lambda: draw(lines_of_rows(rows), title),
+        )
+    ]
 
 
 def _draw_lines(axes: Any, rows: list[Row], pattern: str) -> None:

@@ -138,7 +138,12 @@ _IDENTITY = {
 
 def _progress(*, validated: bool) -> Check:
     """Describe `TrainingState.to_json`; the rows of a run under --val have two fields more."""
-    columns = {k: v for k, v in _ROW_FIELDS.items() if validated or not k.startswith("val_")}
+    optional = {"first_layer_gradient": _ROW_FIELDS["first_layer_gradient"]}
+    columns = {
+        name: check
+        for name, check in _ROW_FIELDS.items()
+        if name not in optional and (validated or not name.startswith("val_"))
+    }
     measured = {
         "compile_seconds": _SECONDS,
         "epoch_seconds": _SECONDS,
@@ -150,7 +155,7 @@ def _progress(*, validated: bool) -> Check:
     needed = {
         "step": _number(0, kind=int),
         "train_seconds": _SECONDS,
-        "rows": _list(_record(columns, {})),
+        "rows": _list(_record(columns, optional)),
     }
     return _record(needed, measured)
 

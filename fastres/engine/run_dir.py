@@ -25,7 +25,7 @@ from fastres.data.files import read_bytes
 from fastres.engine.checkpoint import replace_file
 from fastres.errors import FailureError, UsageError
 
-__all__ = ["RunDir", "default_folder"]
+__all__ = ["RunDir", "default_folder", "litter_of"]
 
 _CONFIG = "config.json"
 # In the order in which overwriting removes them: what is left is never more than a run that has
@@ -39,8 +39,14 @@ _RESULTS = (
     "metrics.jsonl",
     "last.safetensors",
 )
-# What `replace_file` writes before it renames.
-_LITTER = re.compile(rf"({'|'.join(map(re.escape, (_CONFIG, *_RESULTS)))})[a-z0-9_]{{8}}\.part")
+
+
+def litter_of(*names: str) -> re.Pattern[str]:
+    """Match what `replace_file` writes before it renames to one of `names`."""
+    return re.compile(rf"({'|'.join(map(re.escape, names))})[a-z0-9_]{{8}}\.part")
+
+
+_LITTER = litter_of(_CONFIG, *_RESULTS)
 
 
 def default_folder(config: Config) -> "RunDir":
@@ -56,7 +62,14 @@ class RunDir:
         path: need not exist for a new run.
         numbered: claim the first of `path`, `path`-2, `path`-3, ... that does not exist yet, so
             that two runs never meet. Until then the attribute `path` is the first of them.
+
+    A folder of something else that is made of runs derives from it and names its own files.
     """
+
+    what = "run"
+    options_file = _CONFIG
+    results: tuple[str, ...] = _RESULTS
+    litter = _LITTER
 
     def __init__(self, path: Path, *, numbered: bool = False):
         self.path = path
@@ -89,13 +102,13 @@ class RunDir:
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UsageError(f"--out {self.path} is a file, not a folder")
         names = [] if self._numbered else self._names()
-        if any(not _LITTER.fullmatch(name) for name in names):
-            if not self._is_of_a_run(names):
+        if any(not self.litter.fullmatch(name) for name in names):
+            if not (self.options_file in names and self.holds_options()):
                 raise UsageError(f"--out {self.path} holds files of something else; choose another")
             if not overwrite:
                 raise UsageError(
-                    f"{self.path} already holds a run; continue it with --resume, replace it with "
-                    "--overwrite, or choose another --out"
+                    f"{self.path} already holds a {self.what}; continue it with --resume, replace "
+                    "it with --overwrite, or choose another --out"
                 )
         self._check_writable()
 
@@ -107,13 +120,11 @@ class RunDir:
         except OSError as error:
             raise FailureError(f"cannot use {self.path}: {error.strerror}") from None
 
-    def _is_of_a_run(self, names: Sequence[str]) -> bool:
-        """Tell whether the options of a run are there; other programs have a config.json too."""
-        if _CONFIG not in names:
-            return False
-        content = self.read_bytes(_CONFIG)
+    def holds_options(self) -> bool:
+        """Tell whether the file of options is of a run; other programs have a config.json too."""
+        content = self.read_bytes(self.options_file)
         try:
-            from_json(content, self.path / _CONFIG)
+            from_json(content, self.path / self.options_file)
         except UsageError:
             return False
         return True
@@ -153,7 +164,7 @@ class RunDir:
                 # A network file system without locks: two runs at once are the user's to avoid.
                 pass
             else:
-                self._remove(name for name in self._names() if _LITTER.fullmatch(name))
+                self._remove(name for name in self._names() if self.litter.fullmatch(name))
             yield
 
     def _make(self) -> None:
@@ -184,8 +195,19 @@ class RunDir:
             UsageError, FailureError: as `check_free`, or when a file cannot be removed or written.
         """
         self.check_free(overwrite=overwrite)
-        self._remove(_RESULTS)
-        self.write_json(_CONFIG, options)
+        self._remove(self.results)
+        self.write_json(self.options_file, options)
+
+    def remove(self) -> None:
+        """Remove what a run has left, its options last, and the folder where nothing else is in it.
+
+        Raises:
+            FailureError: when a file cannot be removed.
+        """
+        litter = [name for name in self._names() if self.litter.fullmatch(name)]
+        self._remove((*litter, *self.results, self.options_file))
+        with suppress(OSError):
+            self.path.rmdir()
 
     def has_only_begun(self) -> bool:
         """Tell whether the run was killed before its first checkpoint: nothing is lost from it."""
@@ -207,7 +229,7 @@ class RunDir:
         try:
             return read_bytes(path)
         except FileNotFoundError:
-            raise UsageError(f"{self.path} is no run folder: it has no {name}") from None
+            raise UsageError(f"{self.path} is no {self.what} folder: it has no {name}") from None
         except OSError as error:
             raise FailureError(f"cannot read {path}: {error.strerror or error}") from None
 
@@ -215,11 +237,17 @@ class RunDir:
         """Write one row an epoch as metrics.jsonl and metrics.csv."""
         lines = "".join(strict_json.dumps(row) + "\n" for row in rows)
         replace_file(self.path / "metrics.jsonl", lines.encode())
+        self.write_csv("metrics.csv", rows, list(rows[0]) if rows else ["epoch"])
+
+    def write_csv(
+        self, name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]
+    ) -> None:
+        """Write `rows` to the file `name`, `columns` in their order; what a row lacks is empty."""
         table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, fieldnames=list(rows[0]) if rows else ["epoch"])
+        writer = csv.DictWriter(table, fieldnames=columns)
         writer.writeheader()
         writer.writerows(rows)
-        replace_file(self.path / "metrics.csv", table.getvalue().encode())
+        replace_file(self.path / name, table.getvalue().encode())
 
 
 # Open descriptors whose locks belong to this process and not to those that it forks.

@@ -10,7 +10,10 @@ __all__ = ["ExecutionMode", "MetricsRow", "Summary", "chosen_row"]
 
 
 class MetricsRow(TypedDict):
-    """One epoch: losses in nats, accuracies in percent, seconds since the run began."""
+    """One epoch: losses in nats, accuracies in percent, seconds since the run began.
+
+    first_layer_gradient: L2 norm of the loss's gradient by the first filters, where a study asked.
+    """
 
     epoch: float
     train_loss: float
@@ -21,6 +24,7 @@ class MetricsRow(TypedDict):
     test_accuracy: float
     images_per_second: float
     train_seconds: float
+    first_layer_gradient: NotRequired[float]
 
 
 class ExecutionMode(TypedDict):

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,12 +88,18 @@ class Trainer:
         folder: the run folder, made by the caller.
         console: where to report.
         processes: who trains the same network; the first of them writes the files.
+
+    Attributes:
+        command: the words that repeat the run, for its records.
+        extra_metrics: called after every epoch; returns columns of `MetricsRow` for its row.
     """
 
     def __init__(
         self, config: Config, folder: RunDir, console: RunConsole, processes: Processes = ALONE
     ):
         self.folder, self.console, self.processes = folder, console, processes
+        self.command = ["python", "-m", "fastres.train", *sys.argv[1:]]
+        self.extra_metrics: Callable[[], Mapping[str, float]] = dict
         # What one process downloads and decodes, the others find.
         with processes.main_first():
             self.data = load_dataset(config.dataset, config.data_dir)
@@ -149,6 +155,26 @@ class Trainer:
         self.console.model(self.config.model, self.model_summary)
         self.console.runtime(self.runtime)
 
+    def training_batches(self) -> BatchSpec:
+        """Say which images this process trains on, batch by batch.
+
+        Raises:
+            UsageError: for a batch larger than the training set.
+        """
+        config = self.config
+        batches = BatchSpec(
+            images=self.train_images,
+            mean=self.data.mean,
+            std=self.data.std,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            augmentation=Augmentation(
+                config.crop_padding, config.flip, config.cutout, config.trivial_augment
+            ),
+            training=True,
+        )
+        return self.processes.share(batches)
+
     def prepare(self) -> PreparedRun:
         """Build loaders and step; compile and capture before any loader starts.
 
@@ -157,7 +183,7 @@ class Trainer:
         """
         config, runtime = self.config, self.runtime
         runtime.configure_torch()
-        batches = self._batches()
+        batches = self.training_batches()
         total_steps = config.steps or count_steps(config.epochs, len(batches))
         runtime.place(self.model)
         self.model.train()
@@ -173,22 +199,6 @@ class Trainer:
         # Those that were asked for: the steps are rounded up to whole ones.
         epochs = config.epochs if config.steps is None else config.steps / len(batches)
         return PreparedRun(step, *self._loaders(batches), total_steps, epochs, state)
-
-    def _batches(self) -> BatchSpec:
-        """Return which images this process trains on, and how they vary."""
-        config = self.config
-        batches = BatchSpec(
-            images=self.train_images,
-            mean=self.data.mean,
-            std=self.data.std,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            augmentation=Augmentation(
-                config.crop_padding, config.flip, config.cutout, config.trivial_augment
-            ),
-            training=True,
-        )
-        return self.processes.share(batches)
 
     def _loaders(self, batches: BatchSpec) -> tuple[Loader, dict[str, Loader]]:
         """Open the loaders of a run: to train with, and to evaluate each split with."""
@@ -225,7 +235,7 @@ class Trainer:
                 # Averages start as the weights do, momenta and sums at zero.
                 start[key] = fresh[name] if name in fresh else torch.zeros_like(value)
         run.step.load_state_dict(start, self.last, first_step=True)
-        loader, eval_loaders = self._loaders(self._batches())
+        loader, eval_loaders = self._loaders(self.training_batches())
         state = TrainingState(compile_seconds=run.state.compile_seconds)
         return replace(run, train_loader=loader, eval_loaders=eval_loaders, state=state)
 
@@ -339,6 +349,7 @@ class Trainer:
         for split, score in scores.items():
             row |= {f"{split}_loss": score.loss, f"{split}_accuracy": score.accuracy}
         row |= {"images_per_second": rate, "train_seconds": state.train_seconds}
+        row |= self.extra_metrics()
         state.rows.append(cast(MetricsRow, row))
         if "val" in scores and scores["val"].accuracy > state.best_val_accuracy:
             state.best_val_accuracy = scores["val"].accuracy
@@ -430,7 +441,7 @@ class Trainer:
             "peak_memory_mib": round(machine.peak_memory_mib(), 1),
             "images_per_second": round(images / state.train_seconds, 1),
             "evaluation_images_per_second": round(state.evaluation_rate, 1),
-            **host.provenance(["python", "-m", "fastres.train", *sys.argv[1:]]),
+            **host.provenance(self.command),
         }
 
     def _identity(self) -> dict[str, Any]:

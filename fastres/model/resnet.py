@@ -286,7 +286,7 @@ MODELS: dict[str, ModelSpec] = {
     "resnet18": _wide(BasicBlock, (2, 2, 2, 2)),
     "resnet34": _wide(BasicBlock, (3, 4, 6, 3)),
     "resnet50": _wide(Bottleneck, (3, 4, 6, 3)),
-    **{f"plain{depth}": _thin(depth, plain=True) for depth in (20, 32, 44, 56)},
+    **{f"plain{depth}": _thin(depth, plain=True) for depth in (8, 14, 20, 32, 44, 56, 110)},
 }
 
 
@@ -301,10 +301,10 @@ def create_model(
     """Build the plain PyTorch reference network `name`, float32, NCHW, on the CPU.
 
     Args:
-        name: a key of `MODELS`: resnet20/32/44/56/110 (three stages of 16/32/64 filters),
-            resnet10/18/34/50 (64/128/256/512, 3x3 stem), plain20/32/44/56 (no shortcuts), resnet9
-            and resnet11 (shallow, with pooling) and resnet9_small (a quarter of resnet9's
-            filters).
+        name: a key of `MODELS`: resnet8/14/20/32/44/56/110 (three stages of 16/32/64 filters) and
+            plain8 to plain110 (the same without shortcuts), resnet10/18/34/50 (64/128/256/512, 3x3
+            stem), resnet9 and resnet11 (shallow, with pooling) and resnet9_small (a quarter of
+            resnet9's filters).
         num_classes: outputs of the classifier, at least 1.
         width: multiplies the filters of every stage; the first stage is rounded, later ones double.
         shortcut: "B" 1x1 projection or "A" zero padding, where a block changes the shape.
