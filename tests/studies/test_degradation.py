@@ -91,6 +91,8 @@ def test_a_study_that_was_interrupted_ends_as_if_it_had_not_been(
     assert ended.exists() == (probe == 5)
     before = ended.read_bytes() if probe == 5 else None
     assert study.main(["degradation", "--resume", "--out", str(out)]) == 0
+    # From its checkpoint: begun anew, the net would end in the same numbers.
+    assert "last.safetensors after 1.00 of 2" in capfd.readouterr().out
     assert before in (None, ended.read_bytes())
     for name in TABLES:
         assert (out / name).read_bytes() == (whole / name).read_bytes()
