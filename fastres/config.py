@@ -7,6 +7,7 @@ command line. What results is written to the run folder as config.json and reads
 """
 
 import dataclasses
+import difflib
 import math
 import os
 import re
@@ -316,6 +317,12 @@ def replaced(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     return before | dict(changes)
 
 
+def _advice(name: str) -> str:
+    """Return what to read in place of an option that there is not."""
+    near = difflib.get_close_matches(name, _HINTS)
+    return f"similar: {', '.join(near)}" if near else "python -m fastres.train --help lists them"
+
+
 def checked_options(values: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
     """Return the options in `values`, each in its own type.
 
@@ -325,7 +332,7 @@ def checked_options(values: Mapping[str, Any], source: str | Path) -> dict[str, 
     """
     for name in values:
         if name not in _HINTS:
-            raise UsageError(f"{source}: unknown option {name!r}; options are {', '.join(_HINTS)}")
+            raise UsageError(f"{source}: unknown option {name!r}; {_advice(name)}")
     return {k: _checked(k, v, f"{source}: option {k!r}") for k, v in values.items()}
 
 
