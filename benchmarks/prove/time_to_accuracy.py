@@ -289,7 +289,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--recipe", default="speed", help="of fastres; default speed")
+    add("--recipe", default="quick", help="of fastres; default quick")
     add("--runs", type=int, help="seeds; default: 20 on a GPU, 3 on a CPU")
     add("--seed", type=int, default=0, help="the first of them; default 0")
     add("--goal", type=float, help="test accuracy in percent")

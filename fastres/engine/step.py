@@ -159,6 +159,15 @@ class TrainStep:
         if self.average is not None:
             self.average.update(step)
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Return what images are on their way into a graph, in the copy that they take anyway.
+
+        They are rounded there where nothing mixes or shrinks them first.
+        """
+        is_last = self._mixing is None and self._image_sizes() == [IMAGE_SIZE]
+        return self.runtime.dtype if self._copies is not None and is_last else torch.float32
+
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of step `step` (0-based)."""
         return self.config.lr * self._lr_factor(step)
@@ -224,11 +233,7 @@ class TrainStep:
                 for size in sizes:
                     self._compute(images, labels, size)
                 return
-            # Images are rounded on their way into the graph, in the copy that they take anyway;
-            # those that are mixed or shrunk only after that.
-            rounds = self._copies is not None and self._mixing is None and sizes == [IMAGE_SIZE]
-            dtype = self.runtime.dtype if rounds else images.dtype
-            self._inputs = (images.to(dtype, copy=True), labels.clone())
+            self._inputs = (images.to(self.input_dtype, copy=True), labels.clone())
             self._graphs = {size: self._captured(*self._inputs, size) for size in sizes}
 
     def _captured(self, images: Tensor, labels: Tensor, size: int) -> torch.cuda.CUDAGraph:

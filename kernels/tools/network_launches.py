@@ -162,7 +162,9 @@ def record_augmentation(
     return launches
 
 
-def record_update(network: str, batch: int, precision: Precision) -> list[AnyLaunch]:
+def record_update(
+    network: str, batch: int, precision: Precision, *, nesterov: bool = True
+) -> list[AnyLaunch]:
     """What a training step launches besides blocks, head and augmentation.
 
     That of `python -m fastres.train --fast` on a GPU, with SGD, as one CUDA graph: learning rate
@@ -177,7 +179,7 @@ def record_update(network: str, batch: int, precision: Precision) -> list[AnyLau
     with recording_all() as launches:
         _start_step(batch, dtype)
         _update_running_statistics(vectors)
-        _update_parameters(filters, [*vectors, *head], dtype)
+        _update_parameters(filters, [*vectors, *head], dtype, nesterov)
         logits, labels = _empty(batch, NUM_CLASSES, dtype=dtype), _empty(batch, dtype=torch.int64)
         add_to_totals(_empty(4, dtype=torch.float64), _empty(), logits, labels)
     return launches
@@ -198,7 +200,7 @@ def _update_running_statistics(averages: list[torch.Tensor]) -> None:
 
 
 def _update_parameters(
-    filters: list[torch.Tensor], others: list[torch.Tensor], dtype: torch.dtype
+    filters: list[torch.Tensor], others: list[torch.Tensor], dtype: torch.dtype, nesterov: bool
 ) -> None:
     """SGD of all parameters; in a lower precision with a copy of every filter."""
     has_copies, lr = dtype != torch.float32, _empty()
@@ -215,7 +217,7 @@ def _update_parameters(
         else {}
     )
     update = SGDUpdate([t.param for t in tensors])
-    update(tensors, momentum=0.9, nesterov=True, **scaling)
+    update(tensors, momentum=0.9, nesterov=nesterov, **scaling)
 
 
 def _scale_loss(grads: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -296,7 +298,7 @@ def _named(phase: str, launches: Mapping[str, list[AnyLaunch]]) -> Iterator[Name
 def other_launches(
     network: str, batch: int, precision: Precision, phase: str
 ) -> Iterator[NamedLaunch]:
-    """Yield what other recipes launch instead: other augmentations, a loss that is not smoothed.
+    """Yield what other recipes launch instead: other augmentations, plain momentum, hard labels.
 
     In "inference", what makes a batch of images that are only normalised. Arguments as above.
     """
@@ -308,6 +310,8 @@ def other_launches(
     yield from _named(
         phase, {"head": record_head(last, precision, training=True, label_smoothing=0.0)}
     )
+    plain = record_update(network, batch, precision, nesterov=False)
+    yield from _named(phase, {"update": plain})
     for augmentation in AUGMENTATIONS[1:]:
         made = record_augmentation(batch, fp32, augmentation)
         yield from _named(phase, {"augmentation": made})

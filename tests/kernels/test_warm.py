@@ -193,8 +193,10 @@ def real_keys(network, dtype, batch=BATCH, *, pdl=False, spoil=lambda images: im
             precision_set(PRECISIONS[dtype]),
         ):
             stack.enter_context(context)
-        for recipe in RECIPES:
-            config = from_recipe(recipe, network).replace(batch_size=batch, shortcut="B")
+        # Those of all recipes, and cutout, which only some networks have from one.
+        configs = [from_recipe(recipe, network) for recipe in RECIPES]
+        for config in (*configs, from_recipe("standard", network).replace(cutout=16)):
+            config = config.replace(batch_size=batch, shortcut="B")
             train_and_evaluate(config, PRECISIONS[dtype].dtype, spoil)
     patch.undo()
     return set(keys)
@@ -230,7 +232,7 @@ def train_and_evaluate(config, dtype, spoil):
         )
     for batch, labels in training.serve(0):
         step(0, batch, labels)
-        step(1, spoil(batch.to(dtype)), labels)
+        step(1, spoil(batch.to(step.input_dtype)), labels)
     evaluate(model, evaluation, runtime)
 
 
