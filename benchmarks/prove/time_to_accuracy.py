@@ -249,7 +249,7 @@ def _statement(runs: Sequence[TimedRun], goal: float | None) -> str:
     share = sum(accuracy >= goal for accuracy in accuracies)
     mean = statistics.mean(accuracies)
     text += f"; {share} of {len(runs)} runs at {goal:g} % or above"
-    text += f", their mean is {'' if mean >= goal else 'NOT '}"
+    text += f", their mean is {'' if mean >= goal else 'not '}there"
     p = t_test(accuracies, goal)
     return text + (f" (one-sided t-test: p = {p:.2g})" if p is not None else "")
 
