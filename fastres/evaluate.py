@@ -57,7 +57,7 @@ class EvaluateOptions:
     fast: bool = False
     """Evaluate by the fastest route of this machine; without it, the eager fp32 reference."""
     batch_size: int = 1000
-    """Images an evaluation step; the accuracy does not depend on it."""
+    """Images an evaluation step; only what --tta multi takes for doubtful depends on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes the GPU where there is one."""
     threads: int | None = None

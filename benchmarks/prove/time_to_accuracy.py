@@ -42,11 +42,14 @@ from fastres import host, strict_json
 from fastres.cli import guarded
 from fastres.config import Config, from_json, validate
 from fastres.data.dataset import Dataset, ImageSet
+from fastres.data.plan import IMAGE_SIZE
 from fastres.engine import machine
 from fastres.engine.console import RunConsole
 from fastres.engine.run_dir import RunDir
 from fastres.engine.trainer import PreparedRun, Trainer
 from fastres.errors import UsageError
+from fastres.model.resnet import create_model
+from fastres.model.summary import summarize as summarize_model
 from fastres.recipes import from_recipe
 
 __all__ = ["Contender", "main", "rows_of", "t_test"]
@@ -65,7 +68,7 @@ class Contender(Protocol):
     """Who is measured; case and provider are those of its rows.
 
     precision: what it computes in. images: that a run trains on, repeated ones too. gflop: of a
-    training step, an image.
+    training step, an image, in the mean over the run.
     """
 
     case: str
@@ -105,7 +108,7 @@ class _RecipeRuns:
         self.case += f", {changes}" if changes else ""
         self.precision: str = runtime.precision
         self.images = self._run.total_steps * config.batch_size
-        self.gflop = trainer.model_summary.training_flops / 1e9
+        self.gflop = _mean_training_flops(config, len(trainer.data.classes)) / 1e9
 
     def warm_up(self) -> None:
         run, on_cuda = self._run, self._trainer.runtime.device.type == "cuda"
@@ -119,6 +122,15 @@ class _RecipeRuns:
         scores = self._trainer.train_and_score(self._run, after_training=watch.mark)
         watch.mark()
         return _timed(seed, scores["test"].accuracy, watch.seconds())
+
+
+def _mean_training_flops(config: Config, num_classes: int) -> float:
+    """Return the operations of a training step an image, in the mean over a run's image sizes."""
+    net = create_model(config.model, num_classes, width=config.width, shortcut=config.shortcut)
+    small, full = (
+        summarize_model(net, size).training_flops for size in (config.low_res, IMAGE_SIZE)
+    )
+    return config.low_res_share * small + (1 - config.low_res_share) * full
 
 
 class _PeerRuns:

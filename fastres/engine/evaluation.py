@@ -2,7 +2,7 @@
 
 Test-time augmentation averages the class probabilities of several views of an image: itself, its
 mirror image, and both shifted by a pixel in two directions. The further views are worth their time
-where the network is in doubt: by default the quarter of each batch whose two most likely classes
+where the network is in doubt: the quarter of each batch whose two most likely classes
 lie closest together.
 """
 

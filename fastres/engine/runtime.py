@@ -124,7 +124,8 @@ def resolve_runtime(config: Config, model: nn.Module, processes: Processes = ALO
     # The plain optimizer reads its rate on the host, which no graph can.
     runtime.fused_optimizer = config.fast or runtime.graph
     kind = "fused" if runtime.fused_optimizer else "one tensor at a time"
-    runtime.note("optimizer", kind, config.optimizer)
+    rule = "muon for filters, sgd for the rest" if config.optimizer == "muon" else config.optimizer
+    runtime.note("optimizer", kind, rule)
     _choose_loader(config, runtime)
     return runtime
 

@@ -14,6 +14,7 @@ from fastres.engine.console import RunConsole
 from fastres.engine.run_dir import RunDir
 from fastres.engine.trainer import Trainer
 from fastres.errors import UsageError
+from fastres.recipes import from_recipe
 
 TINY = {"model": "resnet8", "width": 0.25, "batch_size": 10, "epochs": 1.5, "threads": 1}
 
@@ -131,3 +132,12 @@ def test_the_command_measures_in_turns_and_loses_nothing(tmp_path, monkeypatch, 
     assert "unknown option 'no_such'" in capsys.readouterr().err
     assert time_to_accuracy.main([*words, "--set", "flip"]) == 2
     assert "--set takes NAME=VALUE, got 'flip'" in capsys.readouterr().err
+
+
+def test_arithmetic_is_the_mean_over_image_sizes():
+    """Of a net whose layers but the last cost what their pixels do."""
+    whole = from_recipe("quick", "resnet8")
+    half = whole.replace(low_res=16, low_res_share=0.5)
+    ratio = time_to_accuracy._mean_training_flops(half, 10)
+    ratio /= time_to_accuracy._mean_training_flops(whole, 10)
+    assert ratio == pytest.approx((1 + 1 / 4) / 2, rel=1e-3)
