@@ -37,6 +37,12 @@ def _isolated(shared_dir: Path) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Draw the same random tensors in a test, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def plain() -> Iterator[None]:
     """Compute the fused ops in plain torch, whatever else is here."""

@@ -105,9 +105,9 @@ class BatchMixing:
         self._weights.copy_(upload(weights, self._weights.device))
 
     def images(self, images: Tensor) -> Tensor:
-        """Return (B, 3, 32, 32) float32 images, mixed."""
+        """Return (B, 3, 32, 32) images, mixed."""
         weight = self._weights[:-1].view(IMAGE_SIZE, IMAGE_SIZE)
-        return torch.lerp(_neighbours(images), images, weight)
+        return torch.lerp(_neighbours(images), images, weight.to(images.dtype))
 
     def loss(
         self, loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor
