@@ -1,7 +1,7 @@
 """Pictures of the results, drawn from rows alone; a picture without rows is not drawn.
 
     ladder      images/s of every provider, with the roofline where it was measured
-    accuracy    test accuracy against the seconds of training
+    accuracy    test accuracy against the seconds of training, on whole training sets
     loaders     images/s of every loader
     cost        time an image over batch size and over depth
     degradation errors, gradients and responses of plain and residual nets by depth
@@ -27,6 +27,8 @@ __all__ = ["Picture", "pictures"]
 _LADDERS = ("ladder", "step", "inference")
 _RATE = "images_per_second"
 _ACCURACY_METRICS = ("train_seconds", "test_accuracy")
+# On a part of a set, or for a few steps, accuracy says nothing of a recipe.
+_WHOLE_RUN = re.compile(r"(?P<dataset>cifar\S+) 50000 (?P<what>.+)")
 # The pictures agree on who has which colour; everybody else gets a grey.
 _COLOURS = {
     "peer_fp32": "#b0b0b0",
@@ -214,43 +216,60 @@ def _plain_log(axis: Any) -> None:
 
 
 def _accuracy(kind: str, group: list[Result]) -> list[Picture]:
-    """Points of accuracy against seconds, a colour a way to train, a marker a case."""
-    points: dict[tuple[str, str], dict[str, Row]] = {}
+    """Points of accuracy against seconds on whole training sets, a panel a set, peers in grey."""
+    sets: dict[str, dict[tuple[str, str], dict[str, Row]]] = {}
     for row, _ in group:
-        if row.suite in ("train", "accuracy") and row.metric in _ACCURACY_METRICS:
-            points.setdefault((row.case, row.provider), {})[row.metric] = row
-    points = {key: rows for key, rows in points.items() if len(rows) == 2}
-    if not points:
+        run = _WHOLE_RUN.match(row.case)
+        if row.suite == "train" and row.metric in _ACCURACY_METRICS and run is not None:
+            points = sets.setdefault(run["dataset"], {})
+            points.setdefault((run["what"], row.provider), {})[row.metric] = row
+    for dataset, points in sets.items():
+        sets[dataset] = {key: rows for key, rows in points.items() if len(rows) == 2}
+    sets = {dataset: points for dataset, points in sets.items() if points}
+    if not sets:
         return []
     provenance = group[0][1]
     title = f"test accuracy against seconds of training; {machine_label(provenance)}"
 
     def draw() -> Any:
-        figure = _figure(8.5, 3.6 + 0.22 * len(points), title)
-        axes = figure.subplots()
-        cases = list(dict.fromkeys(case for case, _ in points))
-        for number_, ((case, provider), rows) in enumerate(points.items()):
-            seconds, accuracy = (rows[metric] for metric in _ACCURACY_METRICS)
-            axes.errorbar(
-                seconds.median,
-                accuracy.median,
-                xerr=[[seconds.median - seconds.low], [seconds.high - seconds.median]],
-                yerr=[[accuracy.median - accuracy.low], [accuracy.high - accuracy.median]],
-                marker="osD^vP*X"[cases.index(case) % 8],
-                color=f"C{number_ % 10}",
-                linestyle="none",
-                capsize=2,
-                label=f"{case}: {provider}, n = {accuracy.n}",
-            )
-        axes.set(xlabel="seconds of training", ylabel="test accuracy (%)", xscale="log")
-        axes.grid(alpha=0.3)
-        axes.margins(0.15)
-        _plain_log(axes.xaxis)
-        figure.legend(loc="outside lower center", fontsize=7, frameon=False)
+        heights = [2.6 + 0.22 * len(points) for points in sets.values()]
+        figure = _figure(8.5, 0.4 + sum(heights), title)
+        panels = figure.subplots(len(sets), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (dataset, points) in zip(panels, sets.items(), strict=True):
+            _draw_points(axes, points)
+            axes.set_title(dataset, fontsize=9, loc="left")
+        panels[-1].set_xlabel("seconds of training")
         return figure
 
-    shown = tuple(row for rows in points.values() for row in rows.values())
+    shown = tuple(
+        row for points in sets.values() for rows in points.values() for row in rows.values()
+    )
     return [Picture(kind, _name(kind, provenance), title, shown, draw)]
+
+
+def _draw_points(axes: Any, points: dict[tuple[str, str], dict[str, Row]]) -> None:
+    """Draw a point with its spread for every way to train, and its name in a legend below."""
+    colours = iter(f"C{n % 10}" for n in range(len(points)))
+    for (what, provider), rows in points.items():
+        seconds, accuracy = (rows[metric] for metric in _ACCURACY_METRICS)
+        is_peer = provider.startswith("peer_")
+        axes.errorbar(
+            seconds.median,
+            accuracy.median,
+            xerr=[[seconds.median - seconds.low], [seconds.high - seconds.median]],
+            yerr=[[accuracy.median - accuracy.low], [accuracy.high - accuracy.median]],
+            marker="s" if is_peer else "o",
+            color="0.5" if is_peer else next(colours),
+            linestyle="none",
+            capsize=2,
+            label=f"{what}: {provider}, n = {accuracy.n}",
+        )
+    axes.set(ylabel="test accuracy (%)", xscale="log")
+    axes.grid(alpha=0.3)
+    axes.margins(0.15)
+    _plain_log(axes.xaxis)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}
+    axes.legend(fontsize=7, frameon=False, **place)
 
 
 def _cost(kind: str, group: list[Result]) -> list[Picture]:

@@ -29,7 +29,7 @@ def whiten_stem(
     hlb-CIFAR10 (https://github.com/tysam-code/hlb-CIFAR10).
 
     Args:
-        model: a network whose first convolution is `conv1`; changed in place.
+        model: a network whose first convolution is `conv1`; changed in place, on its device.
         images: (N, 32, 32, 3) uint8 training images; about 2,000 of them, evenly spread, are used.
         mean, std: per channel, on the 0..1 scale.
     """
@@ -37,12 +37,13 @@ def whiten_stem(
     size = weight.shape[2]
     # Sets are often sorted by class, so the sample is spread over the whole set.
     sample = images[:: max(1, len(images) // _IMAGES)]
-    pixels = torch.tensor(sample, dtype=torch.float64).div_(255)
+    # In float64, so that the start is the same on every machine.
+    pixels = torch.tensor(sample, device=weight.device).double().div_(255)
     pixels = (pixels - pixels.new_tensor(mean)) / pixels.new_tensor(std)
     patches = pixels.unfold(1, size, 1).unfold(2, size, 1).reshape(-1, 3 * size * size)
     variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
     filters = (components / (variances + _EPSILON).sqrt()).T.flip(0)
-    # An eigenvector's sign is arbitrary; fixing it makes the start the same on every machine.
+    # An eigenvector's sign is arbitrary.
     filters = filters * filters.gather(1, filters.abs().argmax(dim=1, keepdim=True)).sign()
     half = min(len(filters), (len(weight) + 1) // 2)
     chosen = torch.cat([filters[:half], -filters[:half]])[: len(weight)]
