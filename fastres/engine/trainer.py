@@ -299,7 +299,8 @@ class Trainer:
         loss, accuracy, count = run.step.totals.read(self.processes)
         scores = self._scores(run, stop)
         require_finite_scores(run.step, state.step, self.last, scores)
-        rate = count / state.epoch_seconds
+        # Of all that were served, trained on or not.
+        rate = count / self.config.hardest_share / state.epoch_seconds
         state.train_seconds += state.epoch_seconds
         state.epoch_seconds = 0.0
         run.step.totals.values.zero_()

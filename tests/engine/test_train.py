@@ -290,6 +290,7 @@ def test_evaluation_refuses_another_models_checkpoint(run, tmp_path, capsys):
         (["--epochs", "0"], 2, "--epochs must be more than 0"),
         (["--lr", "nan"], 2, "--lr must be between 0 and"),
         (["--compile", "on", "--route", "eager"], 2, "contradicts"),
+        (["--hardest-share", "0.5", "--mixup", "1"], 2, "chooses by labels"),
         (["--config", "none.json"], 2, "cannot read the options in none.json"),
         (["--config", "x.json", "--recipe", "quick"], 2, "--recipe does not go with --config"),
         (["--data-dir", "nowhere", "--dataset", "cifar10"], 2, "nowhere"),
