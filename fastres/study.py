@@ -32,17 +32,17 @@ class StudyOptions:
 
     study: Annotated[Literal["degradation"], tyro.conf.Positional] = "degradation"
     """What is studied."""
-    depths: tuple[int, ...] = (8, 20, 32, 44, 56)
+    depths: tuple[int, ...] = (8, 20, 56)
     """Layers of the nets, each trained with and without shortcuts: 8, 14, 20, 32, 44, 56, 110."""
     seeds: tuple[int, ...] = (0,)
     """Each net is trained once from every one of them."""
-    epochs: float = 10.0
+    epochs: float = 20.0
     """Passes over the training set."""
-    limit_train: int | None = 10_000
+    limit_train: int | None = 5_000
     """Use only this many training images, the same share of every class; None: all."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images a training step."""
-    lr: float = 0.1
+    lr: float = 0.05
     """Peak learning rate."""
     schedule: Literal["one-cycle", "cosine", "steps", "constant"] = "steps"
     """Fall of the learning rate: linear, half a cosine, or divided by 10 at 1/2 and 3/4."""
