@@ -337,10 +337,15 @@ def drawn_results():
         "roofline", "resnet20 batch 8, bf16, 2 threads", "fast", "floor", "ms", 1, 20, 20, 20
     )
     results.append((floor, provenance))
-    for metric, unit, value in (("train_seconds", "s", 30.0), ("test_accuracy", "%", 90.0)):
-        results.append(
-            (Row("train", "c", "fast", metric, unit, 1, value, value, value), provenance)
-        )
+    for case, who in (
+        ("cifar10 5000 resnet20", "fast"),
+        ("cifar10 50000 resnet20", "peer_x"),
+        ("cifar10 50000 resnet20", "fast"),
+    ):
+        for metric, unit, value in (("train_seconds", "s", 30.0), ("test_accuracy", "%", 90.0)):
+            results.append(
+                (Row("train", case, who, metric, unit, 1, value, value, value), provenance)
+            )
     return results
 
 
@@ -352,6 +357,10 @@ def test_pictures_show_their_rows_alone():
     figure = found["ladder"].draw()
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["100", "250   2.50 x", "roofline 400"]
+    (panel,) = found["accuracy"].draw().axes
+    runs = {text.get_text() for text in panel.get_legend().get_texts()}
+    assert panel.get_title(loc="left") == "cifar10"
+    assert runs == {"resnet20: fast, n = 1", "resnet20: peer_x, n = 1"}
     assert plots.pictures([]) == []
     for picture in found.values():
         assert f"rows {picture.fingerprint}<".encode() in picture.svg()

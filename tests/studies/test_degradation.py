@@ -104,7 +104,7 @@ def test_what_is_there_is_neither_lost_nor_mixed(words, whole, capsys):
     out = ["--out", str(whole)]
     for more, sentence in (
         ([*words, *out], "already holds a study; continue it with --resume"),
-        (["degradation", *out, "--resume", "--lr", "1"], "keeps its --lr of 0.1"),
+        (["degradation", *out, "--resume", "--lr", "1"], "keeps its --lr of 0.05"),
         (["degradation", *out, "--resume", "--epochs", "9"], "keeps its --epochs of 2.0"),
         ([*words, "--out", str(whole / "nets" / "plain8-seed0")], "holds files of something else"),
         (["degradation", "--resume"], "--resume needs --out"),
