@@ -73,8 +73,8 @@ class StudyOptions:
         """Return the options that all nets share.
 
         What has no option here is the paper's: weight decay 1e-4, crops and flips, and shortcuts
-        without parameters. Its rate begins at its peak, which a run of some hundred steps does not
-        make up for: deep residual nets start with large logits.
+        without parameters. Its rate begins at its peak, which a short run does not make up for:
+        deep residual nets start with large logits.
 
         Raises:
             UsageError: for a value that an option may not have.

@@ -46,7 +46,7 @@ from fastres.data.plan import IMAGE_SIZE
 from fastres.engine import machine
 from fastres.engine.console import RunConsole
 from fastres.engine.run_dir import RunDir
-from fastres.engine.selection import SELECTION_SIZE
+from fastres.engine.selection import SELECTION_SIZE, count_hardest
 from fastres.engine.trainer import PreparedRun, Trainer
 from fastres.errors import UsageError
 from fastres.model.resnet import create_model
@@ -134,7 +134,8 @@ def _mean_training_flops(config: Config, num_classes: int) -> float:
     trained = config.low_res_share * small + (1 - config.low_res_share) * full
     if config.hardest_share == 1:
         return trained
-    return config.hardest_share * trained + summarize_model(net, SELECTION_SIZE).forward_flops
+    share = count_hardest(config.batch_size, config.hardest_share) / config.batch_size
+    return share * trained + summarize_model(net, SELECTION_SIZE).forward_flops
 
 
 class _PeerRuns:

@@ -1,7 +1,8 @@
 """The hardest images of a batch: those with the largest losses, found at a low resolution.
 
-Easy images move a network little and cost as much as hard ones. A forward pass of images of half
-the side takes a quarter of the time and tells them apart.
+Easy images move a network little and cost as much as hard ones. A forward pass that tells them
+apart takes a quarter of the arithmetic on images of half the side. In short runs it loses more than
+it saves: docs/performance-log.md.
 
 Source: Jiang et al. 2019, "Accelerating Deep Learning by Focusing on the Biggest Losers"
 (https://arxiv.org/abs/1910.00762); the hardest half of a batch, chosen by a cheaper pass, is what
