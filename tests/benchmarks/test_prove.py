@@ -342,11 +342,13 @@ def test_look_is_rehearsed_on_a_cpu(tmp_path):
     planned = [part.rehearsed() for part in STAGES["look"].parts(None)]
     statuses = {part["name"]: part["status"] for part in summary["parts"]}
     assert list(statuses) == ["machine", *(part.name for part in planned)]
-    # All that can go wrong without a GPU has been run, but for what a slow machine cut.
-    needs_gpu = [part.name for part in planned if part.obstacle]
-    assert summary["left out"] == [*needs_gpu[:1], "parity resnet20 resumed", *needs_gpu[1:]]
-    assert {statuses["compile kernels"], statuses["parity resnet20"]} == {"ok"}
-    assert len(summary["ok"]) >= 5
+    assert statuses["compile kernels"] == "ok"
+    assert len(summary["ok"]) >= 3
+    # A slow machine is over its budget before the last parts, and may leave checks to resume.
+    cut, left_out = set(summary["cut"]), set(summary["left out"])
+    needs_gpu = {part.name for part in planned if part.obstacle}
+    assert needs_gpu - cut <= left_out <= needs_gpu | {"parity resnet20 resumed"}
+    assert set(statuses) == {*summary["ok"], *left_out, *cut}
 
 
 @pytest.mark.slow

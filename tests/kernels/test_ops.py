@@ -17,7 +17,8 @@ from fastres.kernels.gpu.launch import recording
 from fastres.kernels.reference import backend as reference_backend
 from tests.helpers.interpreter import DEVICE, HAS_GPU
 from tests.helpers.kernel_cases import TILES, channels_last
-from tests.helpers.numerics import assert_like_eager
+from tests.helpers.numerics import PooledErrorBound
+from tests.helpers.property_cases import MOST_DRAWS
 
 
 @pytest.fixture(params=["plain", "triton", "cudnn", "cpu"])
@@ -82,10 +83,10 @@ CASES |= {name: CASES[name.removesuffix(", no ReLU")] for name in NO_RELU}
 class Case:
     """Inputs of one case in some dtype, and both ways through it."""
 
-    def __init__(self, name: str, dtype: torch.dtype = torch.float32):
+    def __init__(self, name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
         layers, projection, self.kind = CASES[name]
         self.relu = name not in NO_RELU
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         self.x = channels_last(torch.randn(2, 16, 6, 5, generator=generator), dtype)
         self.layers = [make_layer(*layer, generator, dtype) for layer in layers]
         self.projection = projection and make_layer(*projection, generator, dtype)
@@ -143,25 +144,35 @@ def fused_block(x, layers, **shortcut):
     return ops.residual_block(x, layers, **shortcut)[0]
 
 
+def assert_steps_like_eager(name: str, dtype: torch.dtype) -> None:
+    """Output and gradients are as right as eager's, judged on as many draws as it takes.
+
+    In one draw of tensors as small as these, eager may be exact by luck.
+    """
+    bound = PooledErrorBound(dtype, has_relu=True)
+    for seed in range(MOST_DRAWS):
+        got = Case(name, dtype, seed).step(fused_block)
+        eager = Case(name, dtype, seed).step(eager_block)
+        truth = Case(name, dtype, seed).double().step(eager_block)
+        assert got["out"].is_contiguous(memory_format=torch.channels_last)
+        for key, value in got.items():
+            bound.add(key, value, [eager[key]], truth[key])
+        if not bound.refused():
+            break
+    assert not bound.refused()
+
+
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("name", CASES)
 def test_output_and_every_gradient(name):
-    got = Case(name).step(fused_block)
-    eager, truth = Case(name).step(eager_block), Case(name).double().step(eager_block)
-    for key, value in got.items():
-        assert_like_eager(key, value, eager[key], truth[key])
-    assert got["out"].is_contiguous(memory_format=torch.channels_last)
+    assert_steps_like_eager(name, torch.float32)
 
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("name", ["basic", "projected"])
 def test_output_and_every_gradient_in_bfloat16(name):
     """Gradients in fp32 inherit the network's roundings and are measured as bfloat16."""
-    got = Case(name, torch.bfloat16).step(fused_block)
-    eager = Case(name, torch.bfloat16).step(eager_block)
-    truth = Case(name, torch.bfloat16).double().step(eager_block)
-    for key, value in got.items():
-        assert_like_eager(key, value, eager[key], truth[key], torch.bfloat16)
+    assert_steps_like_eager(name, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("backend")
