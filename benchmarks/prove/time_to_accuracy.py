@@ -6,6 +6,7 @@ Decoding, uploading, compiling, capturing and a warm-up on random labels come be
 whole run, on a CPU two steps. Nothing is evaluated, written or waited for in between.
 
     --peer airbench94_muon      the best published recipe in turns with it, seed by seed
+    --peer-runs 1               fewer seeds of the peer, which is slow on a CPU
     --set flip=random           changes an option of the recipe; may be repeated
     --ablate flip=random        adds a variant with other options, in turns too: commas between
                                 options, repeated for more variants
@@ -313,6 +314,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="change the recipe")
     add("--ablate", action="append", default=[], metavar="NAME=VALUE,...", help="add a variant")
     add("--peer", choices=_PEERS, help="run it in turns with the recipe")
+    add("--peer-runs", type=int, metavar="N", help="seeds of the peer; default: those of --runs")
     add("--peer-epochs", type=float, default=EPOCHS, help=f"of the peer; default {EPOCHS:g}")
     default = os.environ.get("FASTRES_DATA")
     add("--data-dir", default=default, help="images; default: $FASTRES_DATA, else synthetic ones")
@@ -322,6 +324,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         options.runs = 20 if torch.cuda.is_available() else 3
     if options.runs < 1:
         raise UsageError(f"--runs must be at least 1, got {options.runs}")
+    if options.peer_runs is None:
+        options.peer_runs = options.runs
+    if not 1 <= options.peer_runs <= options.runs:
+        raise UsageError(f"--peer-runs must be between 1 and --runs, got {options.peer_runs}")
     return options
 
 
@@ -360,8 +366,10 @@ def _run(argv: Sequence[str]) -> int:
     path = None
     for turn in range(options.runs):
         seed = options.seed + turn
+        is_peer_out = options.peer and turn >= options.peer_runs
+        count = len(contenders) - 1 if is_peer_out else len(contenders)
         # Whoever begins a turn changes, so that a machine which slows down slows all of them.
-        for number in (n % len(contenders) for n in range(turn, turn + len(contenders))):
+        for number in (n % count for n in range(turn, turn + count)):
             who, run = contenders[number], contenders[number].run(seed)
             runs[number].append(run)
             print(

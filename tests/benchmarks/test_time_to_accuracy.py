@@ -134,6 +134,21 @@ def test_the_command_measures_in_turns_and_loses_nothing(tmp_path, monkeypatch, 
     assert "--set takes NAME=VALUE, got 'flip'" in capsys.readouterr().err
 
 
+def test_a_slow_peer_takes_part_in_the_first_turns_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(time_to_accuracy, "_PeerRuns", _Peer)
+    words = [f"--set={k}={v}" for k, v in (TINY | {"route": "eager", "amp": "off"}).items()]
+    words += ["--runs", "3", "--out", str(tmp_path), "--peer", "airbench94_muon"]
+    assert time_to_accuracy.main([*words, "--peer-runs", "1"]) == 0
+    counts = {(row.case, row.metric): row.n for row, _ in read_results(tmp_path)}
+    plain, peer = dict.fromkeys(case for case, _ in counts)
+    assert (counts[plain, "seconds"], counts[peer, "seconds"]) == (3, 1)
+    assert counts[plain, "speed_against_peer_airbench94_muon"] == 1
+    capsys.readouterr()
+    for number in ("0", "4"):
+        assert time_to_accuracy.main([*words, "--peer-runs", number]) == 2
+        assert f"between 1 and --runs, got {number}" in capsys.readouterr().err
+
+
 def test_arithmetic_is_the_mean_over_image_sizes():
     """Of a net whose layers but the last cost what their pixels do."""
     whole = from_recipe("quick", "resnet8")
