@@ -59,8 +59,8 @@ class RunOptions:
     fast: bool = False
     """Train by the fastest route of this machine; without it, the eager fp32 reference."""
     recipe: str = "quick"
-    """Hyper-parameters: quick, standard, paper, accurate, or your own file (.toml, .json); sets the
-    defaults shown here."""
+    """Hyper-parameters: quick, speed, standard, paper, accurate, or your own file (.toml, .json);
+    sets the defaults shown here."""
     seed: int = 0
     """Decides initial weights, order and augmentation of the images."""
     deterministic: bool = False

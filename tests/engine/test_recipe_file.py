@@ -37,7 +37,8 @@ def test_a_printed_recipe_is_that_recipe(name, tmp_path, capsys):
     assert fastres_command.main(["recipe", name]) == 0
     printed = capsys.readouterr().out
     assert find_recipe(write(tmp_path / "my.toml", printed)) == ("my.toml", RECIPES[name])
-    values = RECIPES[name].common | RECIPES[name].by_family
+    base = {} if RECIPES[name].base is None else {"base": RECIPES[name].base}
+    values = base | RECIPES[name].common | RECIPES[name].by_family
     file = write(tmp_path / "my.json", json.dumps(values))
     assert find_recipe(file) == ("my.json", RECIPES[name])
 
@@ -54,6 +55,25 @@ def test_what_changes_a_recipe_comes_after_all_of_it(tmp_path):
     assert config_of(file, "resnet18").epochs == 65
     assert config_of(file, "resnet9").steps == 5
     assert find_recipe(write(tmp_path / "again.toml", as_toml(recipe)))[1] == recipe
+
+
+def test_a_base_may_have_a_base(tmp_path):
+    """`speed` changes `quick`, and a user's file changes both."""
+    file = write(tmp_path / "mine.toml", 'base = "speed"\nlr = 0.3')
+    speed = config_of("speed")
+    assert config_of(file) == speed.replace(recipe="mine.toml", lr=0.3)
+    assert (speed.model, speed.whiten, speed.epochs > config_of("quick").epochs) == (
+        "resnet11",
+        True,
+        True,
+    )
+    layers = resolve(*find_recipe(file))[1]
+    assert [source for source, options in layers.items() if options] == [
+        "recipe quick",
+        "recipe quick for resnet11",
+        "recipe speed for resnet11",
+        "recipe mine.toml",
+    ]
 
 
 def test_without_a_base_there_are_the_defaults(tmp_path):
@@ -78,8 +98,8 @@ def test_without_a_base_there_are_the_defaults(tmp_path):
         ("nesterov = 1", "r.toml: option 'nesterov' must be true or false, got 1"),
         ("[resnet20]\nlr = 1", "r.toml: 'resnet20' is no family of networks; those are resnet9, "),
         ('[thin]\nmodel = "resnet8"', "r.toml: [thin] must not name a model, which decides the"),
-        ('base = "fast"', "r.toml: base must be one of quick, standard, paper, accurate, got "),
-        ("base = [1]", "r.toml: base must be one of quick, standard, paper, accurate, got [1]"),
+        ('base = "fast"', "r.toml: base must be one of quick, speed, standard, paper, accurate, "),
+        ("base = [1]", "speed, standard, paper, accurate, got [1]"),
         ("base = {a = 1}", "r.toml: base must be one of quick"),
         ('device = "cpu"', "r.toml: option 'device' is not of a recipe, which says how a network"),
         ("[deep]\nseed = 1", "r.toml: [deep]: option 'seed' is not of a recipe, which says how"),
@@ -100,7 +120,7 @@ def test_a_file_that_is_no_recipe_is_one_sentence(text, message, tmp_path, capsy
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fast", "unknown recipe 'fast'; the recipes are quick, standard, paper, accurate, and "),
+        ("fast", "unknown recipe 'fast'; the recipes are quick, speed, standard, paper, "),
         ("missing.toml", "cannot read the options in missing.toml: No such file or directory"),
         ("./quick", "the name of the recipe ./quick must end in .json or .toml"),
         ("two words.toml", "runs are named after their recipe, so the name of two words.toml must"),
