@@ -99,8 +99,8 @@ class NetworkOptions:
     """Which network."""
 
     model: str = "resnet20"
-    """Network: resnet9, resnet9_small, resnet11, resnet20/32/44/56/110, resnet18/34/50, plain8 to
-    plain110."""
+    """Network: resnet9, resnet9_small, resnet11, resnet8/14/20/32/44/56/110, resnet10/18/34/50,
+    plain8 to plain110."""
     width: float = 1.0
     """Multiplies the number of filters of every layer."""
     shortcut: Literal["A", "B"] = "B"
@@ -126,7 +126,7 @@ class OptimisationOptions:
     momentum: float = 0.9
     """Momentum of sgd, beta1 of adamw."""
     weight_decay: float = 5e-4
-    """Weight decay of what --decay names."""
+    """Weight decay of what --decay names; filters that muon moves keep their norm instead."""
     schedule: Literal["one-cycle", "cosine", "steps", "constant"] = "one-cycle"
     """Fall of the learning rate: linear, half a cosine, or divided by 10 at 1/2 and 3/4."""
     warmup: float = 0.2

@@ -53,11 +53,11 @@ class EvaluateOptions:
     """Weights at the end, best on the validation images, or last saved; auto: the run's result."""
     tta: ViewsName | None = None
     """Test-time augmentation: average each image and its mirror image (flip), or six views of the
-    images in doubt, a quarter of each batch (multi); default: as the run did."""
+    quarter of the images that is most in doubt (multi); default: as the run did."""
     fast: bool = False
     """Evaluate by the fastest route of this machine; without it, the eager fp32 reference."""
     batch_size: int = 1000
-    """Images an evaluation step; only what --tta multi takes for doubtful depends on it."""
+    """Images an evaluation step; no accuracy depends on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes the GPU where there is one."""
     threads: int | None = None

@@ -73,16 +73,17 @@ class StudyOptions:
         """Return the options that all nets share.
 
         What has no option here is the paper's: weight decay 1e-4, crops and flips, and shortcuts
-        without parameters. Its rate begins at its peak, which a short run does not make up for:
-        deep residual nets start with large logits.
+        without parameters; but momentum is Nesterov's, and batch norm and biases do not decay. The
+        paper's rate begins at its peak, which a short run does not make up for: deep residual nets
+        start with large logits.
 
         Raises:
             UsageError: for a value that an option may not have.
         """
         names = {field.name for field in dataclasses.fields(Config)}
         given = {name: value for name, value in vars(self).items() if name in names}
-        paper = {"recipe": "paper", "shortcut": "A", "weight_decay": 1e-4}
-        return validate(Config(**(given | paper)))
+        fixed = {"recipe": "degradation", "shortcut": "A", "weight_decay": 1e-4}
+        return validate(Config(**(given | fixed)))
 
 
 # Where and how it computes, and what becomes of it: these may differ in a resumed study. So may

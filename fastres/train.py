@@ -45,7 +45,7 @@ T = TypeVar("T")
 _DESCRIPTION = (
     "Train a ResNet on CIFAR-10. Without options: the plain eager PyTorch reference. With --fast: "
     "the same model, pixels and mathematics by the fastest route of this machine. For more "
-    "accuracy choose --recipe standard (ResNet-20) or --recipe accurate (ResNet-18)."
+    "accuracy choose --recipe accurate (a ResNet-18, for long)."
 )
 
 

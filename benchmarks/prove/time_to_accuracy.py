@@ -3,20 +3,23 @@
 Trains a recipe of fastres with n seeds in one process, counted as airbench counts: seconds of
 whitening, training and the final evaluation, by CUDA events on a GPU and the wall clock on a CPU.
 Decoding, uploading, compiling, capturing and a warm-up on random labels come before: on a GPU a
-whole run, on a CPU two steps. Nothing is evaluated, written or waited for in between.
+whole run, on a CPU a step of every size of images and an evaluation. Nothing is evaluated, written
+or waited for in between.
 
-    --peer airbench94_muon      the best published recipe in turns with it, seed by seed
+    --peer airbench94_muon      a published speed recipe in turns with it, seed by seed
     --peer-runs 1               fewer seeds of the peer, which is slow on a CPU
     --set flip=random           changes an option of the recipe; may be repeated
     --ablate flip=random        adds a variant with other options, in turns too: commas between
-                                options, repeated for more variants
+                                options, repeated for more variants; all rows are then of the suite
+                                recipe_ablation
     --goal 90.5                 also the share of runs that reached it, and a one-sided t-test of
                                 whether the mean does: p is the chance of a mean this far above the
                                 goal if the true one were at it
 
-The last epoch counts, never the best one. Rows of the suite `train` are written after every run, so
-that a command that is cut off loses nothing: medians with their spread, mean and standard deviation
-of both, and how many times faster than the peer, turn by turn. Their sidecar holds every run.
+The last epoch counts, never the best one. Rows, of the suite `train`, are written after every run,
+so that a command that is cut off loses nothing: medians with their spread, mean and standard
+deviation of both, and how many times faster than the peer, turn by turn. Their sidecar holds every
+run.
 
 Exit codes: 0 measured, 1 failure, 2 bad use.
 """
@@ -27,7 +30,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,7 +44,7 @@ from benchmarks.harness.timing import Stopwatch
 from benchmarks.peers.airbench94_muon import EPOCHS, Airbench94Muon
 from fastres import host, strict_json
 from fastres.cli import guarded
-from fastres.config import Config, from_json, validate
+from fastres.config import Config, from_json, replaced, validate
 from fastres.data.dataset import Dataset, ImageSet
 from fastres.data.plan import IMAGE_SIZE
 from fastres.engine import machine
@@ -52,18 +55,18 @@ from fastres.engine.trainer import PreparedRun, Trainer
 from fastres.errors import UsageError
 from fastres.model.resnet import create_model
 from fastres.model.summary import summarize as summarize_model
-from fastres.recipes import from_recipe
+from fastres.recipe_file import find_recipe
+from fastres.recipes import resolve
 
 __all__ = ["Contender", "main", "rows_of", "t_test"]
 
-_SUITE = "train"
+_SUITE, _ABLATION_SUITE = "train", "recipe_ablation"
 _PEERS = ("airbench94_muon",)
 # Options that rows tell in other words.
 _TOLD = (
     *("model", "width", "epochs", "steps", "batch_size", "limit_train"),
     *("route", "amp", "channels_last", "loader"),
 )
-_FEWEST_WARMUP_STEPS = 2
 
 
 class Contender(Protocol):
@@ -113,9 +116,15 @@ class _RecipeRuns:
         self.gflop = _mean_training_flops(config, len(trainer.data.classes)) / 1e9
 
     def warm_up(self) -> None:
-        run, on_cuda = self._run, self._trainer.runtime.device.type == "cuda"
-        steps = run.total_steps if on_cuda else min(run.total_steps, _FEWEST_WARMUP_STEPS)
-        self._trainer.train_and_score(replace(run, total_steps=steps))
+        run = self._run
+        if self._trainer.runtime.device.type == "cuda":
+            self._trainer.train_and_score(run)
+            return
+        # A step of every size of images, and the evaluation.
+        images, labels = next(iter(run.train_loader.serve(0)))
+        for step in (0, run.total_steps - 1):
+            run.step(step, images, labels)
+        self._trainer.train_and_score(replace(run, total_steps=1))
 
     def run(self, seed: int) -> TimedRun:
         self._run = self._trainer.restarted(self._run, seed)
@@ -210,6 +219,7 @@ def rows_of(
     runs: Sequence[TimedRun],
     goal: float | None = None,
     rival: Sequence[TimedRun] = (),
+    suite: str = _SUITE,
 ) -> list[Row]:
     """Return the rows of one contender's runs.
 
@@ -218,10 +228,11 @@ def rows_of(
         runs: at least one.
         goal: in percent, for the share of runs at it or above.
         rival: the peer's runs of the same turns, for the ratio of seconds.
+        suite: of the rows.
     """
 
     def row(metric: str, unit: str, values: Sequence[float]) -> Row:
-        return summarize(_SUITE, who.case, who.provider, metric, unit, values)
+        return summarize(suite, who.case, who.provider, metric, unit, values)
 
     def single(metric: str, unit: str, value: float) -> Row:
         return replace(row(metric, unit, [value]), n=len(runs))
@@ -272,13 +283,13 @@ def _statement(runs: Sequence[TimedRun], goal: float | None) -> str:
     return text + (f" (one-sided t-test: p = {p:.2g})" if p is not None else "")
 
 
-def _changed(config: Config, words: Sequence[str], option: str) -> Config:
-    """Return `config` with `name=value` for every word.
+def _values(words: Sequence[str], option: str) -> dict[str, Any]:
+    """Return {option of a recipe: value} of words `name=value`, later ones before earlier.
 
     Raises:
-        UsageError: for a word of another form, an unknown option or a value it may not have.
+        UsageError: for a word of another form.
     """
-    changes: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
@@ -287,12 +298,22 @@ def _changed(config: Config, words: Sequence[str], option: str) -> Config:
             value = json.loads(text)
         except ValueError:
             value = text
-        changes[name.strip().replace("-", "_")] = value
-    if "model" in changes and changes["model"] != config.model:
-        base = from_recipe(config.recipe, str(changes["model"])).to_json()
-        config = Config(**{**base, **{k: getattr(config, k) for k in ("fast", "data_dir")}})
-    given = strict_json.dumps(config.to_json() | changes).encode()
-    return validate(from_json(given, option))
+        values = replaced(values, {name.strip().replace("-", "_"): value})
+    return values
+
+
+def _changed(recipe: str, source: Mapping[str, Any], changes: Mapping[str, Any]) -> Config:
+    """Return the options of a recipe on a data set, with changes; it goes by the changed network.
+
+    Raises:
+        UsageError: for an unknown recipe or option, or a value that it may not have.
+    """
+    model = changes.get("model")
+    base = resolve(*find_recipe(recipe), None if model is None else str(model))[0]
+    # Whatever is left open has the recipe's value already.
+    options = {name: value for name, value in base.to_json().items() if value is not None}
+    given = replaced(options, {"fast": True, **source, **changes})
+    return validate(from_json(strict_json.dumps(given).encode(), "--set and --ablate"))
 
 
 def _changes(words: Sequence[str]) -> str:
@@ -307,7 +328,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--recipe", default="quick", help="of fastres; default quick")
+    add("--recipe", default="speed", help="of fastres, or a file of yours; default speed")
     add("--runs", type=int, help="seeds; default: 20 on a GPU, 3 on a CPU")
     add("--seed", type=int, default=0, help="the first of them; default 0")
     add("--goal", type=float, help="test accuracy in percent")
@@ -334,12 +355,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _contenders(options: argparse.Namespace) -> list[Contender]:
     """The recipe, its variants, and the peer, each ready to run."""
     source = {"data_dir": options.data_dir} if options.data_dir else {"dataset": "synthetic"}
-    plain = from_recipe(options.recipe).replace(fast=True, **source)
-    base = _changed(plain, options.set, "--set")
-    found: list[Contender] = [_RecipeRuns(base, _changes(options.set))]
+    found: list[Contender] = []
+    plain = _values(options.set, "--set")
+    base = _changed(options.recipe, source, plain)
+    if options.peer and base.limit_train is not None:
+        raise UsageError("--peer trains on the whole set: leave out limit_train")
+    found.append(_RecipeRuns(base, _changes(options.set)))
     for text in options.ablate:
         words = [word.strip() for word in text.split(",")]
-        variant = _changed(base, words, "--ablate")
+        variant = _changed(options.recipe, source, replaced(plain, _values(words, "--ablate")))
         found.append(_RecipeRuns(variant, _changes([*options.set, *words])))
     if options.peer:
         data = fastres.load_dataset(base.dataset, base.data_dir)
@@ -353,6 +377,7 @@ def _run(argv: Sequence[str]) -> int:
     machine.keep_freed_memory()
     torch.set_num_threads(host.usable_cores())
     contenders = _contenders(options)
+    suite = _ABLATION_SUITE if options.ablate else _SUITE
     precisions = "-".join(sorted({who.precision for who in contenders}))
     words = ["python", "-m", "benchmarks.prove.time_to_accuracy", *argv]
     provenance = make_provenance(precisions, words)
@@ -386,9 +411,10 @@ def _run(argv: Sequence[str]) -> int:
                 row
                 for who, done in zip(contenders, runs, strict=True)
                 if done
-                for row in rows_of(who, done, options.goal, () if done is rival else rival)
+                for row in rows_of(who, done, options.goal, () if done is rival else rival, suite)
             ]
-            path = write_results("train_seconds", rows, provenance, options.out, path)
+            what = "train_seconds" if suite == _SUITE else suite
+            path = write_results(what, rows, provenance, options.out, path)
     for who, done in zip(contenders, runs, strict=True):
         print(f"{who.case}: {_statement(done, options.goal)}", flush=True)
     print(path, flush=True)

@@ -5,7 +5,8 @@
 `python -m benchmarks.report.collect study DIR` what `fastres study degradation` has written,
 `python -m benchmarks.report.collect proof DIR` every row of a proof, see benchmarks.prove.proof.
 
-Runs that differ in nothing but seed and route become one row a metric with n measurements.
+Runs that differ in nothing but seed and route become one row a metric with n measurements; a case
+names what was changed of its recipe.
 """
 
 import argparse
@@ -35,8 +36,10 @@ from benchmarks.harness.rows import (
     write_results,
 )
 from benchmarks.report.depth import rows_of_study
+from fastres.config import Config, changed_options, from_json
 from fastres.engine.summary import Summary
 from fastres.output import reader_may_leave
+from fastres.recipes import RECIPES, from_recipe
 from fastres.studies.records import StudyRecord
 
 __all__ = ["PeakRates", "main", "peak_rates_of", "rows_of", "rows_of_report"]
@@ -51,12 +54,33 @@ _METRICS = {
 }
 
 
-def _case(summary: Summary) -> str:
+# Options that a case says in other words, and the seed, which its rows sum over.
+_TOLD = {
+    "dataset",
+    "limit_train",
+    "model",
+    "width",
+    "recipe",
+    "epochs",
+    "steps",
+    "batch_size",
+    "seed",
+}
+
+
+def _case(summary: Summary, changes: str) -> str:
     return (
         f"{summary['dataset']} {summary['train_images']} {summary['model']} "
         f"w{summary['width']:g} {summary['recipe']} {summary['epochs']:g} epochs "
         f"batch {summary['batch_size']}"
-    )
+    ) + (f", {changes}" if changes else "")
+
+
+def _changes(config: Config) -> str:
+    """Name what a run changed of its recipe, or of the defaults where that is a user's file."""
+    base = from_recipe(config.recipe, config.model) if config.recipe in RECIPES else Config()
+    names = [name for name in changed_options(base.to_json(), config) if name not in _TOLD]
+    return ", ".join(f"{name}={getattr(config, name)}" for name in names)
 
 
 def _provider(summary: Summary) -> str:
@@ -64,18 +88,34 @@ def _provider(summary: Summary) -> str:
     return f"{summary['route']} {summary['precision']} {layout} {summary['loader']}"
 
 
-def rows_of(summaries: Sequence[Summary]) -> list[Row]:
-    """Group run summaries by case and provider, one row a metric."""
+def rows_of(summaries: Sequence[Summary], changes: Sequence[str] | None = None) -> list[Row]:
+    """Group run summaries by case and provider, one row a metric.
+
+    Args:
+        summaries: of finished runs.
+        changes: what each of them changed of its recipe; None: nothing.
+
+    Raises:
+        ValueError: for two runs of one case from the same seed.
+    """
     groups = defaultdict(list)
-    for summary in summaries:
-        groups[_case(summary), _provider(summary)].append(summary)
-    return [
-        summarize(
-            "train", case, provider, metric, unit, [float(cast(Any, run)[metric]) for run in runs]
-        )
-        for (case, provider), runs in groups.items()
-        for metric, unit in _METRICS.items()
-    ]
+    for summary, changed in zip(summaries, changes or [""] * len(summaries), strict=True):
+        groups[_case(summary, changed), _provider(summary)].append(summary)
+    rows = []
+    for (case, provider), runs in groups.items():
+        seeds = [run["seed"] for run in runs]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"two runs of one seed: {case}")
+        for metric, unit in _METRICS.items():
+            values = [float(cast(Any, run)[metric]) for run in runs]
+            rows.append(summarize("train", case, provider, metric, unit, values))
+        accuracies = [run["test_accuracy"] for run in runs]
+        for statistic, of in (("mean", statistics.mean), ("sd", statistics.stdev)):
+            if len(runs) > 1:
+                metric, value = f"test_accuracy_{statistic}", of(accuracies)
+                row = summarize("train", case, provider, metric, "%", [value])
+                rows.append(replace(row, n=len(runs)))
+    return rows
 
 
 # Operations/s by dtype and bytes/s that a machine was measured to reach at most.
@@ -199,7 +239,10 @@ def _collect_runs(what: str, folders: Sequence[Path]) -> Path:
         "seeds": [summary["seed"] for summary in summaries],
         "dataset_fingerprint": sorted({summary["dataset_fingerprint"] for summary in summaries}),
     }
-    return write_results(what, rows_of(summaries), provenance)
+    configs = [
+        from_json((run / "config.json").read_bytes(), run / "config.json") for run in folders
+    ]
+    return write_results(what, rows_of(summaries, [*map(_changes, configs)]), provenance)
 
 
 def _collect_study(folder: Path) -> Path:

@@ -27,8 +27,8 @@ __all__ = ["Picture", "pictures"]
 _LADDERS = ("ladder", "step", "inference")
 _RATE = "images_per_second"
 _ACCURACY_METRICS = ("train_seconds", "test_accuracy")
-# On a part of a set, or for a few steps, accuracy says nothing of a recipe.
-_WHOLE_RUN = re.compile(r"(?P<dataset>cifar\S+) 50000 (?P<what>.+)")
+# On a part of a set accuracy says nothing of a recipe, and behind a comma stands what was changed.
+_WHOLE_RUN = re.compile(r"(?P<dataset>cifar\S+) 50000 (?P<what>[^,]+)")
 # The pictures agree on who has which colour; everybody else gets a grey.
 _COLOURS = {
     "peer_fp32": "#b0b0b0",
@@ -219,7 +219,7 @@ def _accuracy(kind: str, group: list[Result]) -> list[Picture]:
     """Points of accuracy against seconds on whole training sets, a panel a set, peers in grey."""
     sets: dict[str, dict[tuple[str, str], dict[str, Row]]] = {}
     for row, _ in group:
-        run = _WHOLE_RUN.match(row.case)
+        run = _WHOLE_RUN.fullmatch(row.case)
         if row.suite == "train" and row.metric in _ACCURACY_METRICS and run is not None:
             points = sets.setdefault(run["dataset"], {})
             points.setdefault((run["what"], row.provider), {})[row.metric] = row

@@ -2,12 +2,13 @@
 
 Test-time augmentation averages the class probabilities of several views of an image: itself, its
 mirror image, and both shifted by a pixel in two directions. The further views are worth their time
-where the network is in doubt: the quarter of each batch whose two most likely classes
-lie closest together.
+where the network is in doubt: the quarter of the set whose two most likely classes lie closest
+together. Of the whole set, as a batch of a sorted one holds a single class, easy or hard.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,55 +73,93 @@ def evaluate(
         loader: of a "val" or "test" split.
         runtime: precision and layout.
         tta: "none"; "flip" averages each image and its mirror image; "multi" averages six views of
-            the images in doubt.
+            the images in doubt, a quarter of what the loader serves.
         processes: whose loaders serve the rest of the set.
         after_batch: called after every batch; what it raises ends the evaluation.
     """
     was_training = model.training
     model.eval()
-    totals = Totals(runtime.device)
     with constant_parameters():
-        for images, labels in loader.serve(0):
+        parts, labels = [], []
+        for images, targets in loader.serve(0):
             log_probs = _log_probs(model, images, runtime)
             if tta == "flip":
                 mirrored = _log_probs(model, images.flip(3), runtime)
                 log_probs = _mean_probability([log_probs, mirrored], (0.5, 0.5))
-            elif tta == "multi":
-                doubtful = _least_certain(log_probs, share=0.25)
-                own, doubts = log_probs[doubtful], images[doubtful]
-                views = [
-                    own,
-                    *(_log_probs(model, view, runtime) for view in _further_views(doubts)),
-                ]
-                log_probs[doubtful] = _mean_probability(views, _VIEW_WEIGHTS)
-            totals.add(F.nll_loss(log_probs, labels), log_probs, labels)
+            parts.append(log_probs)
+            labels.append(targets.clone())
             after_batch()
+        if tta == "multi":
+            parts = _with_further_views(model, loader, runtime, parts, after_batch)
     model.train(was_training)
+    totals = Totals(runtime.device)
+    for log_probs, targets in zip(parts, labels, strict=True):
+        totals.add(F.nll_loss(log_probs, targets), log_probs, targets)
     loss, accuracy, count = totals.read(processes)
     return Score(loss, accuracy, count)
 
 
+def _with_further_views(
+    model: nn.Module,
+    loader: Loader,
+    runtime: Runtime,
+    parts: list[Tensor],
+    after_batch: Callable[[], None],
+) -> list[Tensor]:
+    """Return the log-probabilities of all batches, the doubtful images' of six views.
+
+    The loader serves the set again, from which the images in doubt are picked: they are not known
+    before its end.
+    """
+    sizes = [len(part) for part in parts]
+    log_probs = torch.cat(parts)
+    doubtful = _least_certain(log_probs, _DOUBTFUL_SHARE)
+    if len(doubtful) == 0:
+        return parts
+    ends = list(itertools.accumulate(sizes))
+    bounds = torch.searchsorted(doubtful, torch.tensor(ends, device=doubtful.device)).tolist()
+    picked = []
+    for batch, (images, _) in enumerate(loader.serve(0)):
+        low = bounds[batch - 1] if batch else 0
+        first = ends[batch] - sizes[batch]
+        picked.append(images[doubtful[low : bounds[batch]] - first])
+    # All views of some images make a batch like those before: few launches, and a network may be
+    # compiled or tuned by shape.
+    count = max(1, max(sizes) // _FURTHER_VIEWS)
+    for rows, images in zip(doubtful.split(count), torch.cat(picked).split(count), strict=True):
+        views = _log_probs(model, _further_views(images), runtime).chunk(_FURTHER_VIEWS)
+        log_probs[rows] = _mean_probability([log_probs[rows], *views], _VIEW_WEIGHTS)
+        after_batch()
+    return list(log_probs.split(sizes))
+
+
+_DOUBTFUL_SHARE = 0.25
 # The image, its mirror image, and two shifts of each.
 _VIEW_WEIGHTS = (0.25, 0.25, 0.125, 0.125, 0.125, 0.125)
+_FURTHER_VIEWS = len(_VIEW_WEIGHTS) - 1
 
 
 def _least_certain(log_probs: Tensor, share: float) -> Tensor:
-    """Return the indices of a share of the images, those with the smallest lead of a class."""
+    """Return the indices, in order, of a share of the images: the smallest leads of a class."""
     if log_probs.shape[1] == 1:
         return torch.arange(0, device=log_probs.device)
     first, second = log_probs.exp().topk(2, dim=1).values.unbind(dim=1)
-    # As many in every batch of one size, so that nothing waits for a count.
-    return (first - second).topk(math.ceil(share * len(log_probs)), largest=False).indices
+    # Of a known number, so that nothing waits for a count.
+    count = math.ceil(share * len(log_probs))
+    return (first - second).topk(count, largest=False).indices.sort().values
 
 
-def _further_views(images: Tensor) -> list[Tensor]:
-    """Return all views but the first; pixels beyond the border are those within, mirrored."""
+def _further_views(images: Tensor) -> Tensor:
+    """Return all views but the first, (5 B, C, H, W), view by view.
+
+    Pixels beyond the border are those within, mirrored.
+    """
     shifted = F.pad(images, (1, 1, 1, 1), mode="reflect")
     corners = (shifted[:, :, :-2, :-2], shifted[:, :, 2:, 2:])
-    return [images.flip(3), *(view for x in corners for view in (x, x.flip(3)))]
+    return torch.cat([images.flip(3), *(view for x in corners for view in (x, x.flip(3)))])
 
 
-def _mean_probability(log_probs: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+def _mean_probability(log_probs: Sequence[Tensor], weights: tuple[float, ...]) -> Tensor:
     """Return the logarithm of the weighted mean of probabilities, all in logarithms."""
     scaled = [x + math.log(weight) for x, weight in zip(log_probs, weights, strict=True)]
     return torch.stack(scaled).logsumexp(dim=0)

@@ -47,7 +47,8 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tens
     x = (x / x.float().norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)).to(dtype)
     for _ in range(_STEPS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        # a x + (b gram + c gram gram) x, each sum by the product that ends it.
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
 
 
@@ -89,6 +90,11 @@ class Muon(torch.optim.Optimizer):
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum})
         self.dtype = dtype
+        self._kept_norms: dict[tuple[int, ...], Tensor] = {}
+        # From the start, so that a checkpoint before the first step has them too.
+        for group in self.param_groups:
+            for layer in group["params"]:
+                self.state[layer]["momentum_buffer"] = torch.zeros_like(layer)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -98,43 +104,51 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
-            for param in group["params"]:
-                if param.grad is not None:
-                    by_shape[param.shape].append(param)
-            for layers in by_shape.values():
+            layers = [layer for layer in group["params"] if layer.grad is not None]
+            if layers:
                 self._move(layers, group["lr"], group["momentum"])
         return loss
 
     def _move(self, layers: list[Tensor], lr: float | Tensor, momentum: float) -> None:
-        """Move layers of one shape."""
+        """Move layers of any shapes, in few launches: a step of a small net is short of them."""
         grads, moves = self._gradients(layers)
-        buffers = []
-        for layer in layers:
-            state = self.state[layer]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(layer)
-            buffers.append(state["momentum_buffer"])
+        buffers = [self.state[layer]["momentum_buffer"] for layer in layers]
         if moves is None:
             torch._foreach_mul_(buffers, momentum)
         else:
             torch._foreach_mul_(buffers, torch.where(moves, momentum, 1.0))
         torch._foreach_add_(buffers, grads)
-        ahead = torch._foreach_add(grads, buffers, alpha=momentum)
-        directions = orthogonalize(torch.stack([_as_matrix(u) for u in ahead]), self.dtype).float()
-        if moves is not None:
-            directions = torch.where(moves, directions, 0.0)
-        norm = layers[0].shape[0] ** 0.5
+        ahead = list(torch._foreach_add(grads, buffers, alpha=momentum))
         # A layer of zeros has no norm to keep.
-        lengths = torch._foreach_norm(layers)
-        factors = [norm / length.clamp(min=1e-12) for length in lengths]
+        lengths = torch.stack(torch._foreach_norm(layers)).clamp_(min=1e-12)
+        factors = self._norms(layers) / lengths
         if moves is not None:
-            factors = [torch.where(moves, factor, 1.0) for factor in factors]
-        torch._foreach_mul_(layers, factors)
-        moved = (directions * lr).unbind()
-        torch._foreach_sub_(
-            layers, [_as_filters(m, layer) for m, layer in zip(moved, layers, strict=True)]
-        )
+            factors = torch.where(moves, factors, 1.0)
+        torch._foreach_mul_(layers, list(factors.unbind()))
+        torch._foreach_sub_(layers, self._moves(ahead, lr, moves))
+
+    def _moves(self, ahead: list[Tensor], lr: float | Tensor, moves: Tensor | None) -> list[Tensor]:
+        """Return what layers are moved by, those of one shape made orthogonal together."""
+        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+        for number, direction in enumerate(ahead):
+            by_shape[direction.shape].append(number)
+        moved = list(ahead)
+        for numbers in by_shape.values():
+            matrices = torch.stack([_as_matrix(ahead[n]) for n in numbers])
+            directions = orthogonalize(matrices, self.dtype).float() * lr
+            if moves is not None:
+                directions = torch.where(moves, directions, 0.0)
+            for n, matrix in zip(numbers, directions.unbind(), strict=True):
+                moved[n] = _as_filters(matrix, ahead[n])
+        return moved
+
+    def _norms(self, layers: list[Tensor]) -> Tensor:
+        """Return the norm that each layer keeps, on the device before a graph is captured."""
+        shapes = tuple(layer.shape[0] for layer in layers)
+        if shapes not in self._kept_norms:
+            roots = torch.tensor(shapes, dtype=torch.float32).sqrt()
+            self._kept_norms[shapes] = roots.to(layers[0].device)
+        return self._kept_norms[shapes]
 
     def _gradients(self, layers: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
         """Return gradients without the loss scale, and whether anything moves; None: it does.

@@ -138,8 +138,9 @@ class Optimizer:
                 self.rules.append(OneLaunchSGD(groups, copies, **options))
             else:
                 self.rules.append(torch.optim.SGD(groups, **options, fused=fused))
-            if fused and config.momentum:
-                # Torch leaves a new buffer uninitialised where a loss scaler skips its first step.
+            if config.momentum:
+                # Torch leaves a new buffer uninitialised where a loss scaler skips its first step,
+                # and a checkpoint may come before it.
                 for param in params:
                     self.rules[-1].state[param]["momentum_buffer"] = torch.zeros_like(param)
         if fused and not isinstance(self.rules[-1], OneLaunchSGD):

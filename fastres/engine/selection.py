@@ -6,7 +6,7 @@ it saves: docs/performance-log.md.
 
 Source: Jiang et al. 2019, "Accelerating Deep Learning by Focusing on the Biggest Losers"
 (https://arxiv.org/abs/1910.00762); the hardest half of a batch, chosen by a cheaper pass, is what
-airbench96 trains on (Jordan 2024, https://github.com/KellerJordan/cifar10-airbench).
+airbench96_faster trains on (Jordan 2024, https://github.com/KellerJordan/cifar10-airbench).
 """
 
 import math

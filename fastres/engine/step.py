@@ -160,6 +160,12 @@ class TrainStep:
         if self.average is not None:
             self.average.update(step)
 
+    def reseed(self, seed: int) -> None:
+        """Draw from another seed from here on; what is captured stays."""
+        self.config = self.config.replace(seed=seed)
+        if self._mixing is not None:
+            self._mixing.config = self.config
+
     @property
     def input_dtype(self) -> torch.dtype:
         """Return what images are on their way into a graph, in the copy that they take anyway.

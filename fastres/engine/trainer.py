@@ -224,6 +224,7 @@ class Trainer:
         """
         run.close()
         self.config = self.config.replace(seed=seed)
+        run.step.reseed(seed)
         self._split()
         fresh = self._initial_model().state_dict()
         scaler = torch.amp.GradScaler(self.runtime.device.type).state_dict()

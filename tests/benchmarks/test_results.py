@@ -17,7 +17,9 @@ from benchmarks.harness.rows import (
 from benchmarks.report import codegen, collect, plots, tables
 from benchmarks.report import documents as report
 from fastres import host
+from fastres.config import Config
 from fastres.engine import machine
+from fastres.recipes import from_recipe
 
 PROVENANCE = {
     "machine": {"gpu": None, "cpu": "Some (R) CPU", "cores": 2, "cpu_vectors": "avx2"},
@@ -67,11 +69,30 @@ def test_runs_that_differ_in_seed_alone_become_one_row(tmp_path):
     rows = {row.metric: row for row in collect.rows_of(runs)}
     assert rows["test_accuracy"].n == 3
     assert rows["test_accuracy"].median == 81.0
+    of_all = rows["test_accuracy_mean"], rows["test_accuracy_sd"]
+    assert [(row.median, row.n) for row in of_all] == [(81, 3), (1, 3)]
+    with pytest.raises(ValueError, match="two runs of one seed: d 100 resnet20 w1 quick"):
+        collect.rows_of([*runs, runs[0]])
+    changed = collect.rows_of(runs, ["", "lr=0.5", "lr=0.5"])
+    assert {
+        (row.case.partition(", ")[2], row.n) for row in changed if row.metric == "test_loss"
+    } == {
+        ("", 1),
+        ("lr=0.5", 2),
+    }
     other = [*runs, RUN | {"seed": 0, "test_accuracy": 80.0, "channels_last": True}]
     assert {row.provider for row in collect.rows_of(other)} == {
         "eager fp32 nchw torch",
         "eager fp32 channels_last torch",
     }
+
+
+def test_a_run_is_told_apart_by_what_it_changed_of_its_recipe():
+    config = from_recipe("paper", "resnet56")
+    told = config.replace(seed=3, epochs=5.0, fast=True, width=0.5, dataset="synthetic")
+    assert collect._changes(config) == collect._changes(told) == ""
+    assert collect._changes(config.replace(val=True, lr=0.2)) == "val=True, lr=0.2"
+    assert collect._changes(Config(recipe="mine.toml", lr=0.2)) == "lr=0.2"
 
 
 def test_a_copy_without_history_is_told_its_commit(monkeypatch):

@@ -32,7 +32,7 @@ def _small_set(monkeypatch, plain):
 
 
 def _trainer(tmp_path, seed, route):
-    options = {"whiten": True, "ema": 0.5, "limit_train": 30, "loader": "resident"}
+    options = {"whiten": True, "ema": 0.5, "mixup": 1.0, "limit_train": 30, "loader": "resident"}
     config = Config(**TINY, **options, route=route, seed=seed, dataset="synthetic")
     return Trainer(config, RunDir(tmp_path / "none"), RunConsole(silent=True))
 
@@ -114,6 +114,7 @@ def test_the_command_measures_in_turns_and_loses_nothing(tmp_path, monkeypatch, 
     plain, changed, peer = dict.fromkeys(case for case, _ in rows)
     assert plain == "synthetic 40 resnet8 w0.25 quick 1.5 epochs batch 10, threads=1"
     assert changed == f"{plain}, flip=none"
+    assert {row.suite for row, _ in results} == {"recipe_ablation"}
     # Two whole turns, and the third began with the peer.
     assert [rows[case, "seconds"].n for case in (plain, changed, peer)] == [2, 2, 3]
     assert rows[peer, "share_at_10.5"].median == pytest.approx(200 / 3, rel=1e-4)
@@ -139,7 +140,9 @@ def test_a_slow_peer_takes_part_in_the_first_turns_alone(tmp_path, monkeypatch, 
     words = [f"--set={k}={v}" for k, v in (TINY | {"route": "eager", "amp": "off"}).items()]
     words += ["--runs", "3", "--out", str(tmp_path), "--peer", "airbench94_muon"]
     assert time_to_accuracy.main([*words, "--peer-runs", "1"]) == 0
-    counts = {(row.case, row.metric): row.n for row, _ in read_results(tmp_path)}
+    results = read_results(tmp_path)
+    assert {row.suite for row, _ in results} == {"train"}
+    counts = {(row.case, row.metric): row.n for row, _ in results}
     plain, peer = dict.fromkeys(case for case, _ in counts)
     assert (counts[plain, "seconds"], counts[peer, "seconds"]) == (3, 1)
     assert counts[plain, "speed_against_peer_airbench94_muon"] == 1
@@ -147,6 +150,29 @@ def test_a_slow_peer_takes_part_in_the_first_turns_alone(tmp_path, monkeypatch, 
     for number in ("0", "4"):
         assert time_to_accuracy.main([*words, "--peer-runs", number]) == 2
         assert f"between 1 and --runs, got {number}" in capsys.readouterr().err
+
+
+def test_changes_are_of_the_recipe_of_the_changed_network(tmp_path):
+    def changed(recipe, *words):
+        return time_to_accuracy._changed(
+            recipe, {"dataset": "synthetic"}, time_to_accuracy._values(words, "--set")
+        )
+
+    quick = changed("quick", "flip=random", "model=resnet9")
+    assert (quick.flip, quick.lr, quick.dataset) == ("random", 0.25, "synthetic")
+    assert (changed("speed").batch_size, changed("speed").fast) == (512, True)
+    # A length in epochs takes the place of one in steps, and the other way round.
+    assert (changed("paper", "epochs=5").steps, changed("paper", "epochs=5").epochs) == (None, 5)
+    assert changed("quick", "steps=7").steps == 7
+    mine = tmp_path / "mine.toml"
+    mine.write_text('base = "speed"\nlr = 0.5')
+    assert (changed(str(mine)).lr, changed(str(mine)).recipe) == (0.5, "mine.toml")
+
+
+def test_a_peer_is_not_compared_on_less_than_the_whole_set(capsys):
+    words = ["--set", "limit_train=20", "--peer", "airbench94_muon"]
+    assert time_to_accuracy.main(words) == 2
+    assert "--peer trains on the whole set: leave out limit_train" in capsys.readouterr().err
 
 
 def test_arithmetic_is_the_mean_over_image_sizes():

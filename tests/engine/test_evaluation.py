@@ -12,14 +12,14 @@ from fastres.model.resnet import create_model
 RUNTIME = Runtime(device=torch.device("cpu"))
 
 
-class OneBatch:
-    """Stands for a loader of the test images."""
+class Batches:
+    """Stands for a loader of the test images, all in one batch where no size is given."""
 
-    def __init__(self, images, labels):
-        self.batch = images, labels
+    def __init__(self, images, labels, size=None):
+        self.parts = list(zip(images.split(size or 99), labels.split(size or 99), strict=True))
 
     def serve(self, epoch):
-        yield self.batch
+        yield from self.parts
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_views_are_averaged(model, images, tta):
     wanted = expected(model, images, tta)
     labels = wanted.argsort(dim=1)[:, -2]
     labels[:4] = wanted[:4].argmax(dim=1)
-    score = evaluate(model, OneBatch(images, labels), RUNTIME, tta=tta)
+    score = evaluate(model, Batches(images, labels), RUNTIME, tta=tta)
     assert (score.accuracy, score.images) == (40.0, 10)
     assert score.loss == pytest.approx(F.nll_loss(wanted.log(), labels).item(), rel=1e-5)
 
@@ -71,14 +71,32 @@ def test_views_are_averaged(model, images, tta):
 def test_further_views_are_of_images_in_doubt_alone(model, images):
     seen = []
     hook = model.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
-    evaluate(model, OneBatch(images[:8], torch.zeros(8, dtype=torch.int64)), RUNTIME, tta="multi")
+    evaluate(model, Batches(images[:8], torch.zeros(8, dtype=torch.int64)), RUNTIME, tta="multi")
     hook.remove()
-    assert seen == [8, *[2] * 5]
+    # Two of eight, an image and five views a batch.
+    assert seen == [8, 5, 5]
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_images_in_doubt_are_those_of_the_whole_set(model, images, size):
+    """Sorted, so that all of them lie in the first batches; batches change nothing."""
+    with torch.no_grad():
+        lead = model(images).softmax(dim=1).topk(2, dim=1).values.diff(dim=1).abs().flatten()
+    images = images[lead.argsort()]
+    wanted = expected(model, images, "multi")
+    labels = wanted.argsort(dim=1)[:, -2]
+    labels[:4] = wanted[:4].argmax(dim=1)
+    seen = []
+    hook = model.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    score = evaluate(model, Batches(images, labels, size), RUNTIME, tta="multi")
+    hook.remove()
+    assert (score.accuracy, score.images) == (40.0, 10)
+    assert score.loss == pytest.approx(F.nll_loss(wanted.log(), labels).item(), rel=1e-5)
+    assert max(seen) == max(size, 5)
+    assert sum(seen) == 10 + 5 * 3
 
 
 def test_a_single_class_leaves_no_doubt(images):
     net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 1))
-    score = evaluate(
-        net, OneBatch(images, torch.zeros(10, dtype=torch.int64)), RUNTIME, tta="multi"
-    )
+    score = evaluate(net, Batches(images, torch.zeros(10, dtype=torch.int64)), RUNTIME, tta="multi")
     assert score.accuracy == 100

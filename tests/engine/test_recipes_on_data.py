@@ -7,7 +7,7 @@ from PIL import Image
 
 from fastres import evaluate
 from fastres.engine import checkpoint
-from fastres.recipes import RECIPES
+from fastres.recipes import RECIPES, from_recipe
 from tests.helpers.data_fixtures import CIFAR100_BINARY, cifar_members, images, pack
 from tests.helpers.tiny_run import run_train
 
@@ -34,7 +34,7 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize(("kind", "num_classes"), [("cifar100", 100), ("folder", 3)])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_trains_and_is_evaluated(recipe, kind, num_classes, data, tmp_path, capsys):
-    model = RECIPES[recipe].common["model"]
+    model = from_recipe(recipe).model
     words = ["--recipe", recipe, "--width", WIDTHS.get(model, 0.25), "--data-dir", data[kind]]
     assert run_train(*words, *TINY, "--out", tmp_path / "run") == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
