@@ -22,8 +22,8 @@ def whiten_stem(
     Each component is divided by the square root of its variance, so that the outputs start
     uncorrelated and of about unit variance; the second half of the filters are negated copies of
     the first, since the ReLU behind them keeps one sign alone. Filters beyond twice the 27
-    components of a 3x3 RGB patch keep their random start. All of them train on, unless --freeze-stem
-    is given.
+    components of a 3x3 RGB patch keep their random start. All train on, unless --freeze-stem is
+    given.
 
     Source: Page 2019, "How to train your ResNet 8: bag of tricks"
     (https://myrtle.ai/learn/how-to-train-your-resnet-8-bag-of-tricks/); negated copies as in
