@@ -72,7 +72,7 @@ RECIPES: dict[str, Recipe] = {
             # Found together: this net divides its logits by eight, which a high rate makes up for,
             # and whitening has been measured on it alone.
             "resnet9": {"lr": 0.25, "whiten": True},
-            # Muon needs fewer epochs, and these values were found together.
+            # Muon needs fewer epochs, and these values were found together, its momentum later.
             "resnet11": {
                 "epochs": 9.0,
                 "batch_size": 256,
@@ -96,7 +96,8 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     # Built for the time to an accuracy on CIFAR-10 alone; other networks get what `quick` has.
-    # Larger batches cost no accuracy in a run of a thousand steps, and a GPU needs them.
+    # In runs of three epochs its larger batches cost no accuracy that one seed could show, and a
+    # GPU needs them: docs/performance-log.md.
     "speed": Recipe(
         {},
         {"resnet11": {"epochs": 11.0, "batch_size": 512, "muon_lr": 0.08, "lr": 0.3}},

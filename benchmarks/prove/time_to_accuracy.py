@@ -355,12 +355,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _contenders(options: argparse.Namespace) -> list[Contender]:
     """The recipe, its variants, and the peer, each ready to run."""
     source = {"data_dir": options.data_dir} if options.data_dir else {"dataset": "synthetic"}
-    found: list[Contender] = []
     plain = _values(options.set, "--set")
     base = _changed(options.recipe, source, plain)
     if options.peer and base.limit_train is not None:
         raise UsageError("--peer trains on the whole set: leave out limit_train")
-    found.append(_RecipeRuns(base, _changes(options.set)))
+    found: list[Contender] = [_RecipeRuns(base, _changes(options.set))]
     for text in options.ablate:
         words = [word.strip() for word in text.split(",")]
         variant = _changed(options.recipe, source, replaced(plain, _values(words, "--ablate")))
