@@ -342,9 +342,9 @@ def test_look_is_rehearsed_on_a_cpu(tmp_path):
     planned = [part.rehearsed() for part in STAGES["look"].parts(None)]
     statuses = {part["name"]: part["status"] for part in summary["parts"]}
     assert list(statuses) == ["machine", *(part.name for part in planned)]
-    assert statuses["compile kernels"] == "ok"
-    assert len(summary["ok"]) >= 3
-    # A slow machine is over its budget before the last parts, and may leave checks to resume.
+    # A slow machine cuts parts, compiling among them, and may leave checks to resume; none is red.
+    assert statuses["compile kernels"] in ("ok", "cut")
+    assert len(summary["ok"]) >= 2
     cut, left_out = set(summary["cut"]), set(summary["left out"])
     needs_gpu = {part.name for part in planned if part.obstacle}
     assert needs_gpu - cut <= left_out <= needs_gpu | {"parity resnet20 resumed"}
