@@ -96,7 +96,7 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     # Built for the time to an accuracy on CIFAR-10 alone, 90.5 % of the JPEG copy: 14 epochs fell
-    # short of it, one seed of 18 did not. Other networks get what `quick` has.
+    # short of it, three seeds of 18 did not. Other networks get what `quick` has.
     # In runs of three epochs its larger batches cost no accuracy that one seed could show, and a
     # GPU needs them: docs/performance-log.md.
     "speed": Recipe(
