@@ -338,13 +338,14 @@ def _rehearse(out, stage, budget):
 
 
 def test_look_is_rehearsed_on_a_cpu(tmp_path):
-    summary = _rehearse(tmp_path / "out", ["--stage", "look"], 120)
+    # Shares are sized for a GPU's machine; slow cores take 10 s of one to import torch.
+    summary = _rehearse(tmp_path / "out", ["--stage", "look"], 300)
     planned = [part.rehearsed() for part in STAGES["look"].parts(None)]
     statuses = {part["name"]: part["status"] for part in summary["parts"]}
     assert list(statuses) == ["machine", *(part.name for part in planned)]
-    # A slow machine cuts parts, compiling among them, and may leave checks to resume; none is red.
-    assert statuses["compile kernels"] in ("ok", "cut")
-    assert len(summary["ok"]) >= 2
+    assert statuses["compile kernels"] == "ok"
+    assert len(summary["ok"]) >= 3
+    # A slow machine is over its budget before the last parts, and may leave checks to resume.
     cut, left_out = set(summary["cut"]), set(summary["left out"])
     needs_gpu = {part.name for part in planned if part.obstacle}
     assert needs_gpu - cut <= left_out <= needs_gpu | {"parity resnet20 resumed"}
