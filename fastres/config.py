@@ -145,8 +145,6 @@ class OptimisationOptions:
     """Side in pixels to which training images are shrunk at first; 32: none."""
     low_res_share: float = 0.4
     """Share of the run in which they are."""
-    hardest_share: float = 1.0
-    """Share of each batch that is trained on, the images with the largest losses; 1: all."""
     tta: ViewsName = "none"
     """Test-time augmentation: also the mirror image (flip), or six views where in doubt (multi)."""
     steps: int | None = None
@@ -250,7 +248,6 @@ _RANGES = {
     "muon_lr": _Range(0, _FLOAT32),
     "low_res": _Range(8, 32),
     "low_res_share": _Range(0, 1),
-    "hardest_share": _Range(0, 1, with_low=False),
     "muon_momentum": _Range(0, 1, with_high=False),
     "weight_decay": _Range(0, _FLOAT32),
     "warmup": _Range(0, 1),
@@ -376,8 +373,6 @@ def validate(config: Config, renamed: Mapping[str, str] | None = None) -> Config
         raise UsageError(
             f"--compile {config.compile} contradicts --route {config.route}; give one of them"
         )
-    if config.hardest_share < 1 and (config.mixup or config.cutmix):
-        raise UsageError("--hardest-share chooses by labels: leave out --mixup and --cutmix")
     if config.data_dir is None:
         return config
     if not config.data_dir:

@@ -50,7 +50,6 @@ from fastres.data.plan import IMAGE_SIZE
 from fastres.engine import machine
 from fastres.engine.console import RunConsole
 from fastres.engine.run_dir import RunDir
-from fastres.engine.selection import SELECTION_SIZE, count_hardest
 from fastres.engine.trainer import PreparedRun, Trainer
 from fastres.errors import UsageError
 from fastres.model.resnet import create_model
@@ -136,16 +135,12 @@ class _RecipeRuns:
 
 
 def _mean_training_flops(config: Config, num_classes: int) -> float:
-    """Return the operations of a training step an image served, in the mean over a run."""
+    """Return the operations of a training step an image, in the mean over a run."""
     net = create_model(config.model, num_classes, width=config.width, shortcut=config.shortcut)
     small, full = (
         summarize_model(net, size).training_flops for size in (config.low_res, IMAGE_SIZE)
     )
-    trained = config.low_res_share * small + (1 - config.low_res_share) * full
-    if config.hardest_share == 1:
-        return trained
-    share = count_hardest(config.batch_size, config.hardest_share) / config.batch_size
-    return share * trained + summarize_model(net, SELECTION_SIZE).forward_flops
+    return config.low_res_share * small + (1 - config.low_res_share) * full
 
 
 class _PeerRuns:

@@ -21,7 +21,6 @@ from fastres.engine.ema import WeightAverage
 from fastres.engine.mixing import BatchMixing
 from fastres.engine.optim import Optimizer, lr_factor
 from fastres.engine.runtime import Runtime
-from fastres.engine.selection import hardest_images
 from fastres.engine.step_kernels import add_to_totals, copy_filters, has_step_kernels, own_counters
 from fastres.model.head import SmoothCrossEntropy
 from fastres.model.running_stats import batched_running_stats
@@ -170,10 +169,9 @@ class TrainStep:
     def input_dtype(self) -> torch.dtype:
         """Return what images are on their way into a graph, in the copy that they take anyway.
 
-        They are rounded there where nothing mixes, chooses or shrinks them first.
+        They are rounded there where nothing mixes or shrinks them first.
         """
-        changed = self._mixing is not None or self.config.hardest_share < 1
-        is_last = not changed and self._image_sizes() == [IMAGE_SIZE]
+        is_last = self._mixing is None and self._image_sizes() == [IMAGE_SIZE]
         return self.runtime.dtype if self._copies is not None and is_last else torch.float32
 
     def learning_rate(self, step: int) -> float:
@@ -198,13 +196,11 @@ class TrainStep:
         return list(dict.fromkeys(self._image_size(step) for step in (0, self.total_steps - 1)))
 
     def _compute(self, images: Tensor, labels: Tensor, size: int) -> None:
-        """Mix, choose, shrink, forward, backward, update: everything that a graph captures."""
+        """Mix, shrink, forward, backward, update: everything that a graph captures."""
         mixing = self._mixing
         if mixing is not None:
             images = mixing.images(images)
         with self._copies.in_use() if self._copies is not None else nullcontext():
-            if self.config.hardest_share < 1:
-                images, labels = self._hardest(images, labels)
             if size != IMAGE_SIZE:
                 images = shrink(images, size)
             with self.runtime.autocast(), batched_running_stats():
@@ -223,12 +219,6 @@ class TrainStep:
             rule.zero_grad(set_to_none=True)
         answers = labels if mixing is None else mixing.main_labels(labels)
         self.totals.add(loss.detach(), logits.detach(), answers)
-
-    def _hardest(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images of a batch that are trained on."""
-        with self.runtime.autocast():
-            images, labels = hardest_images(self.model, images, labels, self.config.hardest_share)
-        return images.contiguous(memory_format=self.runtime.memory_format), labels
 
     def _refresh_copies(self) -> None:
         """Round the filters that anybody but the optimizer's own kernel has changed."""

@@ -31,7 +31,6 @@ from fastres.engine.divergence import require_finite_scores, require_finite_stat
 from fastres.engine.evaluation import Score, evaluate, evaluation_loader
 from fastres.engine.run_dir import RunDir
 from fastres.engine.runtime import resolve_runtime
-from fastres.engine.selection import count_hardest
 from fastres.engine.signals import Stopped, StopSignal
 from fastres.engine.state import TrainingState
 from fastres.engine.step import TrainStep
@@ -301,10 +300,7 @@ class Trainer:
         loss, accuracy, count = run.step.totals.read(self.processes)
         scores = self._scores(run, stop)
         require_finite_scores(run.step, state.step, self.last, scores)
-        # Of all that were served, trained on or not.
-        part = self.config.batch_size // self.processes.size
-        served = count * part / count_hardest(part, self.config.hardest_share)
-        rate = served / state.epoch_seconds
+        rate = count / state.epoch_seconds
         state.train_seconds += state.epoch_seconds
         state.epoch_seconds = 0.0
         run.step.totals.values.zero_()

@@ -98,7 +98,7 @@ def test_the_ends_of_a_range_are_what_they_say(name, end):
         "label_smoothing": (0, 1), "ema": (0, None), "crop_padding": (0, 32), "cutout": (0, 32),
         "width": (None, 64), "seed": (0, 2**63 - 1), "threads": (1, 4096), "workers": (0, 256),
         "limit_train": (1, None), "steps": (1, 10**9), "mixup": (0, 1000), "cutmix": (0, 1000),
-        "low_res": (8, 32), "low_res_share": (0, 1), "hardest_share": (None, 1),
+        "low_res": (8, 32), "low_res_share": (0, 1),
     }  # fmt: skip
     value = ends[name][end == "high"]
     if value is not None:
@@ -106,7 +106,7 @@ def test_the_ends_of_a_range_are_what_they_say(name, end):
         outside = value + 1 if end == "high" else value - 1
         assert refused(name, value * 1.001 if value > 1e30 else outside)
     else:
-        inside = {"epochs": 0, "ema": 1, "width": 0, "hardest_share": 0}.get(name)
+        inside = {"epochs": 0, "ema": 1, "width": 0}.get(name)
         assert inside is None or refused(name, inside)
 
 

@@ -272,16 +272,6 @@ def test_evaluation_refuses_other_data(run, tmp_path, capsys):
     assert "it was trained on 10 classes, and there are 2 here" in error
 
 
-def test_images_a_second_are_those_served_not_those_trained_on(tmp_path):
-    """One of fifty is trained on, in each of eight batches."""
-    words = [*TINY, "--epochs", "1", "--hardest-share", "0.01", "--out", str(tmp_path / "run")]
-    assert train_command.main(words) == 0
-    with open(tmp_path / "run" / "metrics.csv") as file:
-        (row,) = csv.DictReader(file)
-    served = float(row["images_per_second"]) * float(row["train_seconds"])
-    assert served == pytest.approx(400, rel=1e-3)
-
-
 def test_evaluation_refuses_another_models_checkpoint(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "mixed")
     config = json.loads((run / "config.json").read_text())
@@ -300,7 +290,6 @@ def test_evaluation_refuses_another_models_checkpoint(run, tmp_path, capsys):
         (["--epochs", "0"], 2, "--epochs must be more than 0"),
         (["--lr", "nan"], 2, "--lr must be between 0 and"),
         (["--compile", "on", "--route", "eager"], 2, "contradicts"),
-        (["--hardest-share", "0.5", "--mixup", "1"], 2, "chooses by labels"),
         (["--config", "none.json"], 2, "cannot read the options in none.json"),
         (["--config", "x.json", "--recipe", "quick"], 2, "--recipe does not go with --config"),
         (["--data-dir", "nowhere", "--dataset", "cifar10"], 2, "nowhere"),
