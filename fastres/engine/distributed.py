@@ -102,6 +102,22 @@ class Processes:
             dist.all_reduce(summed)
         return summed
 
+    def all_gather(self, values: Tensor) -> list[Tensor]:
+        """Return the values of every process, in the processes' order.
+
+        Args:
+            values: (N,), of any length in each process, none included.
+        """
+        if self.size == 1:
+            return [values]
+        counts = torch.zeros(self.size, dtype=torch.int64, device=values.device)
+        counts[self.rank] = len(values)
+        lengths = self.total(counts).tolist()
+        shares = [values.new_zeros(length) for length in lengths]
+        shares[self.rank] = values
+        # Every place has a number of one process, and the zeros of all others.
+        return list(self.total(torch.cat(shares)).split(lengths))
+
     def any(self, number: int | None) -> int | None:
         """Return the largest number that a process has, or None where nobody has one."""
         if self.size == 1:

@@ -73,7 +73,7 @@ def evaluate(
         loader: of a "val" or "test" split.
         runtime: precision and layout.
         tta: "none"; "flip" averages each image and its mirror image; "multi" averages six views of
-            the images in doubt, a quarter of what the loader serves.
+            the images in doubt, a quarter of the set.
         processes: whose loaders serve the rest of the set.
         after_batch: called after every batch; what it raises ends the evaluation.
     """
@@ -90,7 +90,10 @@ def evaluate(
             labels.append(targets.clone())
             after_batch()
         if tta == "multi":
-            parts = _with_further_views(model, loader, runtime, parts, after_batch)
+            leads = torch.cat([torch.empty(0, device=runtime.device), *map(_lead, parts)])
+            doubtful = _least_certain(leads, processes)
+            if len(doubtful) > 0:
+                parts = _with_further_views(model, loader, runtime, parts, doubtful, after_batch)
     model.train(was_training)
     totals = Totals(runtime.device)
     for log_probs, targets in zip(parts, labels, strict=True):
@@ -104,18 +107,16 @@ def _with_further_views(
     loader: Loader,
     runtime: Runtime,
     parts: list[Tensor],
+    doubtful: Tensor,
     after_batch: Callable[[], None],
 ) -> list[Tensor]:
     """Return the log-probabilities of all batches, the doubtful images' of six views.
 
-    The loader serves the set again, from which the images in doubt are picked: they are not known
+    The loader serves its images again, from which those in doubt are picked: they are not known
     before its end.
     """
     sizes = [len(part) for part in parts]
     log_probs = torch.cat(parts)
-    doubtful = _least_certain(log_probs, _DOUBTFUL_SHARE)
-    if len(doubtful) == 0:
-        return parts
     ends = list(itertools.accumulate(sizes))
     bounds = torch.searchsorted(doubtful, torch.tensor(ends, device=doubtful.device)).tolist()
     picked = []
@@ -139,14 +140,23 @@ _VIEW_WEIGHTS = (0.25, 0.25, 0.125, 0.125, 0.125, 0.125)
 _FURTHER_VIEWS = len(_VIEW_WEIGHTS) - 1
 
 
-def _least_certain(log_probs: Tensor, share: float) -> Tensor:
-    """Return the indices, in order, of a share of the images: the smallest leads of a class."""
-    if log_probs.shape[1] == 1:
-        return torch.arange(0, device=log_probs.device)
-    first, second = log_probs.exp().topk(2, dim=1).values.unbind(dim=1)
-    # Of a known number, so that nothing waits for a count.
-    count = math.ceil(share * len(log_probs))
-    return (first - second).topk(count, largest=False).indices.sort().values
+def _lead(log_probs: Tensor) -> Tensor:
+    """Return by how much the most likely class leads the next one, (B,); of a single class, 0."""
+    most = log_probs.exp().topk(min(2, log_probs.shape[1]), dim=1).values
+    return most[:, 0] - most[:, -1]
+
+
+def _least_certain(leads: Tensor, processes: Processes) -> Tensor:
+    """Return the indices, in order, of those images of this process that are in doubt.
+
+    They are those with the smallest leads in the whole set, the images of all processes.
+    """
+    shares = processes.all_gather(leads)
+    of_set = torch.cat(shares)
+    count = math.ceil(_DOUBTFUL_SHARE * len(of_set))
+    doubtful = of_set.topk(count, largest=False).indices.sort().values
+    first = sum(len(share) for share in shares[: processes.rank])
+    return doubtful[(doubtful >= first) & (doubtful < first + len(leads))] - first
 
 
 def _further_views(images: Tensor) -> Tensor:

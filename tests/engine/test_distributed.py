@@ -74,6 +74,15 @@ def test_every_test_image_counts_once(run, capsys):
     assert summary["test_loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
+def test_images_in_doubt_are_a_quarter_of_the_set_for_any_number_of_processes(tmp_path, capsys):
+    train_by(3, tmp_path / "run", "--epochs", "0.25", "--tta", "multi")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert evaluate_command.main([str(tmp_path / "run"), "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert summary["test_accuracy"] == alone["accuracy"]
+    assert summary["test_loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
 def test_a_signal_to_one_stops_all_and_the_run_goes_on_as_if_never_stopped(run, tmp_path):
     whole, _ = run
     out = tmp_path / "stopped"

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastres.engine.distributed import Processes
 from fastres.engine.evaluation import evaluate
 from fastres.engine.runtime import Runtime
 from fastres.model.resnet import create_model
@@ -96,7 +97,40 @@ def test_images_in_doubt_are_those_of_the_whole_set(model, images, size):
     assert sum(seen) == 10 + 5 * 3
 
 
-def test_a_single_class_leaves_no_doubt(images):
+class OneOfThree(Processes):
+    """The second of three processes, whose shares of the leads are those of a list."""
+
+    def __init__(self, shares):
+        super().__init__(rank=1, size=3)
+        object.__setattr__(self, "shares", shares)
+
+    def all_gather(self, values):
+        torch.testing.assert_close(values, self.shares[1])
+        return self.shares
+
+    def total(self, values):
+        return values
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 4), (2, 7), (6, 10), (5, 5)])
+def test_images_in_doubt_are_those_of_all_processes(model, images, first, last):
+    with torch.no_grad():
+        leads = model(images).softmax(dim=1).topk(2, dim=1).values.diff(dim=1).abs().flatten()
+    images = images[leads.argsort()]
+    wanted = expected(model, images, "multi")[first:last]
+    seen = []
+    hook = model.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    shares = [leads.sort().values[a:b] for a, b in ((0, first), (first, last), (last, 10))]
+    mine = Batches(images[first:last], labels := torch.arange(10)[first:last])
+    score = evaluate(model, mine, RUNTIME, tta="multi", processes=OneOfThree(shares))
+    hook.remove()
+    doubtful = len(range(first, min(last, 3)))
+    assert sum(seen) == last - first + 5 * doubtful
+    if last > first:
+        assert score.loss == pytest.approx(F.nll_loss(wanted.log(), labels).item(), rel=1e-5)
+
+
+def test_a_single_class_is_never_wrong(images):
     net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 1))
     score = evaluate(net, Batches(images, torch.zeros(10, dtype=torch.int64)), RUNTIME, tta="multi")
     assert score.accuracy == 100
