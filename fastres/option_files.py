@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +22,25 @@ def parse_table(text: bytes, source: str | Path, form: Form = "JSON") -> dict[st
         UsageError: naming `source`, for text that is neither.
     """
     try:
-        # With numbers beyond floats, so that a reader of the values names their option.
-        values = json.loads(text) if form == "JSON" else tomllib.loads(text.decode())
+        if form == "JSON":
+            # With numbers beyond floats, so that a reader of the values names their option.
+            values = json.loads(text, object_pairs_hook=_unique)
+        else:
+            # Editors on Windows put a mark before UTF-8.
+            values = tomllib.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{source} is not a {form} file: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{source} must hold a JSON object of options")
+    return values
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; TOML refuses names that come twice anyway."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
     return values
 
 

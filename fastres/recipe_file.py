@@ -65,6 +65,9 @@ def _recipe(values: dict[str, Any], path: str) -> Recipe:
                 f"{path}: {name!r} is no family of networks; those are {', '.join(FAMILIES)}"
             )
     plain = {name: value for name, value in values.items() if name not in tables}
+    for name in FAMILIES:
+        if name in plain:
+            raise UsageError(f"{path}: {name!r} must be a table of options")
     common = _part(plain, path)
     by_family = {f: _part(tables[f], f"{path}: [{f}]") for f in FAMILIES if f in tables}
     for family, options in by_family.items():
@@ -75,7 +78,9 @@ def _recipe(values: dict[str, Any], path: str) -> Recipe:
 
 def _part(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the options of one table of a recipe, checked."""
-    for name in values:
+    for name, value in values.items():
+        if value is None:
+            raise UsageError(f"{source}: option {name!r} has no value; leave it out")
         if name in NOT_OF_A_RECIPE:
             raise UsageError(
                 f"{source}: option {name!r} is not of a recipe, which says how a network is "
@@ -89,9 +94,7 @@ def _part(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 def as_toml(recipe: Recipe) -> str:
     """Return the text of a file that reads back as `recipe`."""
     base = {} if recipe.base is None else {"base": recipe.base}
-    # TOML has no word for an option that is left open; those are open anyway.
-    common = {name: value for name, value in recipe.common.items() if value is not None}
-    return to_toml(base | common | recipe.by_family)
+    return to_toml(base | recipe.common | recipe.by_family)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -105,6 +105,8 @@ def test_without_a_base_there_are_the_defaults(tmp_path):
         ("[deep]\nseed = 1", "r.toml: [deep]: option 'seed' is not of a recipe, which says how"),
         ('recipe = "x"', "r.toml: option 'recipe' is not of a recipe"),
         ("epochs = 1\nsteps = 1", "r.toml: give epochs or steps, not both"),
+        ("wide = 1", "r.toml: 'wide' must be a table of options"),
+        ("[[wide]]\nlr = 1", "r.toml: 'wide' must be a table of options"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_one_sentence(text, message, tmp_path, capsys):
@@ -136,10 +138,28 @@ def test_what_names_no_recipe(name, message, tmp_path, monkeypatch):
     assert message in str(raised.value)
 
 
-def test_json_that_is_no_recipe(tmp_path):
-    for text, message in (("[]", "must hold a JSON object"), ("{", "is not a JSON file")):
-        with pytest.raises(UsageError, match=message):
-            find_recipe(write(tmp_path / "r.json", text))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "must hold a JSON object"),
+        ("{", "is not a JSON file"),
+        ('{"lr": 1, "lr": 2}', "r.json is not a JSON file: 'lr' is there twice"),
+        ('{"wide": {"lr": 1, "lr": 2}}', "'lr' is there twice"),
+        # It would not undo the steps of the base, and TOML has no word for it.
+        ('{"base": "paper", "steps": null}', "r.json: option 'steps' has no value; leave it out"),
+        ('{"wide": {"data_fraction": null}}', r"\[wide\]: option 'data_fraction' has no value"),
+        ('{"wide": null}', "'wide' must be a table of options"),
+    ],
+)
+def test_json_that_is_no_recipe(text, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        find_recipe(write(tmp_path / "r.json", text))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    for name, text in (("r.toml", "lr = 0.5"), ("r.json", '{"lr": 0.5}')):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert config_of(str(tmp_path / name)).lr == 0.5
 
 
 def test_a_run_keeps_its_recipe_without_the_file(tmp_path, capsys):
