@@ -44,8 +44,8 @@ T = TypeVar("T")
 
 _DESCRIPTION = (
     "Train a ResNet on CIFAR-10. Without options: the plain eager PyTorch reference. With --fast: "
-    "the same model, pixels and mathematics by the fastest route of this machine. For more "
-    "accuracy choose --recipe accurate (a ResNet-18, for long)."
+    "the same model, pixels and mathematics by the fastest route of this machine. For a "
+    "larger network, trained for long, choose --recipe accurate (a ResNet-18)."
 )
 
 
