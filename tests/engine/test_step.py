@@ -241,14 +241,23 @@ def test_a_restored_step_goes_on_bit_for_bit(optimizer, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_reads_nothing_back(optimizer, dtype):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ema": 0.9, "label_smoothing": 0.1, "mixup": 1, "cutmix": 1},
+        {"model": "resnet11", "label_smoothing": 0.2, "low_res": 24, "low_res_share": 0.4},
+    ],
+    ids=["mixed", "as speed"],
+)
+def test_a_step_reads_nothing_back(optimizer, dtype, changes):
     """Fake tensors have no values: any `.item()` raises, so the step can be captured."""
-    config = SMALL.replace(optimizer=optimizer, ema=0.9, label_smoothing=0.1, mixup=1, cutmix=1)
+    config = SMALL.replace(optimizer=optimizer, **changes)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = create_model(config.model, width=config.width)
+        model.conv1.weight.requires_grad_(config.model != "resnet11")
         runtime = Runtime(device=CPU, dtype=dtype, fused_optimizer=True)
         step = TrainStep(model, config, runtime, total_steps=10)
-        for number in range(2):
+        for number in (0, 9):
             step(number, torch.empty(8, 3, 32, 32), torch.empty(8, dtype=torch.int64))
         with pytest.raises(DataDependentOutputException):
             step.totals.read()
