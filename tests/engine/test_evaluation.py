@@ -1,5 +1,7 @@
 """Test-time augmentation against its views written out one by one."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,12 +99,13 @@ def test_images_in_doubt_are_those_of_the_whole_set(model, images, size):
     assert sum(seen) == 10 + 5 * 3
 
 
+@dataclass(frozen=True)
 class OneOfThree(Processes):
-    """The second of three processes, whose shares of the leads are those of a list."""
+    """The second of three processes, whose shares of the leads are given."""
 
-    def __init__(self, shares):
-        super().__init__(rank=1, size=3)
-        object.__setattr__(self, "shares", shares)
+    rank: int = 1
+    size: int = 3
+    shares: tuple[torch.Tensor, ...] = ()
 
     def all_gather(self, values):
         torch.testing.assert_close(values, self.shares[1])
@@ -120,9 +123,9 @@ def test_images_in_doubt_are_those_of_all_processes(model, images, first, last):
     wanted = expected(model, images, "multi")[first:last]
     seen = []
     hook = model.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
-    shares = [leads.sort().values[a:b] for a, b in ((0, first), (first, last), (last, 10))]
+    shares = leads.sort().values.split((first, last - first, 10 - last))
     mine = Batches(images[first:last], labels := torch.arange(10)[first:last])
-    score = evaluate(model, mine, RUNTIME, tta="multi", processes=OneOfThree(shares))
+    score = evaluate(model, mine, RUNTIME, tta="multi", processes=OneOfThree(shares=shares))
     hook.remove()
     doubtful = len(range(first, min(last, 3)))
     assert sum(seen) == last - first + 5 * doubtful
