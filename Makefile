@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: test lint bench bench-compare bench-check roofline prove report format
+.PHONY: test lint bench bench-compare bench-check roofline prove report format tour docs
 
 test:  ## all tests that need no GPU and no minutes
 	$(PYTHON) -m pytest
@@ -31,3 +31,9 @@ report:  ## write the tables and plots of the documents from benchmarks/results
 format:  ## put the code into its one layout
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
+
+tour:  ## run the notebook, whose outputs are committed with it
+	$(PYTHON) -m jupyter execute --inplace docs/tour.ipynb
+
+docs:  ## build the documentation site into site/
+	$(PYTHON) -m mkdocs build

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fastres import __version__
 from fastres.output import reader_may_leave
 
 __all__ = ["COMMANDS", "main"]
@@ -14,9 +15,16 @@ __all__ = ["COMMANDS", "main"]
 # Name: module, what it does.
 COMMANDS = {
     "train": ("fastres.train", "train a ResNet on CIFAR"),
-    "evaluate": ("fastres.evaluate", "recompute the accuracy of a run from its checkpoint"),
+    "evaluate": ("fastres.evaluate", "say how good a trained network is, class by class"),
+    "predict": ("fastres.predict", "say what images show"),
+    "report": ("fastres.report", "write one HTML file about runs"),
+    "sweep": ("fastres.sweep", "make many runs and say which settings differ"),
+    "export": ("fastres.export", "write a network as ONNX, torch.export, safetensors, for the Hub"),
+    "convert": ("fastres.convert", "use other projects' weights, and give them yours"),
+    "doctor": ("fastres.doctor", "say what this machine has and whether it works"),
     "recipe": ("fastres.recipe_file", "print a recipe, to start one of your own"),
     "study": ("fastres.study", "see why shortcuts help: train plain and residual nets"),
+    "completion": ("fastres.completion", "print what completes commands in a shell"),
     "parity": ("fastres.kernels.tools.parity", "say which kernels are right on this machine"),
     "tune": ("fastres.kernels.tools.tune", "measure this GPU and write its launch table"),
     "warm": ("fastres.kernels.tools.warm", "compile the Triton kernels before they are needed"),
@@ -36,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_help()
+        return 0
+    if arguments == ["--version"]:
+        print(f"fastres {__version__}")
         return 0
     name, *rest = arguments
     if name not in COMMANDS:

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastres.errors import FastresError, sentence_for
 from fastres.output import reader_may_leave
@@ -20,18 +20,31 @@ __all__ = ["guarded", "parse", "tell_launcher", "value_of"]
 T = TypeVar("T")
 
 
-def parse(options: type[T], prog: str, description: str, argv: Sequence[str], default: T) -> T:
-    """Read `argv` into the dataclass `options`; wrong use ends the process with exit code 2."""
+def parse(
+    options: type[T], prog: str, description: str, argv: Sequence[str], default: T | None = None
+) -> T:
+    """Read `argv` into the dataclass `options`; wrong use ends the process with exit code 2.
+
+    Args:
+        options: the dataclass.
+        prog: the command, for `--help`.
+        description: what it does, for `--help`.
+        argv: the words behind it.
+        default: the values of options that are not given; None takes those of the dataclass, and
+            asks for what has none.
+    """
     # Here, since an interrupt before `guarded` is Python's to report, with a traceback.
     import tyro
 
+    # tyro tells "no default" from None by an argument that is not there.
+    given: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(
         options,
         prog=prog,
         description=description,
         args=list(argv),
-        default=default,
         config=(tyro.conf.OmitArgPrefixes,),
+        **given,
     )
 
 

@@ -33,7 +33,9 @@ __all__ = [
     "PrecisionName",
     "RouteName",
     "RunOptions",
+    "StemName",
     "Switch",
+    "TrackerName",
     "ViewsName",
     "changed_options",
     "checked_options",
@@ -47,6 +49,8 @@ RouteName = Literal["eager", "compile", "fused"]
 LoaderName = Literal["dali", "resident", "torch"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 ViewsName = Literal["none", "flip", "multi"]
+StemName = Literal["cifar", "pool", "imagenet"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 DatasetKind = Literal["cifar10", "cifar100", "folder", "synthetic"]
 # That of a recipe or of its file. It names run folders and rows of results, too.
 RECIPE_NAME = re.compile(r"[\w.+-]{1,64}")
@@ -105,6 +109,9 @@ class NetworkOptions:
     """Multiplies the number of filters of every layer."""
     shortcut: Literal["A", "B"] = "B"
     """Where a block changes the shape: B projects with a 1x1 convolution, A pads with zeros."""
+    stem: StemName = "cifar"
+    """First layers of resnet10/18/34/50: cifar, a 3x3 convolution; pool, a max pool behind it;
+    imagenet, a 7x7 convolution of stride 2 and a max pool."""
     whiten: bool = False
     """Start the first convolution from the principal components of training patches."""
     freeze_stem: bool = False

@@ -1,11 +1,14 @@
-"""Recompute the accuracy of a run from its checkpoint: `python -m fastres.evaluate RUN`.
+"""Say how good a trained network is: `fastres evaluate RUN`.
+
+    fastres evaluate RUN                         accuracy with its interval, classes, confusion
+    fastres evaluate RUN --out D                 the same as JSON, CSV and pictures in the folder D
+    fastres evaluate RUN --data-dir cifar10.1    on another test set
 
 Exit codes: 0 done, 1 failure, 2 bad use.
 """
 
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,44 +16,44 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fastres import strict_json
+from fastres.callable_module import make_callable
 from fastres.cli import guarded, parse
-from fastres.config import (
-    Config,
-    DatasetKind,
-    LoaderName,
-    Switch,
-    ViewsName,
-    from_json,
-    validate,
-)
+from fastres.config import Config, DatasetKind, LoaderName, Switch, ViewsName, validate
+from fastres.errors import FailureError, UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from fastres.data.dataset import Dataset
+    from fastres.data.evaluation_set import EvaluationSet
     from fastres.engine.console import RunConsole
-    from fastres.engine.run_dir import RunDir
+    from fastres.engine.runtime import Runtime
+    from fastres.inference.scores import Evaluation
+    from fastres.inference.trained import TrainedNetwork
 
 __all__ = ["EvaluateOptions", "main"]
 
-_DESCRIPTION = "Recompute the accuracy of a trained network, every image counted once."
-# A run may be a stranger's: its config.json names the network and where its data was; devices,
-# numbers of processes and where anything is written are those of the command line.
-_FROM_THE_RUN = ("model", "width", "shortcut", "data_dir", "tta")
+_DESCRIPTION = (
+    "Say how good a trained network is, every image counted once: accuracy with a 95 % interval, "
+    "every class, calibration, confusion. Example: fastres evaluate RUN --out evaluation"
+)
+
+_MISTAKES_SHOWN = 30
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
     """What to evaluate, and how."""
 
-    run: Annotated[str, tyro.conf.Positional] = "."
-    """Run folder that python -m fastres.train wrote."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = "."
+    """Run folder, checkpoint (.safetensors), or a folder of fastres export --format hub."""
     data_dir: str | None = None
-    """Folder with the data, as in training; default: $FASTRES_DATA, user cache."""
+    """Folder with the data, as in training; or another test set: <class>/* folders, or a pair of
+    *_data.npy and *_labels.npy; default: $FASTRES_DATA, user cache."""
     dataset: Literal["auto", DatasetKind] | None = None
     """Kind of data; default: what the checkpoint was trained on."""
     checkpoint: Literal["auto", "model", "best", "last"] = "auto"
     """Weights at the end, best on the validation images, or last saved; auto: the run's result."""
+    out: str | None = None
+    """Folder for evaluation.json, classes.csv, confusion.csv and pictures: confusion.png,
+    calibration.png, mistakes.png."""
     tta: ViewsName | None = None
     """Test-time augmentation: average each image and its mirror image (flip), or six views of the
     quarter of the images that is most in doubt (multi); default: as the run did."""
@@ -83,30 +86,48 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    options = parse(
-        EvaluateOptions, "python -m fastres.evaluate", _DESCRIPTION, argv, EvaluateOptions()
-    )
+    options = parse(EvaluateOptions, "fastres evaluate", _DESCRIPTION, argv, EvaluateOptions())
     from fastres.engine.console import RunConsole
     from fastres.engine.machine import keep_freed_memory
-    from fastres.engine.run_dir import RunDir
+    from fastres.inference.test_data import evaluation_set_for
+    from fastres.inference.trained import load
 
-    if options.fast:
-        keep_freed_memory()
-    folder = RunDir(Path(options.run))
-    source = folder.path / "config.json"
-    trained = from_json(folder.read_bytes("config.json"), source, only=_FROM_THE_RUN)
+    if options.out == "":
+        raise UsageError("--out is empty; name a folder or leave the option out")
+    keep_freed_memory()
+    network = load(options.run, options.checkpoint)
     config = validate(
-        _evaluation_config(trained, options), renamed={"eval_batch_size": "batch_size"}
+        _evaluation_config(network.config, options), renamed={"eval_batch_size": "batch_size"}
     )
     console = RunConsole(quiet_stdout=options.json)
-    result = _evaluate(folder, config, options, console, trained.data_dir)
+    data = evaluation_set_for(network, config.data_dir, options.dataset)
+    out = None if options.out is None else _made(Path(options.out))
+    evaluation, runtime = _evaluate(network, data, config, console)
+    about = {
+        "dataset": data.name,
+        "model": config.model,
+        "checkpoint": network.source.name,
+        "tta": config.tta,
+        "device": runtime.device.type,
+        "precision": runtime.precision,
+    }
+    result = evaluation.to_json() | about
+    if out is not None:
+        _write(out, evaluation, data, network, result)
     if options.json:
         print(strict_json.dumps(result, indent=2))
+    else:
+        _print(evaluation, console)
+    low, high = evaluation.interval
     console.line(
-        f"{result['accuracy']:.2f} % of {result['images']:,} images right, loss "
-        f"{result['loss']:.4f} ({result['checkpoint']}, test-time augmentation: {result['tta']})",
+        f"{evaluation.accuracy:.2f} % of {evaluation.images:,} images right "
+        f"(95 % interval {low:.2f} to {high:.2f}), loss {evaluation.loss:.4f}, calibration error "
+        f"{evaluation.calibration_error:.2f} % ({network.source.name}, test-time augmentation: "
+        f"{config.tta})",
         style="bold",
     )
+    if out is not None:
+        console.line(f"{out}: evaluation.json, CSV and pictures")
     return 0
 
 
@@ -116,6 +137,7 @@ def _evaluation_config(trained: Config, options: EvaluateOptions) -> Config:
         model=trained.model,
         width=trained.width,
         shortcut=trained.shortcut,
+        stem=trained.stem,
         tta=options.tta or trained.tta,
         fast=options.fast,
         dataset=options.dataset or "auto",
@@ -131,105 +153,89 @@ def _evaluation_config(trained: Config, options: EvaluateOptions) -> Config:
     )
 
 
-def _load_data(kind: str, config: Config, trained_from: str | None) -> "Dataset":
-    """Load the data from the folder of the command line, of the run, or where data is looked for.
-
-    Args:
-        kind: for `load_dataset`.
-        config: of the evaluation.
-        trained_from: the data folder in the run's config.json, from which is read alone: nothing is
-            downloaded into a folder that a stranger may have named.
-    """
-    from fastres.data.source import load_dataset
-    from fastres.errors import FastresError
-
-    if config.data_dir is not None or trained_from is None:
-        return load_dataset(kind, config.data_dir)
-    try:
-        return load_dataset(kind, trained_from, download=False)
-    except FastresError as error:
-        raise type(error)(
-            f"{error}; the run was trained on {trained_from!r}: give where its data is now with "
-            "--data-dir"
-        ) from None
-
-
-def _trained_network(
-    path: Path, weights: Mapping[str, "Tensor"], config: Config, num_classes: int
-) -> "nn.Module":
-    """Build the network and put the weights of the checkpoint `path` into it."""
-    import torch
-
-    from fastres.engine import checkpoint
-    from fastres.model.resnet import create_model
-
-    def build() -> "nn.Module":
-        return create_model(config.model, num_classes, width=config.width, shortcut=config.shortcut)
-
-    # Before a network is allocated that is as large as config.json says.
-    with torch.device("meta"):
-        checkpoint.check_tensors(weights, build().state_dict(), path)
-    model = build()
-    checkpoint.load_weights(model, weights, path)
-    return model
-
-
 def _evaluate(
-    folder: "RunDir",
-    config: Config,
-    options: EvaluateOptions,
-    console: "RunConsole",
-    trained_from: str | None,
-) -> dict[str, Any]:
-    from fastres.data.dataset import class_difference
-    from fastres.data.source import dataset_kind
-    from fastres.engine.checkpoint_schema import read_weights
-    from fastres.engine.evaluation import evaluate, evaluation_loader
-    from fastres.engine.runtime import resolve_runtime
-    from fastres.errors import FailureError
-    from fastres.fusion.fuse import fuse
+    network: "TrainedNetwork", data: "EvaluationSet", config: Config, console: "RunConsole"
+) -> tuple["Evaluation", "Runtime"]:
+    from fastres.inference.evaluating import evaluate_network, placed
 
-    path = folder.result() if options.checkpoint == "auto" else folder.file(options.checkpoint)
-    weights, meta = read_weights(path)
-    data = _load_data(options.dataset or dataset_kind(meta["dataset"]), config, trained_from)
-    if difference := class_difference(meta["classes"], data.classes):
-        raise FailureError(
-            f"{path}, trained on {meta['dataset']}, does not fit {data.source}: {difference}"
+    model, runtime = placed(network, config)
+    console.evaluation_data(data)
+    if data.fingerprint is not None and data.fingerprint != network.dataset_fingerprint:
+        notice = (
+            f"the network was trained on other data than this: {network.dataset}"
+            if network.dataset_fingerprint
+            else f"the network says {network.dataset}, not which copy of it it was trained on"
         )
-    model = _trained_network(path, weights, config, len(data.classes))
-    runtime = resolve_runtime(config, model)
-    if runtime.route == "fused":
-        model = fuse(model, verbose=False)
-    runtime.configure_torch()
-    runtime.place(model)
-    console.data(data, num_train=0, num_val=0)
-    if data.fingerprint != meta["dataset_fingerprint"]:
-        console.line(
-            f"           ! the run was trained on other data than this: {meta['dataset']}",
-            style="bold yellow",
-        )
+        console.line(f"           ! {notice}", style="bold yellow")
     console.runtime(runtime, training=False)
-    # The images are normalised as in training, even where this data has other statistics.
-    loader = evaluation_loader(data.test, tuple(meta["mean"]), tuple(meta["std"]), config, runtime)
-    score = evaluate(model, loader, runtime, tta=config.tta)
-    loader.close()
-    if not math.isfinite(score.loss):
-        raise FailureError(
-            f"the loss on the test images is {score.loss}: the weights in {path} are finite and "
-            f"overflow in {runtime.precision}"
-        )
-    return {
-        "accuracy": score.accuracy,
-        "loss": score.loss,
-        "images": score.images,
-        "dataset": data.name,
-        "model": config.model,
-        "checkpoint": path.name,
-        "tta": config.tta,
-        "device": runtime.device.type,
-        "precision": runtime.precision,
-    }
+    return evaluate_network(network, data, config, model, runtime), runtime
 
+
+def _print(evaluation: "Evaluation", console: "RunConsole") -> None:
+    from fastres.inference.tables import class_table, confused_pairs, confusion_text
+
+    console.line("")
+    console.rich.print(class_table(evaluation), markup=False)
+    console.line("")
+    if (matrix := confusion_text(evaluation)) is not None:
+        console.line(matrix)
+    else:
+        console.rich.print(confused_pairs(evaluation), markup=False)
+    console.line("")
+
+
+def _made(out: Path) -> Path:
+    """Return the folder of --out, before anything slow happens.
+
+    Raises:
+        FailureError: when it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FailureError(f"cannot make {out}: {error.strerror or error}") from None
+    return out
+
+
+def _write(
+    out: Path,
+    evaluation: "Evaluation",
+    data: "EvaluationSet",
+    network: "TrainedNetwork",
+    result: dict[str, Any],
+) -> None:
+    """Write the files of --out; whatever else is in the folder stays."""
+    from fastres.engine.checkpoint import replace_file
+    from fastres.inference.pictures import draw_calibration, draw_confusion, draw_mistakes
+    from fastres.inference.tables import classes_csv, confusion_csv, printable
+
+    names = [printable(name) for name in network.classes]
+    about = printable(f"{result['model']} on {data.name}")
+    title = f"{about}: {evaluation.accuracy:.2f} %"
+    pictures = {
+        "confusion.png": draw_confusion(evaluation.confusion.numpy(), names, title),
+        "calibration.png": draw_calibration(
+            evaluation.bins, f"{title}, calibration error {evaluation.calibration_error:.2f} %"
+        ),
+        "mistakes.png": draw_mistakes(
+            data.images.images,
+            evaluation.mistakes[:_MISTAKES_SHOWN],
+            names,
+            f"The surest mistakes of {about}",
+        ),
+    }
+    texts = {
+        "classes.csv": classes_csv(evaluation),
+        "confusion.csv": confusion_csv(evaluation),
+        "evaluation.json": strict_json.dumps(result, indent=2) + "\n",
+    }
+    # A class may be called what is no UTF-8.
+    files = {name: text.encode(errors="backslashreplace") for name, text in texts.items()}
+    for name, content in (files | pictures).items():
+        replace_file(out / name, content)
+
+
+make_callable(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,11 +18,13 @@ from typing import TypedDict
 from fastres.errors import FailureError
 
 __all__ = [
+    "Host",
     "Machine",
     "Provenance",
     "bf16_instructions",
     "cache_folder",
     "commit",
+    "describe_host",
     "describe_machine",
     "has_avx512",
     "provenance",
@@ -33,14 +35,19 @@ __all__ = [
 _PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali", "numpy")
 
 
-class Machine(TypedDict):
-    """What decides speed: processor, widest vectors, bf16 instructions, cores, memory, GPU."""
+class Host(TypedDict):
+    """What decides speed beside a GPU: processor, widest vectors, bf16 instructions, memory."""
 
     cpu: str
     cpu_vectors: str | None
     cpu_bf16: str | None
     cores: int
     memory_gib: float | None
+
+
+class Machine(Host):
+    """The same with its GPU."""
+
     gpu: str | None
 
 
@@ -151,10 +158,8 @@ def commit() -> str | None:
     return revision + ("+changes" if changed else "")
 
 
-def describe_machine() -> Machine:
-    """Return processor, cores, memory and GPU as plain values for a record."""
-    import torch
-
+def describe_host() -> Host:
+    """Return processor, cores and memory as plain values; torch is not needed for them."""
     name, flags = _cpu_info()
     vectors = next((v for v in ("avx512f", "avx2", "asimd") if v in flags), None)
     memory = None
@@ -166,8 +171,15 @@ def describe_machine() -> Machine:
         "cpu_bf16": bf16_instructions(),
         "cores": usable_cores(),
         "memory_gib": memory,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def describe_machine() -> Machine:
+    """Return processor, cores, memory and GPU as plain values for a record."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {**describe_host(), "gpu": gpu}
 
 
 def provenance(command: Sequence[str]) -> Provenance:

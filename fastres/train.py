@@ -5,15 +5,14 @@ terminal (SIGHUP), Ctrl-C (SIGINT) and SIGTERM.
 """
 
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastres import strict_json
+from fastres.callable_module import make_callable
 from fastres.cli import guarded, parse, tell_launcher, value_of
 from fastres.config import (
     Config,
@@ -23,6 +22,7 @@ from fastres.config import (
     NetworkOptions,
     OptimisationOptions,
     RunOptions,
+    TrackerName,
     changed_options,
     checked_options,
     validate,
@@ -61,6 +61,8 @@ class TrainRunOptions(RunOptions):
     """Continue the run in --out from its last checkpoint, as if it had never stopped."""
     overwrite: bool = False
     """Replace the run that is in --out."""
+    track: tuple[TrackerName, ...] = ()
+    """Also follow the run with TensorBoard (in its folder), Weights & Biases, MLflow."""
     dry_run: bool = False
     """Print the network's layers and what would run, and stop."""
     json: bool = False
@@ -165,12 +167,9 @@ def _base(argv: Sequence[str]) -> tuple[Config, Origins]:
 
 
 def _train(config: Config, options: TrainRunOptions, chosen: Origins) -> int:
-    from fastres.engine.machine import keep_freed_memory
+    from fastres.engine.launch import prepare_process
 
-    if config.fast:
-        keep_freed_memory()
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    prepare_process(config)
     from fastres.engine.distributed import join_processes
 
     with join_processes(config.device) as processes:
@@ -181,11 +180,14 @@ def _train_with(
     processes: "Processes", config: Config, options: TrainRunOptions, chosen: Origins
 ) -> int:
     from fastres.engine.console import RunConsole, layer_table
+    from fastres.engine.launch import run_in_folder
     from fastres.engine.run_dir import RunDir, default_folder
     from fastres.engine.signals import Stopped
+    from fastres.engine.trackers import Trackers
     from fastres.engine.trainer import Trainer
 
     console = RunConsole(quiet_stdout=options.json, silent=not processes.is_main)
+    trackers = Trackers(options.track, console)
     folder = RunDir(Path(options.out)) if options.out else default_folder(config)
     if processes.is_main and not (options.dry_run or options.resume):
         folder.check_free(overwrite=options.overwrite)
@@ -198,13 +200,15 @@ def _train_with(
     trainer.show_header()
     if options.dry_run:
         return 0
-    prepared = trainer.prepare()
     try:
-        with folder.claimed() if processes.is_main else nullcontext():
-            if processes.is_main and not options.resume:
-                # Again, now that nobody else can start a run in it.
-                folder.begin(trainer.config.to_json(), overwrite=options.overwrite)
-            summary = trainer.run(prepared, resume=options.resume)
+        summary = run_in_folder(
+            trainer,
+            folder,
+            processes,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            trackers=trackers,
+        )
     except Stopped as stopped:
         advice = f"{stopped}; go on with: python -m fastres.train --resume --out {folder.path}"
         console.line(advice)
@@ -239,6 +243,8 @@ def _report(summary: "Summary", folder: "RunDir", console: "RunConsole", *, as_j
     )
     console.line(f"{folder.path}: weights, metrics.csv, curves.png, summary.json")
 
+
+make_callable(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

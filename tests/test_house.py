@@ -129,7 +129,13 @@ def test_kernels_answers_to_one_name_alone():
     assert "import this package as fastres.kernels" in result.stderr
 
 
-@pytest.mark.parametrize("module", ["fastres", "fastres.train", "fastres.evaluate"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("fastres", "fastres.train", "fastres.evaluate", "fastres.predict", "fastres.sweep"),
+        "fastres.engine.launch",
+    ],
+)
 def test_importing_a_command_loads_neither_torch_nor_dali(module):
     heavy = ("torch", "triton", "nvidia.dali")
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"

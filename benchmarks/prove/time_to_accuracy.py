@@ -52,7 +52,7 @@ from fastres.engine.console import RunConsole
 from fastres.engine.run_dir import RunDir
 from fastres.engine.trainer import PreparedRun, Trainer
 from fastres.errors import UsageError
-from fastres.model.resnet import create_model
+from fastres.model.resnet import network_of
 from fastres.model.summary import summarize as summarize_model
 from fastres.recipe_file import find_recipe
 from fastres.recipes import resolve
@@ -136,7 +136,7 @@ class _RecipeRuns:
 
 def _mean_training_flops(config: Config, num_classes: int) -> float:
     """Return the operations of a training step an image, in the mean over a run."""
-    net = create_model(config.model, num_classes, width=config.width, shortcut=config.shortcut)
+    net = network_of(config, num_classes)
     small, full = (
         summarize_model(net, size).training_flops for size in (config.low_res, IMAGE_SIZE)
     )

@@ -6,7 +6,8 @@ else a file holds is one sentence that names the field, what it must be and what
 """
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -19,7 +20,7 @@ from fastres.engine.checkpoint import take_section
 from fastres.engine.summary import ExecutionMode, MetricsRow
 from fastres.errors import FailureError, UsageError
 
-__all__ = ["check_progress", "check_values", "read_training", "read_weights"]
+__all__ = ["check_identity", "check_progress", "check_values", "read_training", "read_weights"]
 
 # Takes the name of a field and its value.
 Check = Callable[[str, Any], None]
@@ -62,12 +63,14 @@ def _flag(name: str, value: Any) -> None:
         raise _unexpected(name, "true or false", value)
 
 
-def _list(item: Check, length: int | None = None) -> Check:
-    """Accept a list of `length` items, or of any length."""
+def _list(item: Check, length: int | None = None, *, empty: bool = True) -> Check:
+    """Accept a list of `length` items, or of any length; of none only where it may be empty."""
+    wanted = f"a list{f' of {length}' if length else '' if empty else ' that is not empty'}"
 
     def check(name: str, value: Any) -> None:
-        if not isinstance(value, list) or length not in (None, len(value)):
-            raise _unexpected(name, f"a list{f' of {length}' if length else ''}", value)
+        right = isinstance(value, list) and length in (None, len(value)) and (value or empty)
+        if not right:
+            raise _unexpected(name, wanted, value)
         for position, entry in enumerate(value):
             item(f"{name}[{position}]", entry)
 
@@ -128,7 +131,7 @@ _MODE = {
 }
 _IDENTITY = {
     "config": _options,
-    "classes": _list(_text),
+    "classes": _list(_text, empty=False),
     "dataset": _text,
     "dataset_fingerprint": _text,
     "mean": _list(_number(0, 1), 3),
@@ -160,15 +163,32 @@ def _progress(*, validated: bool) -> Check:
     return _record(needed, measured)
 
 
+@contextmanager
+def _refusing(source: Path) -> Iterator[None]:
+    try:
+        yield
+    except _UnexpectedError as error:
+        raise FailureError(f"{source} holds what no run writes: {error}") from None
+
+
 def _check_meta(meta: Any, source: Path) -> dict[str, Any]:
     """Return the JSON of a checkpoint if it is what a run writes."""
-    try:
+    with _refusing(source):
         _record(_IDENTITY, {"progress": lambda name, value: None})("meta", meta)
         if "progress" in meta:
             validated = bool(meta["config"].get("val", Config.val))
             _progress(validated=validated)("progress", meta["progress"])
-    except _UnexpectedError as error:
-        raise FailureError(f"{source} holds what no run writes: {error}") from None
+    return meta
+
+
+def check_identity(meta: Any, source: Path) -> dict[str, Any]:
+    """Return what comes with weights that are shared if a run says the same of its own.
+
+    Raises:
+        FailureError: naming the first field that is missing, unknown or no such value.
+    """
+    with _refusing(source):
+        _record(_IDENTITY, {})("meta", meta)
     return meta
 
 

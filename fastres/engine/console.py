@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fastres.data.dataset import Dataset
+from fastres.data.evaluation_set import EvaluationSet
 from fastres.engine.runtime import Runtime
 from fastres.model.summary import ModelSummary
 from fastres.recipes import Origins
@@ -77,6 +78,13 @@ class RunConsole:
         for notice in data.notices:
             self.line(f"           ! {notice}", style="bold yellow")
 
+    def evaluation_data(self, data: EvaluationSet) -> None:
+        """Print what is evaluated on, with every notice of the reader."""
+        self.line(f"data       {data.name}: {len(data.images):,} images")
+        self.line(f"           {data.source}")
+        for notice in data.notices:
+            self.line(f"           ! {notice}", style="bold yellow")
+
     def model(self, name: str, summary: ModelSummary) -> None:
         """Print the size of the network."""
         self.line(
@@ -87,7 +95,7 @@ class RunConsole:
     def runtime(self, runtime: Runtime, *, training: bool = True) -> None:
         """Print what really runs, and why; fallbacks stand out."""
         for setting in runtime.settings:
-            if not training and setting.name in ("route", "graph", "optimizer"):
+            if not training and setting.name in ("graph", "optimizer"):
                 continue
             mark = "! " if setting.fallback else ""
             reason = f"  ({mark}{setting.reason})" if setting.reason else ""

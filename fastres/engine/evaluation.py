@@ -1,14 +1,13 @@
 """Accuracy of a network on a whole set, every image counted exactly once.
 
-Test-time augmentation averages the class probabilities of several views of an image: itself, its
-mirror image, and both shifted by a pixel in two directions. The further views are worth their time
-where the network is in doubt: the quarter of the set whose two most likely classes lie closest
-together. Of the whole set, as a batch of a sorted one holds a single class, easy or hard.
+The further views of test-time augmentation (views.py) are worth their time where the network is in
+doubt: the quarter of the set whose two most likely classes lie closest together. Of the whole set,
+as a batch of a sorted one holds a single class, easy or hard.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +21,18 @@ from fastres.data.plan import NO_AUGMENTATION
 from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.runtime import Runtime
 from fastres.engine.step import Totals
+from fastres.engine.views import (
+    FURTHER_VIEWS,
+    VIEW_WEIGHTS,
+    further_views,
+    log_probs_of,
+    mean_probability,
+)
 from fastres.model.conv_bn import constant_parameters
 
-__all__ = ["Score", "evaluate", "evaluation_loader"]
+__all__ = ["Score", "evaluate", "evaluation_loader", "log_probs_of_set"]
+
+_DOUBTFUL_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -77,15 +85,42 @@ def evaluate(
         processes: whose loaders serve the rest of the set.
         after_batch: called after every batch; what it raises ends the evaluation.
     """
+    parts, labels = log_probs_of_set(
+        model, loader, runtime, tta=tta, processes=processes, after_batch=after_batch
+    )
+    totals = Totals(runtime.device)
+    for log_probs, targets in zip(parts, labels, strict=True):
+        totals.add(F.nll_loss(log_probs, targets), log_probs, targets)
+    loss, accuracy, count = totals.read(processes)
+    return Score(loss, accuracy, count)
+
+
+@torch.inference_mode()
+def log_probs_of_set(
+    model: nn.Module,
+    loader: Loader,
+    runtime: Runtime,
+    *,
+    tta: ViewsName = "none",
+    processes: Processes = ALONE,
+    after_batch: Callable[[], None] = lambda: None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the log-probabilities and the labels of everything that `loader` serves, in batches.
+
+    Args: as of `evaluate`.
+
+    Returns:
+        (B, classes) float32 and (B,) int64 tensors, on the device.
+    """
     was_training = model.training
     model.eval()
     with constant_parameters():
         parts, labels = [], []
         for images, targets in loader.serve(0):
-            log_probs = _log_probs(model, images, runtime)
+            log_probs = log_probs_of(model, images, runtime)
             if tta == "flip":
-                mirrored = _log_probs(model, images.flip(3), runtime)
-                log_probs = _mean_probability([log_probs, mirrored], (0.5, 0.5))
+                mirrored = log_probs_of(model, images.flip(3), runtime)
+                log_probs = mean_probability([log_probs, mirrored], (0.5, 0.5))
             parts.append(log_probs)
             labels.append(targets.clone())
             after_batch()
@@ -95,11 +130,7 @@ def evaluate(
             if len(doubtful) > 0:
                 parts = _with_further_views(model, loader, runtime, parts, doubtful, after_batch)
     model.train(was_training)
-    totals = Totals(runtime.device)
-    for log_probs, targets in zip(parts, labels, strict=True):
-        totals.add(F.nll_loss(log_probs, targets), log_probs, targets)
-    loss, accuracy, count = totals.read(processes)
-    return Score(loss, accuracy, count)
+    return parts, labels
 
 
 def _with_further_views(
@@ -126,18 +157,12 @@ def _with_further_views(
         picked.append(images[doubtful[low : bounds[batch]] - first])
     # All views of some images make a batch like those before: few launches, and a network may be
     # compiled or tuned by shape.
-    count = max(1, max(sizes) // _FURTHER_VIEWS)
+    count = max(1, max(sizes) // FURTHER_VIEWS)
     for rows, images in zip(doubtful.split(count), torch.cat(picked).split(count), strict=True):
-        views = _log_probs(model, _further_views(images), runtime).chunk(_FURTHER_VIEWS)
-        log_probs[rows] = _mean_probability([log_probs[rows], *views], _VIEW_WEIGHTS)
+        views = log_probs_of(model, further_views(images), runtime).chunk(FURTHER_VIEWS)
+        log_probs[rows] = mean_probability([log_probs[rows], *views], VIEW_WEIGHTS)
         after_batch()
     return list(log_probs.split(sizes))
-
-
-_DOUBTFUL_SHARE = 0.25
-# The image, its mirror image, and two shifts of each.
-_VIEW_WEIGHTS = (0.25, 0.25, 0.125, 0.125, 0.125, 0.125)
-_FURTHER_VIEWS = len(_VIEW_WEIGHTS) - 1
 
 
 def _lead(log_probs: Tensor) -> Tensor:
@@ -157,26 +182,3 @@ def _least_certain(leads: Tensor, processes: Processes) -> Tensor:
     doubtful = of_set.topk(count, largest=False).indices.sort().values
     first = sum(len(share) for share in shares[: processes.rank])
     return doubtful[(doubtful >= first) & (doubtful < first + len(leads))] - first
-
-
-def _further_views(images: Tensor) -> Tensor:
-    """Return all views but the first, (5 B, C, H, W), view by view.
-
-    Pixels beyond the border are those within, mirrored.
-    """
-    shifted = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    corners = (shifted[:, :, :-2, :-2], shifted[:, :, 2:, 2:])
-    return torch.cat([images.flip(3), *(view for x in corners for view in (x, x.flip(3)))])
-
-
-def _mean_probability(log_probs: Sequence[Tensor], weights: tuple[float, ...]) -> Tensor:
-    """Return the logarithm of the weighted mean of probabilities, all in logarithms."""
-    scaled = [x + math.log(weight) for x, weight in zip(log_probs, weights, strict=True)]
-    return torch.stack(scaled).logsumexp(dim=0)
-
-
-def _log_probs(model: nn.Module, images: Tensor, runtime: Runtime) -> Tensor:
-    """Return (B, classes) float32 log-probabilities."""
-    with runtime.autocast():
-        logits = model(images.contiguous(memory_format=runtime.memory_format))
-    return logits.float().log_softmax(dim=1)

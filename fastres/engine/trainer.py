@@ -37,7 +37,7 @@ from fastres.engine.step import TrainStep
 from fastres.engine.summary import ExecutionMode, MetricsRow, Summary, chosen_row
 from fastres.errors import FailureError
 from fastres.fusion.fuse import fuse
-from fastres.model.resnet import create_model
+from fastres.model.resnet import network_of
 from fastres.model.summary import ModelSummary, summarize
 from fastres.model.whiten import whiten_stem
 
@@ -92,6 +92,8 @@ class Trainer:
     Attributes:
         command: the words that repeat the run, for its records.
         extra_metrics: called after every epoch; returns columns of `MetricsRow` for its row.
+        after_epoch: called with that row, in the process that writes the files.
+        after_run: called there with the summary.
     """
 
     def __init__(
@@ -100,6 +102,8 @@ class Trainer:
         self.folder, self.console, self.processes = folder, console, processes
         self.command = ["python", "-m", "fastres.train", *sys.argv[1:]]
         self.extra_metrics: Callable[[], Mapping[str, float]] = dict
+        self.after_epoch: Callable[[MetricsRow], None] = lambda row: None
+        self.after_run: Callable[[Summary], None] = lambda summary: None
         # What one process downloads and decodes, the others find.
         with processes.main_first():
             self.data = load_dataset(config.dataset, config.data_dir)
@@ -132,13 +136,7 @@ class Trainer:
     def _initial_model(self) -> nn.Module:
         """Return the plain network as its seed starts it."""
         config = self.config
-        model = create_model(
-            config.model,
-            len(self.data.classes),
-            width=config.width,
-            shortcut=config.shortcut,
-            seed=config.seed,
-        )
+        model = network_of(config, len(self.data.classes), seed=config.seed)
         self._whiten(model)
         if config.freeze_stem:
             model.get_parameter("conv1.weight").requires_grad_(False)
@@ -358,6 +356,7 @@ class Trainer:
         self._save(run)
         if self.processes.is_main:
             self.folder.write_metrics(state.rows)
+            self.after_epoch(state.rows[-1])
         self.console.row(row)
 
     def _scores(self, run: PreparedRun, stop: StopSignal) -> dict[str, Score]:
@@ -398,6 +397,7 @@ class Trainer:
             mixed=self.config.mixup > 0 or self.config.cutmix > 0,
         )
         checkpoint.replace_file(self.folder.path / "curves.png", picture)
+        self.after_run(summary)
         return summary
 
     def _execution_mode(self) -> ExecutionMode:

@@ -15,15 +15,25 @@ Parameters are named as in torchvision: conv1, bn1, layer1.0.conv1, ..., downsam
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastres.config import NetworkOptions, StemName
 from fastres.errors import UsageError
 
-__all__ = ["MODELS", "BasicBlock", "Bottleneck", "ResNet", "ResNet9", "ResNet11", "create_model"]
+__all__ = [
+    "MODELS",
+    "BasicBlock",
+    "Bottleneck",
+    "ResNet",
+    "ResNet9",
+    "ResNet11",
+    "create_model",
+    "network_of",
+]
 
 Shortcut = Literal["A", "B", "none"]
 
@@ -123,6 +133,16 @@ def _initialize(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
+def _stem(kind: StemName, channels: int) -> tuple[nn.Conv2d, nn.Module | None]:
+    """Return the first convolution, and the pool behind its ReLU or None."""
+    if kind == "cifar":
+        return _conv3x3(3, channels), None
+    pool = nn.MaxPool2d(3, 2, padding=1)
+    if kind == "pool":
+        return _conv3x3(3, channels), pool
+    return nn.Conv2d(3, channels, 7, 2, padding=3, bias=False), pool
+
+
 class ResNet(nn.Module):
     """Stem, stages of residual blocks, global average pool, linear classifier.
 
@@ -132,6 +152,8 @@ class ResNet(nn.Module):
         channels: filters of the first stage; each later stage has twice those of the one before.
         num_classes: outputs of the classifier.
         shortcut: "B" projection, "A" zero padding where the shape changes, "none" a plain net.
+        stem: "cifar" a 3x3 convolution, "pool" with a 3x3 max pool of stride 2 behind it,
+            "imagenet" the same with a 7x7 convolution of stride 2, as in torchvision.
     """
 
     def __init__(
@@ -141,10 +163,11 @@ class ResNet(nn.Module):
         channels: int,
         num_classes: int,
         shortcut: Shortcut,
+        stem: StemName = "cifar",
     ):
         super().__init__()
         self.num_classes = num_classes
-        self.conv1 = _conv3x3(3, channels)
+        self.conv1, self.maxpool = _stem(stem, channels)
         self.bn1 = nn.BatchNorm2d(channels)
         self.stages: list[str] = []
         in_channels = channels
@@ -163,6 +186,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""
         x = F.relu(self.bn1(self.conv1(x)))
+        if self.maxpool is not None:
+            x = self.maxpool(x)
         for stage in self.stages:
             x = getattr(self, stage)(x)
         return self.fc(x.mean(dim=(2, 3)))
@@ -257,31 +282,38 @@ class ModelSpec:
 
     Attributes:
         channels: filters of the stem at width 1.
-        build: called with (channels, num_classes, shortcut).
+        build: called with (channels, num_classes, shortcut, stem).
+        stems: that it has.
     """
 
     channels: int
-    build: Callable[[int, int, Shortcut], nn.Module]
+    build: Callable[[int, int, Shortcut, StemName], nn.Module]
+    stems: tuple[StemName, ...] = ("cifar",)
 
 
 def _thin(depth: int, *, plain: bool = False) -> ModelSpec:
     """Describe the CIFAR net of 6n + 2 layers: three stages of n blocks, 16/32/64 filters."""
     depths = ((depth - 2) // 6,) * 3
     return ModelSpec(
-        16, lambda c, n, shortcut: ResNet(BasicBlock, depths, c, n, "none" if plain else shortcut)
+        16,
+        lambda c, n, shortcut, _: ResNet(BasicBlock, depths, c, n, "none" if plain else shortcut),
     )
 
 
 def _wide(block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...]) -> ModelSpec:
-    """Describe an ImageNet net with a CIFAR stem: four stages, 64/128/256/512 filters."""
-    return ModelSpec(64, lambda c, n, shortcut: ResNet(block, depths, c, n, shortcut))
+    """Describe an ImageNet net: four stages, 64/128/256/512 filters."""
+    return ModelSpec(
+        64,
+        lambda c, n, shortcut, stem: ResNet(block, depths, c, n, shortcut, stem),
+        get_args(StemName),
+    )
 
 
 MODELS: dict[str, ModelSpec] = {
     **{f"resnet{depth}": _thin(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
-    "resnet9": ModelSpec(64, lambda c, n, _shortcut: ResNet9(c, n)),
-    "resnet9_small": ModelSpec(16, lambda c, n, _shortcut: ResNet9(c, n)),
-    "resnet11": ModelSpec(24, lambda c, n, _shortcut: ResNet11(c, n)),
+    "resnet9": ModelSpec(64, lambda c, n, *_: ResNet9(c, n)),
+    "resnet9_small": ModelSpec(16, lambda c, n, *_: ResNet9(c, n)),
+    "resnet11": ModelSpec(24, lambda c, n, *_: ResNet11(c, n)),
     "resnet10": _wide(BasicBlock, (1, 1, 1, 1)),
     "resnet18": _wide(BasicBlock, (2, 2, 2, 2)),
     "resnet34": _wide(BasicBlock, (3, 4, 6, 3)),
@@ -296,6 +328,7 @@ def create_model(
     *,
     width: float = 1.0,
     shortcut: Literal["A", "B"] = "B",
+    stem: StemName = "cifar",
     seed: int | None = None,
 ) -> nn.Module:
     """Build the plain PyTorch reference network `name`, float32, NCHW, on the CPU.
@@ -308,6 +341,8 @@ def create_model(
         num_classes: outputs of the classifier, at least 1.
         width: multiplies the filters of every stage; the first stage is rounded, later ones double.
         shortcut: "B" 1x1 projection or "A" zero padding, where a block changes the shape.
+        stem: of resnet10/18/34/50: "cifar" a 3x3 convolution, "pool" with a max pool behind it,
+            "imagenet" a 7x7 convolution of stride 2 and a max pool.
         seed: initialise from this seed alone and leave torch's generator as it was; None draws
             from torch's generator.
 
@@ -315,13 +350,16 @@ def create_model(
         A module that maps images (N, 3, H, W) to logits (N, num_classes).
 
     Raises:
-        UsageError: for an unknown name or shortcut, a width that leaves no filter, no class.
+        UsageError: for an unknown name, shortcut or stem, a width that leaves no filter, no class.
     """
     if name not in MODELS:
         raise UsageError(f"unknown model {name!r}; the models are {', '.join(MODELS)}")
     if shortcut not in ("A", "B"):
         raise UsageError(f"shortcut must be 'A' or 'B', got {shortcut!r}")
     spec = MODELS[name]
+    if stem not in spec.stems:
+        choices = " or ".join(repr(known) for known in spec.stems)
+        raise UsageError(f"the stem of {name} must be {choices}, got {stem!r}")
     if not 0 < width <= 64 or round(spec.channels * width) < 1:
         raise UsageError(f"width must leave at least one filter and be at most 64, got {width}")
     if num_classes < 1:
@@ -329,7 +367,19 @@ def create_model(
 
     channels = round(spec.channels * width)
     if seed is None:
-        return spec.build(channels, num_classes, shortcut)
+        return spec.build(channels, num_classes, shortcut, stem)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return spec.build(channels, num_classes, shortcut)
+        return spec.build(channels, num_classes, shortcut, stem)
+
+
+def network_of(options: NetworkOptions, num_classes: int, *, seed: int | None = None) -> nn.Module:
+    """Build the network that the options of a run name, as `create_model` does."""
+    return create_model(
+        options.model,
+        num_classes,
+        width=options.width,
+        shortcut=options.shortcut,
+        stem=options.stem,
+        seed=seed,
+    )

@@ -21,9 +21,9 @@ def whiten_stem(
 
     Each component is divided by the square root of its variance, so that the outputs start
     uncorrelated and of about unit variance; the second half of the filters are negated copies of
-    the first, since the ReLU behind them keeps one sign alone. Filters beyond twice the 27
-    components of a 3x3 RGB patch keep their random start. All train on, unless --freeze-stem is
-    given.
+    the first, since the ReLU behind them keeps one sign alone. Filters beyond twice the
+    components, 27 of a 3x3 RGB patch, keep their random start. All train on, unless --freeze-stem
+    is given.
 
     Source: Page 2019, "How to train your ResNet 8: bag of tricks"
     (https://myrtle.ai/learn/how-to-train-your-resnet-8-bag-of-tricks/); negated copies as in
@@ -31,13 +31,15 @@ def whiten_stem(
 
     Args:
         model: a network whose first convolution is `conv1`; changed in place, on its device.
-        images: (N, 32, 32, 3) uint8 training images; about 2,000 of them, evenly spread, are used.
+        images: (N, 32, 32, 3) uint8 training images; about 2,000 of them, evenly spread, are used,
+            fewer for larger filters.
         mean, std: per channel, on the 0..1 scale.
     """
     weight = model.get_parameter("conv1.weight")
     size = weight.shape[2]
     # Sets are often sorted by class, so the sample is spread over the whole set.
-    sample = images[:: max(1, len(images) // _IMAGES)]
+    # Of larger patches there are more numbers in an image, and fewer images do.
+    sample = images[:: max(1, len(images) * size * size // (9 * _IMAGES))]
     # In float64, so that the start is the same on every machine.
     pixels = torch.tensor(sample, device=weight.device).double().div_(255)
     pixels = (pixels - pixels.new_tensor(mean)) / pixels.new_tensor(std)

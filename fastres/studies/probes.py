@@ -15,7 +15,7 @@ from fastres.data.dataset import ImageSet
 from fastres.data.loaders import BatchSpec, build_loader
 from fastres.data.plan import NO_AUGMENTATION
 from fastres.engine.trainer import Trainer
-from fastres.model.resnet import BasicBlock, create_model
+from fastres.model.resnet import BasicBlock, network_of
 from fastres.studies.records import BlockResponse, LayerResponse
 
 __all__ = [
@@ -31,10 +31,7 @@ _GRADIENT_IMAGES = 128
 
 def plain_network(trainer: Trainer) -> nn.Module:
     """Return a plain float32 copy of a trainer's network as it is now, on its device."""
-    config = trainer.config
-    model = create_model(
-        config.model, len(trainer.data.classes), width=config.width, shortcut=config.shortcut
-    )
+    model = network_of(trainer.config, len(trainer.data.classes))
     model.load_state_dict(trainer.model.state_dict())
     return model.to(trainer.runtime.device)
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from fastres.data.readers import image as image_reader
-from fastres.data.readers.image import MAX_PIXELS, decode_image, pillow_without_size_limit
+from fastres.data.readers.image import MAX_PIXELS, decode_image, pillow_for_decoding
 from fastres.errors import FailureError
 from tests.helpers.data_fixtures import images
 
@@ -142,7 +142,7 @@ def test_too_many_pixels(size: tuple[int, int], tmp_path: Path) -> None:
     """Above Pillow's limits for its warning and for its error, and below them."""
     path = tmp_path / "bomb.png"
     path.write_bytes(bomb(*size))
-    with pillow_without_size_limit(), warnings.catch_warnings():
+    with pillow_for_decoding(), warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(FailureError) as caught:
             decode_image(path, Counter())
@@ -165,7 +165,7 @@ def test_pillows_limit_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     entered, leave = threading.Event(), threading.Event()
 
     def decode() -> None:
-        with pillow_without_size_limit():
+        with pillow_for_decoding():
             entered.set()
             leave.wait(30)
 

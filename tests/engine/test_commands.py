@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import fastres
 from fastres import __main__ as fastres_command
 from fastres import train as train_command
 
@@ -30,6 +31,11 @@ def test_without_a_command_all_are_listed(arguments, capsys):
 def test_an_unknown_command_is_one_sentence(capsys):
     assert fastres_command.main(["trian"]) == 2
     assert capsys.readouterr().err.startswith("error: unknown command 'trian'; the commands are")
+
+
+def test_the_version_is_printed(capsys):
+    assert fastres_command.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastres {fastres.__version__}\n"
 
 
 @pytest.mark.parametrize("name", fastres_command.COMMANDS)

@@ -11,8 +11,9 @@ from fastres import evaluate, train
 from fastres.data import source
 from fastres.data.dataset import class_difference
 from fastres.data.source import DATASET_NAMES, dataset_kind
-from fastres.engine import checkpoint, evaluation
+from fastres.engine import checkpoint
 from fastres.host import cache_folder
+from fastres.inference import evaluating
 from tests.helpers.data_fixtures import image_folder
 from tests.helpers.tiny_run import TINY_NET, run_train
 
@@ -62,13 +63,13 @@ STRANGE = {
 def test_a_strangers_config_decides_nothing_but_the_network(name, copied, data, monkeypatch):
     change(copied, **(STRANGE if name == "all" else {name: STRANGE[name]}))
     configs = []
-    build = evaluation.evaluation_loader
+    build = evaluating.evaluation_loader
 
     def seen(images, mean, std, config, runtime):
         configs.append((config, runtime))
         return build(images, mean, std, config, runtime)
 
-    monkeypatch.setattr(evaluation, "evaluation_loader", seen)
+    monkeypatch.setattr(evaluating, "evaluation_loader", seen)
     assert evaluate.main([str(copied), "--data-dir", str(data)]) == 0
     [(config, runtime)] = configs
     assert (config.workers, config.threads, config.eval_batch_size) == (None, None, 1000)

@@ -15,9 +15,8 @@ format that is not read here, or a list of labels other than the folder names.
 """
 
 import os
-import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +27,18 @@ import PIL
 from fastres.data.dataset import CIFAR10_CLASSES, IMAGE_SHAPE, Dataset, ImageSet, plural
 from fastres.data.files import DEAD_LINK, FILE, FOLDER, kind_at
 from fastres.data.progress import progress_bar
-from fastres.data.readers.image import IMAGE_SUFFIXES, decode_image, pillow_without_size_limit
+from fastres.data.readers.image import IMAGE_SUFFIXES, decode_image, pillow_for_decoding
 from fastres.errors import FailureError, UsageError
 
-__all__ = ["ImageFolder", "find_image_folder"]
+__all__ = [
+    "TEST_NAMES",
+    "ClassFolders",
+    "ImageFolder",
+    "find_class_folders",
+    "find_image_folder",
+]
 
-_TEST_NAMES = ("test", "val", "valid")
+TEST_NAMES = ("test", "val", "valid")
 # Of Windows, macOS, Synology and Linux, in lower case.
 _LITTER = frozenset({
     "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "$recycle.bin",
@@ -86,9 +91,7 @@ class ImageFolder:
             FailureError: naming the first file that is not a readable image.
         """
         seen: Counter[str] = Counter()
-        with pillow_without_size_limit(), warnings.catch_warnings():
-            # Pillow warns of each odd EXIF block; a notice counts them.
-            warnings.simplefilter("ignore", UserWarning)
+        with pillow_for_decoding():
             train = _decode_split(self.train, "training", seen)
             test = _decode_split(self.test, "test", seen)
         name = self._record_name(seen)
@@ -123,28 +126,88 @@ class ImageFolder:
                 f"{name} holds {counts[0]:,} training and {counts[1]:,} test images here, "
                 "not CIFAR-10's 50,000 and 10,000"
             )
-        if self.passed_over:
-            names = [f"{number:,} {kind}" for kind, number in self.passed_over.most_common()]
-            if len(names) > _KINDS_NAMED:
-                names[_KINDS_NAMED:] = ["..."]
-            items = plural(self.passed_over.total(), "item")
-            yield f"passed over as no images: {items} ({', '.join(names)})"
-        converted = {
-            key.removeprefix("mode "): number
-            for key, number in sorted(seen.items())
-            if key.startswith("mode ")
-        }
-        if converted:
-            kinds = ", ".join(f"{number:,} {kind}" for kind, number in converted.items())
-            total = sum(converted.values())
-            yield f"converted to RGB: {total:,} of {plural(count, 'image')} ({kinds})"
-        if resized := seen["resized"]:
-            yield f"resized to 32x32: {resized:,} of {plural(count, 'image')}"
-        if unreadable := seen["unreadable EXIF"]:
-            yield (
-                f"EXIF block empty or unreadable, pixels as stored: {unreadable:,} of "
-                f"{plural(count, 'image')}"
-            )
+        yield from _what_was_done(count, seen, self.passed_over)
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """A set of images alone: root/<class>/*, listed but not yet decoded.
+
+    Args:
+        classes: the class folders, sorted.
+        files: by class, then by name.
+        passed_over: how many files and folders are no images, by kind.
+    """
+
+    classes: tuple[str, ...]
+    files: _Split
+    passed_over: Counter[str]
+
+    def read(self, seen: Counter[str]) -> ImageSet:
+        """Decode every image; `seen` counts as for `decode_image`.
+
+        Raises:
+            FailureError: naming the first file that is not a readable image.
+        """
+        with pillow_for_decoding():
+            return _decode_split(self.files, "test", seen)
+
+    def notices(self, seen: Counter[str]) -> Iterator[str]:
+        """Yield one-line messages for the user: what was passed over, converted, resized."""
+        return _what_was_done(len(self.files.paths), seen, self.passed_over)
+
+
+def _what_was_done(count: int, seen: Mapping[str, int], passed_over: Counter[str]) -> Iterator[str]:
+    """Say what was passed over beside `count` images, and what became of those."""
+    if passed_over:
+        names = [f"{number:,} {kind}" for kind, number in passed_over.most_common()]
+        if len(names) > _KINDS_NAMED:
+            names[_KINDS_NAMED:] = ["..."]
+        items = plural(passed_over.total(), "item")
+        yield f"passed over as no images: {items} ({', '.join(names)})"
+    converted = {
+        key.removeprefix("mode "): number
+        for key, number in sorted(seen.items())
+        if key.startswith("mode ")
+    }
+    if converted:
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in converted.items())
+        total = sum(converted.values())
+        yield f"converted to RGB: {total:,} of {plural(count, 'image')} ({kinds})"
+    if resized := seen.get("resized"):
+        yield f"resized to 32x32: {resized:,} of {plural(count, 'image')}"
+    if unreadable := seen.get("unreadable EXIF"):
+        yield (
+            f"EXIF block empty or unreadable, pixels as stored: {unreadable:,} of "
+            f"{plural(count, 'image')}"
+        )
+
+
+def find_class_folders(root: Path) -> ClassFolders | None:
+    """List the images in root/<class>/*; None where no folder in `root` holds an image.
+
+    Raises:
+        FailureError: a class folder is empty; a file is not an image.
+    """
+    root = root.resolve()
+    folders = (entry.path for entry in _entries(root, Counter()) if entry.is_dir())
+    if not any(_holds_image(folder) for folder in folders):
+        return None
+    passed_over: Counter[str] = Counter()
+    listed = _list_split(root, [], passed_over)
+    return ClassFolders(tuple(listed), _split_of(listed), passed_over)
+
+
+def _holds_image(folder: str) -> bool:
+    entries = _entries(folder, Counter())
+    return any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in entries)
+
+
+def _split_of(listed: Mapping[str, Sequence[str]]) -> _Split:
+    return _Split(
+        tuple(path for paths in listed.values() for path in paths),
+        tuple(label for label, paths in enumerate(listed.values()) for _ in paths),
+    )
 
 
 def find_image_folder(root: Path) -> ImageFolder | None:
@@ -156,10 +219,10 @@ def find_image_folder(root: Path) -> ImageFolder | None:
             one split; a file is not an image.
     """
     root = root.resolve()
-    for name in ("train", *_TEST_NAMES):
+    for name in ("train", *TEST_NAMES):
         if kind_at(root / name) == DEAD_LINK:
             raise FailureError(f"{root / name} is a link to a missing folder")
-    test_name = next((name for name in _TEST_NAMES if kind_at(root / name) == FOLDER), None)
+    test_name = next((name for name in TEST_NAMES if kind_at(root / name) == FOLDER), None)
     if kind_at(root / "train") != FOLDER:
         if test_name != "test":
             return None
@@ -172,13 +235,7 @@ def find_image_folder(root: Path) -> ImageFolder | None:
     facts += [f"passed over\0{kind}\0{number}" for kind, number in passed_over.items()]
     classes = tuple(listed["train"])
     _check_same_classes(root, classes, tuple(listed[test_name]), test_name)
-    train, test = (
-        _Split(
-            tuple(path for paths in split.values() for path in paths),
-            tuple(label for label, paths in enumerate(split.values()) for _ in paths),
-        )
-        for split in listed.values()
-    )
+    train, test = (_split_of(split) for split in listed.values())
     return ImageFolder(root, test_name, classes, train, test, passed_over, "\n".join(facts))
 
 

@@ -11,6 +11,7 @@ file may unpack to gigabytes.
 
 import struct
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from fastres.data.dataset import IMAGE_SHAPE
 from fastres.data.files import open_file
 from fastres.errors import FailureError
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "decode_image", "pillow_without_size_limit"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "decode_image", "pillow_for_decoding", "to_pixels"]
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
@@ -81,12 +82,14 @@ _pillow_limit = threading.Lock()
 
 
 @contextmanager
-def pillow_without_size_limit() -> Iterator[None]:
+def pillow_for_decoding() -> Iterator[None]:
     """Leave sizes to `decode_image`: Pillow's own limit, of the whole process, only warns at first.
 
-    One thread at a time is inside, so that each puts back what the user had set.
+    Nor does it warn of each odd EXIF block, which `decode_image` counts. One thread at a time is
+    inside, so that each puts back what the user had set.
     """
-    with _pillow_limit:
+    with _pillow_limit, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             yield
@@ -116,18 +119,31 @@ def decode_image(path: str | Path, seen: Counter[str]) -> np.ndarray:
             image.load()
             kind = "JPEG" if image.format == "MPO" else image.format  # MPO: a JPEG with previews
             seen[f"format {kind}"] += 1
-            upright = _upright(image, seen)
-            rgb = upright if upright.mode == "RGB" else _to_rgb(upright, seen)
-            if rgb.size != _SIZE:
-                seen["resized"] += 1
-                rgb = rgb.resize(_SIZE, Image.Resampling.BICUBIC)
-            return np.asarray(rgb)
+            return to_pixels(image, seen)
     except FailureError:
         raise
     except Image.UnidentifiedImageError as error:
         raise FailureError(f"{path} is not an image in a format that is read here") from error
     except Exception as error:  # a broken file makes Pillow raise errors of any type
         raise FailureError(f"{path} cannot be decoded: {error}") from error
+
+
+def to_pixels(image: Image.Image, seen: Counter[str]) -> np.ndarray:
+    """A decoded image of any size and mode as (32, 32, 3) uint8 RGB, upright.
+
+    Args:
+        image: its pixels are loaded.
+        seen: counts as for `decode_image`, but for the format.
+
+    Raises:
+        ValueError: it has floating-point pixels.
+    """
+    upright = _upright(image, seen)
+    rgb = upright if upright.mode == "RGB" else _to_rgb(upright, seen)
+    if rgb.size != _SIZE:
+        seen["resized"] += 1
+        rgb = rgb.resize(_SIZE, Image.Resampling.BICUBIC)
+    return np.asarray(rgb)
 
 
 def _upright(image: Image.Image, seen: Counter[str]) -> Image.Image:
