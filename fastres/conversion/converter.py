@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from fastres.config import Config
@@ -13,7 +14,7 @@ from fastres.data.dataset import CIFAR10_CLASSES
 from fastres.data.readers.cifar import CIFAR100_CLASSES
 from fastres.engine.checkpoint_schema import check_values
 from fastres.errors import FailureError, UsageError
-from fastres.inference.trained import TrainedNetwork, shapes_alone
+from fastres.inference.trained import TrainedNetwork
 from fastres.model.resnet import MODELS, BasicBlock, Bottleneck, ResNet, create_model, network_of
 
 __all__ = ["from_state_dict", "to_state_dict"]
@@ -57,7 +58,7 @@ def from_state_dict(
     if len(names) != count:
         raise UsageError(f"{path} has {count:,} classes, and {len(names):,} names were given")
     # Before a network is allocated that is as large as the file says.
-    with shapes_alone():
+    with torch.device("meta"):
         wanted = {source.name_of(k): v for k, v in network_of(config, count).state_dict().items()}
     _check(state, wanted, source, path)
     check_values(state, path)
@@ -143,7 +144,7 @@ def _network_options(state: Mapping[str, Tensor], source_name: SourceName, path:
 
 def _model_of(block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, ...]) -> str | None:
     for name in MODELS:
-        with shapes_alone():
+        with torch.device("meta"):
             model = create_model(name)
         if not isinstance(model, ResNet) or not _has_residuals(model):
             continue

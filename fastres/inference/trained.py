@@ -6,15 +6,13 @@ are checked before anything is allocated, and no path in them is opened.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fastres.config import Config, NetworkOptions, ViewsName, checked_options, from_json
 from fastres.data.files import FILE, FOLDER, kind_at
@@ -25,7 +23,7 @@ from fastres.errors import UsageError
 from fastres.inference.hub_files import WEIGHTS, is_hub_folder, read_hub_folder
 from fastres.model.resnet import network_of
 
-__all__ = ["CheckpointName", "TrainedNetwork", "load", "shapes_alone"]
+__all__ = ["CheckpointName", "TrainedNetwork", "load"]
 
 CheckpointName = Literal["auto", "model", "best", "last"]
 # What config.json of a run decides, which people may edit, as when data has moved.
@@ -143,36 +141,12 @@ def _trained(
     )
 
 
-class _WithoutRandomValues(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func in (Tensor.normal_, Tensor.uniform_):
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def shapes_alone() -> Iterator[None]:
-    """Build networks without memory, whatever size a stranger's options say.
-
-    As `torch.device("meta")`, but for random values: on that device the first of them imports
-    torch._dynamo, for a second and a half.
-    """
-    with torch.device("meta"), _WithoutRandomValues():
-        yield
-
-
 def _network(
     weights: Mapping[str, Tensor], options: NetworkOptions, num_classes: int, path: Path
 ) -> nn.Module:
     """Build the network and put the weights of the file `path` into it."""
     # Before a network is allocated that is as large as the file's options say.
-    with shapes_alone():
+    with torch.device("meta"):
         checkpoint.check_tensors(weights, network_of(options, num_classes).state_dict(), path)
     model = network_of(options, num_classes)
     checkpoint.load_weights(model, weights, path)
