@@ -80,7 +80,9 @@ class Runtime:
             torch.set_num_threads(self.threads)
         # A warning names an operation without a deterministic form. One is harmless here: max
         # pooling adds gradients in any order, and the windows of resnet9 do not overlap.
-        torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+        # The setter imports inductor, more than a second that a prediction has no other use for.
+        if torch.get_deterministic_debug_mode() != int(self.deterministic):
+            torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not self.deterministic
 
     def place(self, model: nn.Module) -> None:

@@ -127,9 +127,12 @@ class Bottleneck(nn.Module):
 
 
 def _initialize(model: nn.Module) -> None:
-    """Draw convolutions after He et al. 2015 (fan out); batch norm starts as the identity."""
+    """Draw convolutions after He et al. 2015 (fan out); batch norm starts as the identity.
+
+    There is nothing to draw on the meta device, where torch would import its compiler for it.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 

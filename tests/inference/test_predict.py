@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -241,6 +243,20 @@ def test_wrong_use_is_one_sentence(words, message, run, data, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_torch_compile_is_not_imported(run, data):
+    image = files_of(data)[0]
+    code = (
+        "import sys; from fastres import predict; predict.main(sys.argv[1:]); "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, run, image], check=True, capture_output=True, text=True
+    )
+    table, imported = found.stdout.splitlines()
+    assert image.name in table
+    assert imported == "False"
 
 
 def test_a_checkpoint_alone_is_enough(run, data, tmp_path):
