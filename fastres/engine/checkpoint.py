@@ -12,8 +12,10 @@ a single byte is refused. Numbers are finite: a NaN or an infinity is neither wr
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,13 @@ from fastres.errors import FailureError
 
 __all__ = [
     "FORMAT",
+    "Snapshot",
     "check_tensors",
     "first_nonfinite",
     "load_weights",
     "read",
     "replace_file",
+    "snapshot",
     "take_section",
     "write",
 ]
@@ -46,27 +50,18 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         FailureError: when the disk is full or the folder cannot be written; the old file stays.
     """
-    temporary = None
+    # Not by `tempfile`, whose files are their owner's alone: these are as the umask says.
+    temporary = Path(f"{path}{secrets.token_hex(4)}.part")
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=path.name, suffix=".part", delete=False
-        ) as stream:
-            temporary = Path(stream.name)
+        with open(temporary, "xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise FailureError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _digest(tensors: Mapping[str, Tensor], meta: str) -> str:
@@ -89,23 +84,40 @@ def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, good in zip(named, verdicts, strict=True) if not good), None)
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write tensors and JSON values to `path`, replacing what was there in one step.
+@dataclass(frozen=True)
+class Snapshot:
+    """Tensors on the host and JSON text as they were at one moment, whatever changes since."""
 
-    Args:
-        path: the file; its folder exists.
-        tensors: on any device and in any layout.
-        meta: what `strict_json.dumps` takes.
+    tensors: dict[str, Tensor]
+    meta: str
+
+    def write(self, path: Path) -> None:
+        """Write them to `path`, replacing what was there in one step.
+
+        Raises:
+            FailureError: when a number is not finite, or the file cannot be written; the old one
+                stays.
+        """
+        if name := first_nonfinite(self.tensors):
+            raise FailureError(f"{path} is not written: {name} is not finite")
+        digest = _digest(self.tensors, self.meta)
+        header = {"format": FORMAT, "meta": self.meta, "sha256": digest}
+        replace_file(path, save(self.tensors, metadata=header))
+
+
+def snapshot(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Snapshot:
+    """Copy tensors, on any device and in any layout, and what `strict_json.dumps` takes."""
+    stored = {k: tensor.detach().to("cpu", copy=True).contiguous() for k, tensor in tensors.items()}
+    return Snapshot(stored, strict_json.dumps(meta, sort_keys=True))
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write tensors and JSON values as they are now to `path`, whose folder exists.
 
     Raises:
-        FailureError: when a number is not finite, or the file cannot be written; the old one stays.
+        FailureError: as `Snapshot.write`.
     """
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if name := first_nonfinite(stored):
-        raise FailureError(f"{path} is not written: {name} is not finite")
-    text = strict_json.dumps(meta, sort_keys=True)
-    header = {"format": FORMAT, "meta": text, "sha256": _digest(stored, text)}
-    replace_file(path, save(stored, metadata=header))
+    snapshot(tensors, meta).write(path)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], Any]:

@@ -176,7 +176,7 @@ class Trackers:
             each(lambda tracker: tracker.end(None))
             raise
         finally:
-            trainer.after_epoch = lambda row: None
+            trainer.after_epoch = None
             trainer.after_run = lambda summary: None
 
     def _lost(self, name: str, error: Exception) -> None:

@@ -3,9 +3,10 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,8 @@ from fastres.data.source import (
     split_validation,
 )
 from fastres.engine import checkpoint, machine
+from fastres.engine.background import BackgroundWriter
+from fastres.engine.checkpoint import Snapshot
 from fastres.engine.checkpoint_schema import check_progress, read_training
 from fastres.engine.console import RunConsole
 from fastres.engine.curves import draw_curves
@@ -92,7 +95,8 @@ class Trainer:
     Attributes:
         command: the words that repeat the run, for its records.
         extra_metrics: called after every epoch; returns columns of `MetricsRow` for its row.
-        after_epoch: called with that row, in the process that writes the files.
+        after_epoch: called with that row in the process that writes the files, once they are
+            written.
         after_run: called there with the summary.
     """
 
@@ -102,8 +106,9 @@ class Trainer:
         self.folder, self.console, self.processes = folder, console, processes
         self.command = ["python", "-m", "fastres.train", *sys.argv[1:]]
         self.extra_metrics: Callable[[], Mapping[str, float]] = dict
-        self.after_epoch: Callable[[MetricsRow], None] = lambda row: None
+        self.after_epoch: Callable[[MetricsRow], None] | None = None
         self.after_run: Callable[[Summary], None] = lambda summary: None
+        self._writer = BackgroundWriter()
         # What one process downloads and decodes, the others find.
         with processes.main_first():
             self.data = load_dataset(config.dataset, config.data_dir)
@@ -271,14 +276,18 @@ class Trainer:
             self._restore(prepared)
         self.console.line("")
         stop = StopSignal()
-        with stop.caught(), closing(prepared):
+        with stop.caught(), closing(prepared), closing(self._writer):
             try:
                 while len(prepared.state.rows) * prepared.steps_per_epoch < prepared.total_steps:
                     self._train_epoch(prepared, stop)
             except Stopped:
+                self._writer.wait()
                 require_finite_state(prepared.step, prepared.state.step, self.last)
-                self._save(prepared)
+                state = self._state(prepared)
+                if self.processes.is_main:
+                    state.write(self.last)
                 raise
+            self._writer.wait()
             return self._finish(prepared)
 
     def _train_epoch(self, run: PreparedRun, stop: StopSignal) -> None:
@@ -294,6 +303,8 @@ class Trainer:
         started = self._train_steps(run, len(state.rows), stop)
         self._wait()
         state.epoch_seconds = time.perf_counter() - started
+        # A run whose files cannot be written ends an epoch later, at the most.
+        self._writer.wait()
         require_finite_state(run.step, state.step, self.last)
         loss, accuracy, count = run.step.totals.read(self.processes)
         scores = self._scores(run, stop)
@@ -338,7 +349,7 @@ class Trainer:
         rate: float,
         scores: dict[str, Score],
     ) -> None:
-        """Record the epoch: first what a resumed run needs, then what people read."""
+        """Record the epoch; its files are written while the next one is trained."""
         state = run.state
         row: dict[str, float] = {
             "epoch": round(state.step / run.steps_per_epoch, 4),
@@ -350,14 +361,23 @@ class Trainer:
         row |= {"images_per_second": rate, "train_seconds": state.train_seconds}
         row |= self.extra_metrics()
         state.rows.append(cast(MetricsRow, row))
+        files = {}
         if "val" in scores and scores["val"].accuracy > state.best_val_accuracy:
             state.best_val_accuracy = scores["val"].accuracy
-            self._save_weights(run, self.folder.file("best"))
-        self._save(run)
+            files["best"] = self._weights(run)
+        files["last"] = self._state(run)
         if self.processes.is_main:
-            self.folder.write_metrics(state.rows)
-            self.after_epoch(state.rows[-1])
+            self._writer.submit(partial(self._write_epoch, files, tuple(state.rows)))
+            if self.after_epoch is not None:
+                self._writer.wait()
+                self.after_epoch(state.rows[-1])
         self.console.row(row)
+
+    def _write_epoch(self, files: Mapping[str, Snapshot], rows: Sequence[MetricsRow]) -> None:
+        """Write what a resumed run needs, then what people read; called in another thread."""
+        for name, snapshot in files.items():
+            snapshot.write(self.folder.file(name))
+        self.folder.write_metrics(rows)
 
     def _scores(self, run: PreparedRun, stop: StopSignal) -> dict[str, Score]:
         """Evaluate on every held-out split, with the averaged weights where there are any.
@@ -384,10 +404,10 @@ class Trainer:
 
     def _finish(self, run: PreparedRun) -> Summary:
         """Write weights, summary and curves."""
-        self._save_weights(run, self.folder.file("model"))
-        summary = self._summarize(run)
+        weights, summary = self._weights(run), self._summarize(run)
         if not self.processes.is_main:
             return summary
+        weights.write(self.folder.file("model"))
         self.folder.write_json("summary.json", summary)
         title = f"{summary['model']} on {summary['dataset']}, {summary['epochs']:g} epochs"
         picture = draw_curves(
@@ -456,16 +476,14 @@ class Trainer:
             "std": list(self.data.std),
         }
 
-    def _save_weights(self, run: PreparedRun, path: Path) -> None:
+    def _weights(self, run: PreparedRun) -> Snapshot:
         with run.step.evaluated_weights():
-            if self.processes.is_main:
-                checkpoint.write(path, self.model.state_dict(), self._identity())
+            return checkpoint.snapshot(self.model.state_dict(), self._identity())
 
-    def _save(self, run: PreparedRun) -> None:
+    def _state(self, run: PreparedRun) -> Snapshot:
+        """Return what a resumed run needs; all processes call it."""
         meta = self._identity() | {"progress": run.state.to_json()}
-        tensors = run.step.state_dict()
-        if self.processes.is_main:
-            checkpoint.write(self.last, tensors, meta)
+        return checkpoint.snapshot(run.step.state_dict(), meta)
 
     def _restore(self, run: PreparedRun) -> None:
         if self.folder.has_only_begun():
