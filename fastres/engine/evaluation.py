@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from fastres.config import Config, ViewsName
 from fastres.data.dataset import ImageSet
 from fastres.data.loaders import BatchSpec, Loader, build_loader
-from fastres.data.plan import NO_AUGMENTATION
+from fastres.data.plan import IMAGE_SIZE, NO_AUGMENTATION
 from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.runtime import Runtime
 from fastres.engine.step import Totals
+from fastres.engine.step_kernels import compiles_kernels, compiling_kernels
 from fastres.engine.views import (
     FURTHER_VIEWS,
     VIEW_WEIGHTS,
@@ -30,7 +31,7 @@ from fastres.engine.views import (
 )
 from fastres.model.conv_bn import constant_parameters
 
-__all__ = ["Score", "evaluate", "evaluation_loader", "log_probs_of_set"]
+__all__ = ["Score", "compile_evaluation", "evaluate", "evaluation_loader", "log_probs_of_set"]
 
 _DOUBTFUL_SHARE = 0.25
 
@@ -62,6 +63,30 @@ def evaluation_loader(
         training=False,
     )
     return build_loader(runtime.loader, batches, runtime.device, workers=config.workers)
+
+
+@torch.inference_mode()
+def compile_evaluation(
+    model: nn.Module,
+    num_images: int,
+    config: Config,
+    runtime: Runtime,
+    processes: Processes = ALONE,
+) -> None:
+    """Have the Triton kernels that evaluating so many images launches compiled side by side.
+
+    Where there are none, nothing is done.
+    """
+    if not compiles_kernels(runtime):
+        return
+    whole, rest = divmod(num_images, config.eval_batch_size)
+    was_training = model.training
+    model.eval()
+    with compiling_kernels(processes.local_size), constant_parameters():
+        for size in {config.eval_batch_size * min(whole, 1), rest} - {0}:
+            shape = (size, 3, IMAGE_SIZE, IMAGE_SIZE)
+            log_probs_of(model, torch.zeros(shape, device=runtime.device), runtime)
+    model.train(was_training)
 
 
 @torch.inference_mode()

@@ -21,7 +21,14 @@ from fastres.engine.ema import WeightAverage
 from fastres.engine.mixing import BatchMixing
 from fastres.engine.optim import Optimizer, lr_factor
 from fastres.engine.runtime import Runtime
-from fastres.engine.step_kernels import add_to_totals, copy_filters, has_step_kernels, own_counters
+from fastres.engine.step_kernels import (
+    add_to_totals,
+    compiles_kernels,
+    compiling_kernels,
+    copy_filters,
+    has_step_kernels,
+    own_counters,
+)
 from fastres.model.head import SmoothCrossEntropy
 from fastres.model.running_stats import batched_running_stats
 
@@ -230,17 +237,26 @@ class TrainStep:
 
         Weights, statistics, optimizer state, scaler and totals are afterwards what they were.
         """
-        if not (self.runtime.compiled or self.runtime.graph):
+        runtime = self.runtime
+        compiles = compiles_kernels(runtime)
+        if not (runtime.compiled or runtime.graph or compiles):
             return
         with self._preserved():
-            images = images.contiguous(memory_format=self.runtime.memory_format)
+            images = images.contiguous(memory_format=runtime.memory_format)
+            if runtime.graph:
+                images, labels = images.to(self.input_dtype, copy=True), labels.clone()
             sizes = self._image_sizes()
-            if not self.runtime.graph:
+            if compiles:
+                # The steps behind it would have one compiled after the other.
+                with compiling_kernels(self.processes.local_size):
+                    for size in sizes:
+                        self._compute(images, labels, size)
+            if runtime.graph:
+                self._graphs = {size: self._captured(images, labels, size) for size in sizes}
+                self._inputs = images, labels
+            elif runtime.compiled:
                 for size in sizes:
                     self._compute(images, labels, size)
-                return
-            self._inputs = (images.to(self.input_dtype, copy=True), labels.clone())
-            self._graphs = {size: self._captured(*self._inputs, size) for size in sizes}
 
     def _captured(self, images: Tensor, labels: Tensor, size: int) -> torch.cuda.CUDAGraph:
         """Return the step on these two tensors as a graph."""

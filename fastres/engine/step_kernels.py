@@ -6,14 +6,16 @@ and a second one adds the batch to the sums of the epoch.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from fastres import host
 from fastres.engine.runtime import Runtime
-from fastres.kernels.dispatch import runs_on_triton
+from fastres.kernels.dispatch import is_interpreted, runs_on_triton
 from fastres.kernels.filter_copies import FilterCopies
 from fastres.kernels.gpu.counters import own_counters
 
@@ -24,6 +26,8 @@ __all__ = [
     "FilterCopies",
     "OneLaunchSGD",
     "add_to_totals",
+    "compiles_kernels",
+    "compiling_kernels",
     "copy_filters",
     "has_step_kernels",
     "own_counters",
@@ -33,6 +37,22 @@ __all__ = [
 def has_step_kernels(runtime: Runtime) -> bool:
     """Return whether the fused ops of a step are Triton kernels, and these may stand beside."""
     return runtime.route == "fused" and runs_on_triton(torch.empty(0, device=runtime.device))
+
+
+def compiles_kernels(runtime: Runtime) -> bool:
+    """Return whether the first step has Triton compile kernels, or find them compiled before."""
+    return has_step_kernels(runtime) and not is_interpreted()
+
+
+def compiling_kernels(num_processes: int = 1) -> AbstractContextManager[None]:
+    """Return the context in which a step computes garbage, but has its kernels compiled at once.
+
+    Args:
+        num_processes: that share this machine's cores.
+    """
+    from fastres.kernels.tools.compile_ahead import compiling_only
+
+    return compiling_only(max(1, host.usable_cores() // num_processes))
 
 
 def copy_filters(model: nn.Module, runtime: Runtime) -> FilterCopies | None:

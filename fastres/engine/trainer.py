@@ -31,7 +31,7 @@ from fastres.engine.console import RunConsole
 from fastres.engine.curves import draw_curves
 from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.divergence import require_finite_scores, require_finite_state
-from fastres.engine.evaluation import Score, evaluate, evaluation_loader
+from fastres.engine.evaluation import Score, compile_evaluation, evaluate, evaluation_loader
 from fastres.engine.run_dir import RunDir
 from fastres.engine.runtime import resolve_runtime
 from fastres.engine.signals import Stopped, StopSignal
@@ -197,6 +197,10 @@ class Trainer:
             torch.randn(shape, device=runtime.device),
             torch.zeros(batches.size, dtype=torch.int64, device=runtime.device),
         )
+        for images in (self.val_images, self.data.test):
+            if images is not None:
+                num_images = len(self.processes.share_of_set(images))
+                compile_evaluation(self.model, num_images, config, runtime, self.processes)
         self._wait()
         state = TrainingState(compile_seconds=time.perf_counter() - started)
         # Those that were asked for: the steps are rounded up to whole ones.
