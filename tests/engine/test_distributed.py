@@ -22,6 +22,8 @@ from fastres.engine import checkpoint
 from fastres.engine.distributed import ALONE, Processes
 from fastres.engine.optim import lr_factor
 from fastres.errors import UsageError
+from tests.helpers import stop_one_process
+from tests.helpers.ranks import by_ranks
 from tests.helpers.tiny_run import children, is_running, start, wait_for_epoch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,16 +42,17 @@ def torchrun(count, program, *arguments):
 
 
 def train_by(count, out, *arguments):
-    done = torchrun(count, ["-m", "fastres.train"], *TINY, "--out", out, *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    done = by_ranks(count, out.with_suffix(".streams"), *TINY, "--out", out, *arguments)
+    assert done.codes == [0] * count, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run by three processes, for reading alone, and what it printed."""
+    """A finished run by three processes of torchrun, for reading alone, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "three"
-    return out, train_by(3, out).stdout
+    done = torchrun(3, ["-m", "fastres.train"], *TINY, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout
 
 
 def weights(folder):
@@ -86,15 +89,14 @@ def test_images_in_doubt_are_a_quarter_of_the_set_for_any_number_of_processes(tm
 def test_a_signal_to_one_stops_all_and_the_run_goes_on_as_if_never_stopped(run, tmp_path):
     whole, _ = run
     out = tmp_path / "stopped"
-    stopped = torchrun(
-        3, [str(ROOT / "tests" / "helpers" / "stop_one_process.py")], *TINY, "--out", out
-    )
-    assert stopped.returncode != 0
+    words = (*TINY, "--out", out)
+    stopped = by_ranks(3, tmp_path / "first", *words, program=stop_one_process.main)
+    assert stopped.codes == [128 + signal.SIGTERM] * 3
     assert "stopped by SIGTERM" in stopped.stdout
     assert not (out / "model.safetensors").exists()
     assert checkpoint.read(out / "last.safetensors")[1]["progress"]["step"] == 3
-    resumed = torchrun(3, ["-m", "fastres.train"], "--resume", "--out", out)
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = by_ranks(3, tmp_path / "second", "--resume", "--out", out)
+    assert resumed.codes == [0] * 3, resumed.stderr
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(out)[name]), name
     losses = [

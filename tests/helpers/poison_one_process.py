@@ -1,8 +1,7 @@
-"""Train under torchrun; process 1 gets a batch of NaN as its third. Run by test_divergence.py."""
+"""Training in which process 1 gets a batch of NaN as its third; used by test_divergence.py."""
 
 import math
 import os
-import sys
 
 from fastres import train
 from fastres.engine.step import TrainStep
@@ -16,6 +15,6 @@ def poisoned_step(self, number, images, labels):
     step(self, number, images, labels)
 
 
-if __name__ == "__main__":
+def main(arguments):
     TrainStep.__call__ = poisoned_step
-    sys.exit(train.main())
+    return train.main(arguments)

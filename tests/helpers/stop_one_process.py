@@ -1,8 +1,7 @@
-"""Train under torchrun; process 1 gets a SIGTERM after three steps. Run by test_distributed.py."""
+"""Training in which process 1 gets a SIGTERM after three steps; used by test_distributed.py."""
 
 import os
 import signal
-import sys
 
 from fastres import train
 from fastres.engine.step import TrainStep
@@ -16,6 +15,6 @@ def step_and_stop(self, number, images, labels):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-if __name__ == "__main__":
+def main(arguments):
     TrainStep.__call__ = step_and_stop
-    sys.exit(train.main())
+    return train.main(arguments)
