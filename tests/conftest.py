@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastres.data.dataset import Dataset
+from fastres.data.source import load_dataset
+
 REPO = Path(__file__).resolve().parents[1]
 ARCHIVE = "cifar10-jpeg.tar.xz"
 
@@ -68,6 +71,14 @@ def jpeg_dir(shared_dir: Path) -> Path:
             _unpack(archive, unfinished)
             unfinished.rename(root)
     return root
+
+
+@pytest.fixture(scope="session")
+def jpeg_data(jpeg_dir: Path, shared_dir: Path) -> Dataset:
+    """Those images decoded, once a test run, and kept in the cache that all workers share."""
+    with open(shared_dir / "cifar10-jpeg.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return load_dataset("auto", jpeg_dir)
 
 
 def _unpack(archive: Path, root: Path) -> None:

@@ -253,12 +253,15 @@ def test_a_dataset_is_a_name_or_a_dataset():
 
 
 @needs_dali
-def test_all_loaders_agree_on_two_epochs_of_real_images(jpeg_dir):
-    data = fastres.load_dataset("folder", jpeg_dir)
-    assert data.name == "cifar10-jpeg"
-    loaders = [fastres.make_loader(data, batch_size=500, loader=name) for name in LOADERS]
-    for _ in range(2):
-        for (a, i), (b, j), (c, k) in zip(*loaders, strict=True):
+def test_all_loaders_agree_on_the_ends_of_two_epochs_of_real_images(jpeg_data):
+    """They are drawn from all images; that an epoch agrees in every batch is tested with noise."""
+    assert jpeg_data.name == "cifar10-jpeg"
+    loaders = [fastres.make_loader(jpeg_data, batch_size=500, loader=name) for name in LOADERS]
+    for epoch in range(2):
+        served = [loader.serve(epoch, start_batch=90) for loader in loaders]
+        batches = list(zip(*served, strict=True))
+        assert len(batches) == 10
+        for (a, i), (b, j), (c, k) in batches:
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
             torch.testing.assert_close(a, c, rtol=0, atol=1e-5)
             assert torch.equal(i, j)

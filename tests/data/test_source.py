@@ -203,9 +203,11 @@ def test_download(
     assert asked == [("cifar10", tmp_path if named else cache / "data")]
 
 
-def test_real_images_are_decoded_once(jpeg_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_images_are_decoded_once(
+    jpeg_dir: Path, jpeg_data: Dataset, shared_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All 60,000; who asks again has them from the cache."""
-    dataset = load_dataset("auto", jpeg_dir)
+    dataset = jpeg_data
     assert dataset.name == "cifar10-jpeg"
     assert (len(dataset.train), len(dataset.test)) == (50_000, 10_000)
     assert np.bincount(dataset.test.labels).tolist() == [1_000] * 10
@@ -213,6 +215,8 @@ def test_real_images_are_decoded_once(jpeg_dir: Path, monkeypatch: pytest.Monkey
     np.testing.assert_allclose(dataset.mean, (0.4914, 0.4822, 0.4465), atol=0.002)
     np.testing.assert_allclose(dataset.std, (0.2470, 0.2435, 0.2616), atol=0.004)
     assert dataset.notices == ()
+
+    monkeypatch.setenv("FASTRES_CACHE", str(shared_dir / "fastres-cache"))
 
     def decode_again(*_: object) -> Dataset:
         raise AssertionError
