@@ -9,16 +9,13 @@ This file is also a program: a process that interprets kernels cannot compile th
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
-REPO = Path(__file__).resolve().parents[2]
+from tests.helpers.compiling import run_compiling
 
 USES = ("first of a block", "second of a block", "inference")
 WINDOWS = ((3, 1), (3, 2), (1, 1), (1, 2))
@@ -122,7 +119,8 @@ def main() -> int:
                 for layer in layers
                 for launch in record(layer, PRECISIONS[precision].dtype)
             ]
-    entries = compile_entries(plans, usable_cores())
+    # The sample in this process, which has imported everything and keeps disassemblies.
+    entries = compile_entries(plans, 1 if layers is SAMPLE else usable_cores())
     print(json.dumps([describe(entry) for entry in entries]))
     return 0
 
@@ -137,12 +135,7 @@ def describe(entry):
 
 def check(layers, builds):
     """Every product by the instructions of its GPU alone, and every register in the file."""
-    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    command = [sys.executable, __file__, layers, *builds]
-    done = subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    codes = json.loads(done.stdout)
+    codes = run_compiling(__file__, layers, *builds)
     kinds = {"sm_90": "hgmma", "sm_100": "tcgen05"}
     wrong = [
         code

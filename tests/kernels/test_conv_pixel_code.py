@@ -4,16 +4,13 @@ This file is also a program: a process that interprets kernels cannot compile th
 """
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 
-REPO = Path(__file__).resolve().parents[2]
+from tests.helpers.compiling import run_compiling
 
 # op, (size, C, K, R, stride), a prologue or deferred dy, a shortcut, a producer.
 LAUNCHES = [
@@ -94,12 +91,7 @@ def main() -> int:
 
 @pytest.fixture(scope="module")
 def codes():
-    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    command = [sys.executable, __file__]
-    done = subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_compiling(__file__)
 
 
 @pytest.mark.parametrize("build", range(len(BUILDS)), ids=lambda i: f"sm_{BUILDS[i][0]}")

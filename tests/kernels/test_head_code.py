@@ -6,10 +6,7 @@ is the program of.
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +19,7 @@ from fastres.kernels.gpu.running_stats import MAX_AVERAGES, move_running_stats
 from fastres.kernels.gpu.sgd import SGDTensors, SGDUpdate
 from fastres.kernels.gpu.totals import add_to_totals
 from fastres.kernels.tools.machine_code import compile_launch
-
-REPO = Path(__file__).resolve().parents[2]
+from tests.helpers.compiling import run_compiling
 
 
 def meta(*size, dtype=torch.float32):
@@ -99,13 +95,7 @@ def main() -> int:
 
 @pytest.fixture(scope="module")
 def codes():
-    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, cwd=REPO, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_compiling(__file__)
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -7,9 +7,7 @@ the program of.
 import ast
 import functools
 import json
-import os
 import re
-import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,6 +29,7 @@ from fastres.kernels.gpu.table_file import read_table
 from fastres.kernels.tools.codegen_report import plan_entries
 from fastres.kernels.tools.machine_code import Build, disassemble, to_build
 from fastres.kernels.tools.table_writer import merge_table
+from tests.helpers.compiling import run_compiling
 from tests.helpers.interpreter import HAS_GPU
 from tests.helpers.launch_tables import use_table
 
@@ -106,13 +105,7 @@ def main() -> int:
 
 @pytest.fixture(scope="module")
 def codes():
-    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, cwd=REPO, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_compiling(__file__)
 
 
 @pytest.mark.parametrize("name", kernels())
